@@ -1,0 +1,556 @@
+"""The pixels: data sets, batched two-view augmentation, the loader.
+
+Images are bytes (uint8, N x 3 x H x W) held on the device; views are made there, a batch at a time.
+Nothing is drawn from a global RNG: what a step sees is a function of (seed, epoch, step, sample).
+"""
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+DATA_NAMES = ("cifar10", "cifar100", "stl10", "svhn", "fashion_mnist", "folder", "textures")
+
+
+@dataclasses.dataclass
+class Data:
+    """A data set in memory. Images: uint8, N x 3 x H x W. Labels: int64, N; -1 is "no label".
+
+    Without test images (or without labels) there is nothing to score: `test_images` is None.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor | None
+    test_labels: Tensor | None
+    classes: list[str]
+
+    def to(self, device: torch.device) -> "Data":
+        """The same on `device`."""
+        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        return Data(*(t if t is None else t.to(device) for t in tensors), self.classes)
+
+    def subset(self, size: int, seed: int) -> "Data":
+        """`size` of the training images, class-balanced and seeded; all test images."""
+        chosen = subset(self.train_labels, size, seed)
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images[chosen],
+            train_labels=self.train_labels[chosen],
+        )
+
+
+def load(name: str, root: str | Path, image_size: int | None = None, workers: int = 2) -> Data:
+    """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
+
+    `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads.
+
+    Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
+    folder that cannot be used, ConnectionError where a download fails.
+    """
+    if name == "textures":
+        return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
+    if name == "folder":
+        return load_folder(Path(root), image_size, workers)
+    if name not in DATA_NAMES:
+        raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
+    return load_torchvision(name, Path(root))
+
+
+def load_torchvision(name: str, root: Path) -> Data:
+    """CIFAR-10/100, STL-10, SVHN or Fashion-MNIST at their native size, as `Data`.
+
+    STL-10's training images are its labelled and its unlabelled ones; Fashion-MNIST's one channel
+    is repeated three times. Raises ConnectionError where the download fails.
+    """
+    sets = torchvision.datasets
+    kinds = {
+        "cifar10": sets.CIFAR10,
+        "cifar100": sets.CIFAR100,
+        "stl10": sets.STL10,
+        "svhn": sets.SVHN,
+        "fashion_mnist": sets.FashionMNIST,
+    }
+    kind, place = kinds[name], root
+    splits = [{"train": True}, {"train": False}]
+    if name in ("stl10", "svhn"):
+        splits = [{"split": "train+unlabeled" if name == "stl10" else "train"}, {"split": "test"}]
+    if name == "svhn":
+        archive = "train_32x32.mat and test_32x32.mat"
+    elif name == "fashion_mnist":
+        archive, place = "its four *-ubyte.gz files", root / "FashionMNIST" / "raw"
+    else:
+        archive = kind.filename
+    try:
+        parts = [kind(root, download=True, **split) for split in splits]
+    except (OSError, RuntimeError) as error:  # torchvision: URLError, and RuntimeError at a bad MD5
+        reason = getattr(error, "reason", error)
+        raise ConnectionError(
+            f"--data_name {name}: could not be downloaded ({reason}); put {archive} into "
+            f"{place} yourself, or go on without a network: --data_name textures"
+        ) from error
+    tensors = []
+    for part in parts:
+        images = torch.as_tensor(np.asarray(part.data))
+        if name.startswith("cifar"):
+            images = images.permute(0, 3, 1, 2)  # N x H x W x 3 -> N x 3 x H x W
+        elif name == "fashion_mnist":
+            images = images[:, None].expand(-1, 3, -1, -1)
+        labels = part.targets if hasattr(part, "targets") else part.labels
+        tensors += [images.contiguous(), torch.as_tensor(np.asarray(labels)).long()]
+    return Data(*tensors, list(getattr(parts[0], "classes", map(str, range(10)))))
+
+
+# ---- the user's own images ----------------------------------------------------------------------
+
+
+def load_folder(root: Path, image_size: int | None = None, workers: int = 2) -> Data:
+    """The user's own images, each decoded once.
+
+    `root` is one of
+    - a folder with `train/<class>/*` and, to score with, `test/<class>/*` or `val/<class>/*`;
+    - a folder with `train.csv` and, to score with, `test.csv` or `val.csv`;
+    - a CSV list: column `path` (relative to the list's folder), optional column `label`;
+    - a folder of images at any depth, without labels.
+
+    Each image's shorter side is resized to `image_size`, then its centre is cropped: the default
+    is the median shorter side of (at most 100 of) the images, at most 96.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
+    test = None
+    if root.suffix.lower() == ".csv":
+        train = list_csv(root)
+    elif not root.is_dir():
+        raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
+    elif (root / "train").is_dir() or (root / "train.csv").is_file():
+        for split in ("train", "val", "test"):  # test/ before val/ where there are both
+            if (root / split).is_dir():
+                found = list_folder(root / split, labelled=True)
+            elif (root / f"{split}.csv").is_file():
+                found = list_csv(root / f"{split}.csv")
+            else:
+                continue
+            if split == "train":
+                train = found
+            else:
+                test = found
+    else:
+        train = list_folder(root, labelled=False)
+
+    files, names = train
+    classes = sorted({name for name in names if name is not None})
+    number = {name: i for i, name in enumerate(classes)} | {None: -1}
+    if not classes:
+        test = None
+    if test:
+        for path, name in zip(*test, strict=True):
+            if name is None or name not in number:
+                raise ValueError(f"{path}: its class {name} is not among the training classes")
+    if image_size is None:
+        some = files[:: max(1, len(files) // 100)]
+        image_size = min(96, int(np.median([min(open_image(path).size) for path in some])))
+    data = Data(
+        decode(files, image_size, workers),
+        torch.tensor([number[name] for name in names]),
+        decode(test[0], image_size, workers) if test else None,
+        torch.tensor([number[name] for name in test[1]]) if test else None,
+        classes,
+    )
+    return data
+
+
+def list_folder(folder: Path, labelled: bool) -> tuple[list[Path], list[str | None]]:
+    """Image files below `folder`, sorted, each with its class: the first folder's name, or None."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and path.name[0] != "."
+    )
+    if not files:
+        raise FileNotFoundError(f"{folder}: there are no images ({', '.join(IMG_EXTENSIONS)})")
+    parts = [path.relative_to(folder).parts for path in files]
+    return files, [part[0] if labelled and len(part) > 1 else None for part in parts]
+
+
+def list_csv(path: Path) -> tuple[list[Path], list[str | None]]:
+    """The files and labels of a CSV list (columns `path`, optional `label`)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--data_root {path}: there is no such list")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "path" not in rows[0]:
+        raise ValueError(f"{path}: needs a header with a column `path`, and at least one row")
+    return [path.parent / row["path"] for row in rows], [row.get("label") or None for row in rows]
+
+
+def open_image(path: Path) -> Image.Image:
+    """PIL's image, not decoded yet. Raises ValueError naming the file."""
+    try:
+        return Image.open(path)
+    except (OSError, Image.DecompressionBombError) as error:
+        reason = "it does not exist" if isinstance(error, FileNotFoundError) else "not an image"
+        raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from error
+
+
+def decode(files: list[Path], size: int, workers: int = 2) -> Tensor:
+    """Image files -> uint8, N x 3 x size x size: shorter side resized to `size`, centre cropped."""
+
+    def one(path: Path) -> np.ndarray:
+        try:
+            image = open_image(path).convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); mend or remove it") from error
+        width, height = image.size
+        if min(width, height) != size:
+            scale = size / min(width, height)
+            width, height = max(size, round(width * scale)), max(size, round(height * scale))
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        return np.asarray(image.crop((left, top, left + size, top + size)))
+
+    images = np.empty((len(files), size, size, 3), np.uint8)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for i, image in enumerate(pool.map(one, files)):
+            images[i] = image
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def subset(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Sorted indices of `size` samples, class-balanced as far as the classes reach, seeded.
+
+    Images without a label count as one class. Raises ValueError for a size out of range.
+    """
+    if not 0 < size <= len(labels):
+        raise ValueError(f"--train_size {size}: must be from 1 to {len(labels)}, the images there")
+    order = np.random.default_rng([seed, 0]).permutation(len(labels))
+    shuffled = labels.numpy()[order]
+    turn = np.empty(len(labels), int)  # a sample's place within its class
+    for label in np.unique(shuffled):
+        turn[shuffled == label] = np.arange((shuffled == label).sum())
+    return torch.from_numpy(np.sort(order[np.argsort(turn, kind="stable")[:size]]))
+
+
+# ---- textures, the embedded data set ------------------------------------------------------------
+
+TEXTURES = (
+    "rows",
+    "columns",
+    "diagonals",
+    "checks",
+    "grid",
+    "dots",
+    "rings",
+    "bricks",
+    "zigzag",
+    "blobs",
+)
+# A sine of 4096 steps, rounded: the rounding and the exact operations below (+ - * / floor sqrt)
+# give every machine the same bytes, which libm's sine does not promise.
+SINE = np.round(np.sin(2 * np.pi * np.arange(4096) / 4096) * 2**15) / 2**15
+
+
+def wave(cycles: np.ndarray) -> np.ndarray:
+    """Sine of `cycles` turns, in [-1, 1]."""
+    return SINE[np.floor(cycles * 4096).astype(np.int64) & 4095]
+
+
+def textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`number` generated 32 x 32 images of ten texture classes in turn, and their labels.
+
+    Phase, scale, contrast, polarity, lighting and tint vary in every class alike, so that neither
+    single pixels nor colours tell the class; the arrangement does, and no view changes that.
+    The same bytes on every machine.
+    """
+    rng = np.random.default_rng([seed, number])
+    u = rng.random((number, 16, 1, 1))
+    corners = rng.random((number, 14, 14))
+    grain = rng.random((number, 32, 32)) - 0.5
+    labels = np.arange(number) % len(TEXTURES)
+    field = np.empty((number, 32, 32))
+    for label, name in enumerate(TEXTURES):
+        of = labels == label
+        field[of] = texture(name, u[of], corners[of])
+    y, x = np.mgrid[0:32, 0:32].astype(float)
+    field *= np.where(u[:, 7] < 0.5, 1.0, -1.0) * (0.10 + 0.25 * u[:, 8])  # polarity, contrast
+    field += 0.3 * ((u[:, 9] - 0.5) * (x - 15.5) + (u[:, 10] - 0.5) * (y - 15.5)) / 16  # lighting
+    tint = 0.35 + 0.3 * u[:, 11] + 0.2 * (u[:, 12:15, 0] - 0.5)  # N x 3 x 1
+    images = tint[..., None] + (field + 0.12 * grain)[:, None]
+    pixels = np.clip(np.floor(images * 256), 0, 255).astype(np.uint8)
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
+def texture(name: str, u: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Brightness in [-1, 1], N x 32 x 32, of one class, from its N x 16 random numbers."""
+    y, x = np.mgrid[0:32, 0:32].astype(float)
+    period = 5 + 6 * u[:, 0]  # pixels
+    # Slightly turned, sheared by the same slope: exact, and as good as a rotation here.
+    slope = 0.3 * (u[:, 1] - 0.5)
+    a = (x + slope * y) / period + u[:, 2]  # in periods
+    b = (y - slope * x) / period + u[:, 3]
+    side = np.where(u[:, 4] < 0.5, 1.0, -1.0)
+
+    def line(t: np.ndarray) -> np.ndarray:  # 0 on lines one period apart, 1 midway between them
+        return np.abs(t - np.floor(t) - 0.5) * 2
+
+    if name == "rows":
+        field = wave(b)
+    elif name == "columns":
+        field = wave(a)
+    elif name == "diagonals":
+        field = wave((a + side * b) * 0.7)
+    elif name == "checks":
+        field = 1.5 * wave(a / 1.4) * wave(b / 1.4)
+    elif name == "grid":
+        field = 1 - 2.4 * np.minimum(line(a), line(b))
+    elif name == "dots":
+        field = 2.2 - 4.5 * np.sqrt((line(a) / 2) ** 2 + (line(b) / 2) ** 2)
+    elif name == "rings":
+        field = wave(np.sqrt((x - 32 * u[:, 5]) ** 2 + (y - 32 * u[:, 6]) ** 2) / period)
+    elif name == "bricks":
+        field = 1 - 2.4 * np.minimum(2 * line(a / 2 + 0.5 * (np.floor(b) % 2)), line(b))
+    elif name == "zigzag":
+        field = wave(b + 0.6 * line(a / 2))
+    elif name == "blobs":
+        # Random values on a grid of half a period, joined bilinearly. Sums, not a matrix product:
+        # two neighbours and zeros add up the same in every order.
+        cell = np.arange(32)[:, None] / (0.55 * period)
+        down = np.clip(1 - np.abs(cell + u[:, 2] - np.arange(14)), 0, None)  # N x 32 x 14
+        across = np.clip(1 - np.abs(cell + u[:, 3] - np.arange(14)), 0, None)
+        mixed = (down[..., None] * corners[:, None]).sum(2)  # N x 32 x 14
+        field = 4.5 * ((mixed[:, :, None] * across[:, None]).sum(3) - 0.5)
+    return np.clip(field, -1, 1)
+
+
+# ---- views --------------------------------------------------------------------------------------
+
+
+def crop_boxes(
+    rng: np.random.Generator,
+    number: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Boxes of torchvision's RandomResizedCrop: int64, `number` x 4 (top, left, height, width).
+
+    Ten tries of a random area and aspect ratio; where none fits, the whole image, cut centrally to
+    the nearest ratio allowed.
+    """
+    area = height * width * rng.uniform(*scale, (number, 10))
+    aspect = np.exp(rng.uniform(*np.log(ratio), (number, 10)))
+    tries = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=-1).round()
+    fits = ((tries > 0) & (tries <= (height, width))).all(-1)  # number x 10
+    sides = tries[np.arange(number), fits.argmax(1)]
+    fallback = (
+        min(height, round(width / ratio[0])),
+        min(width, round(height * ratio[1])),
+    )
+    some = fits.any(1)
+    sides = np.where(some[:, None], sides, fallback)
+    room = (height, width) - sides
+    corner = np.floor(rng.random((number, 2)) * (room + 1))
+    corner = np.where(some[:, None], corner, room // 2)
+    return np.concatenate([corner, sides], axis=1).astype(np.int64)
+
+
+def resize_weights(start: Tensor, length: Tensor, before: int, after: int) -> Tensor:
+    """One axis of a crop and resize as matrices: N starts and lengths -> N x after x before.
+
+    Bilinear with antialiasing, as torchvision's `resize`: a triangle as wide as the step between
+    output pixels (but at least an input pixel), over the pixels of the crop only.
+    """
+    step = length[:, None, None] / after
+    out = torch.arange(after, device=start.device)[:, None] + 0.5
+    pixel = torch.arange(before, device=start.device) + 0.5 - start[:, None, None]  # N x 1 x before
+    weights = (1 - (pixel - step * out).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel > 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def blur_weights(sigma: Tensor, size: int, taps: int) -> Tensor:
+    """One axis of a Gaussian blur as matrices: N sigmas (pixels) -> N x size x size.
+
+    `taps` wide, reflected at the borders, as torchvision's `gaussian_blur`. Sigma near 0: identity.
+    """
+    pixel = torch.arange(size, device=sigma.device)
+    out = pixel[:, None]
+    last = size - 1
+
+    def gauss(offset: Tensor) -> Tensor:
+        bell = torch.exp(-0.5 * (offset / sigma[:, None, None]) ** 2)
+        return bell * (offset.abs() <= taps // 2)
+
+    weights = gauss(pixel - out)
+    weights = weights + gauss(-pixel - out) * (pixel > 0)
+    weights = weights + gauss(2 * last - pixel - out) * (pixel < last)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Two matrix products an image: N x 3 x H x W, N x h x H, N x w x W -> N x 3 x h x w."""
+    n, channels, height, width = images.shape
+    x = images.reshape(n, channels * height, width) @ columns.mT  # N x 3H x w
+    return rows[:, None] @ x.view(n, channels, height, -1)
+
+
+def to_gray(x: Tensor) -> Tensor:
+    """ITU-R 601 luma as torchvision rounds it: N x 3 x H x W -> N x 1 x H x W."""
+    return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
+
+
+# The colour operations: images in [0, 1], N x 3 x H x W, and a factor an image, N x 1 x 1 x 1.
+# A factor of 1 (hue: 0) leaves an image as it is.
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x).mean((1, 2, 3), keepdim=True), x, factor).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x), x, factor).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of HSV by `turns` of the colour circle, value and chroma kept."""
+    r, g, b = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(  # in sixths of the circle
+        value == r,
+        (g - b) / safe,
+        torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe),
+    )
+    hue = hue[:, None] + 6 * turns  # N x 1 x H x W
+    sector = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)
+    k = (hue + sector).remainder_(6)  # N x 3 x H x W
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+COLOUR = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+class Views:
+    """The augmented views of SimSiam, made in batches on the images' device.
+
+    Random resized crop to `size`, flip, colour jitter, grayscale, Gaussian blur, normalise: what
+    the authors' torchvision pipeline does an image at a time (paper, sec. 4 "Baseline settings";
+    App. D: no blur on CIFAR). Parameters are drawn an image, with torchvision's distributions;
+    the order of the four jitter operations is drawn a batch.
+    `jitter`: the strengths for brightness, contrast, saturation, hue.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+        jitter_p: float = 0.8,
+        gray_p: float = 0.2,
+        blur_p: float = 0.0,
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        flip_p: float = 0.5,
+        seed: int = 0,
+    ):
+        self.size, self.mean, self.std = size, mean, std
+        self.crop_scale, self.jitter, self.jitter_p = crop_scale, jitter, jitter_p
+        self.gray_p, self.blur_p, self.blur_sigma, self.flip_p = gray_p, blur_p, blur_sigma, flip_p
+        self.base_seed = seed
+        self.seed(0, 0)
+
+    def seed(self, epoch: int, step: int) -> None:
+        """The next two calls make the two views of this step."""
+        self.rng = np.random.default_rng([self.base_seed, epoch, step])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """A view an image: uint8, N x 3 x H x W -> normalised float32, N x 3 x size x size."""
+        n, _, height, width = images.shape
+        rng = self.rng
+        boxes = crop_boxes(rng, n, height, width, self.crop_scale)
+        strength = np.asarray(self.jitter)
+        factors = rng.uniform(-strength, strength, (n, 4)) + np.array([1, 1, 1, 0])
+        order = rng.permutation(4)
+        flip, jitter, gray, blur = (
+            rng.random((n, 4)) < (self.flip_p, self.jitter_p, self.gray_p, self.blur_p)
+        ).T
+        sigma = rng.uniform(*self.blur_sigma, n)
+        factors[~jitter] = (1, 1, 1, 0)
+        drawn = np.column_stack(
+            [boxes, flip, factors, 1 - gray, np.where(blur, sigma, 1e-3)]
+        ).astype(np.float32)
+        # One transfer a view, and an asynchronous one: the device is never waited for.
+        table = torch.from_numpy(drawn)
+        if images.device.type == "cuda":
+            table = table.pin_memory()
+        top, left, tall, wide, flip, *factors, colour, sigma = table.to(
+            images.device, non_blocking=True
+        ).unbind(1)
+
+        rows = resize_weights(top, tall, height, self.size)
+        columns = resize_weights(left, wide, width, self.size)
+        columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
+        x = resample(images.float().div_(255), rows, columns)
+        for i in order:
+            x = COLOUR[i](x, factors[i].view(n, 1, 1, 1))
+        x = adjust_saturation(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
+        if self.blur_p:
+            # The kernel is a tenth of the image wide, as in SimCLR (arXiv 2002.05709, App. A).
+            weights = blur_weights(sigma, self.size, self.size // 20 * 2 + 1)
+            x = resample(x, weights, weights)
+        return self.normalise(x)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """The test transform: no chance, the whole image. Shapes as in `__call__`."""
+        x = images.float().div_(255)
+        height, width = images.shape[2:]
+        if (height, width) != (self.size, self.size):
+            zero = torch.zeros(1, device=x.device)
+            rows = resize_weights(zero, zero + height, height, self.size)
+            columns = resize_weights(zero, zero + width, width, self.size)
+            x = resample(x, rows, columns)
+        return self.normalise(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """[0, 1] -> zero mean and unit variance over the data set, in channels_last memory."""
+        mean = torch.tensor(self.mean, device=x.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=x.device).view(3, 1, 1)
+        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+class Loader:
+    """Shuffled batches of images that live on a device. The last, incomplete batch is left out.
+
+    `len(loader)` is the number of steps an epoch.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int = 0):
+        if not 0 < batch_size <= len(images):
+            raise ValueError(
+                f"--batch_size {batch_size}: must be from 1 to {len(images)}, the training images"
+            )
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(step, images) from step `start` on; the order is a function of (seed, epoch)."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+        order = torch.from_numpy(order).to(self.images.device)
+        for step in range(start, len(self)):
+            yield step, self.images[order[step * self.batch_size : (step + 1) * self.batch_size]]

@@ -1,0 +1,408 @@
+"""Pre-train SimSiam: recipes, flags, the loop.
+
+python main.py --data_name textures          # minutes on a laptop CPU, no download
+python main.py --batch_size 256 --epochs 800 # CIFAR-10, ResNet-18, one GPU
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+import figures
+import model
+import utils
+from utils import number
+
+CIFAR = {  # paper, App. D
+    "arch": "resnet18",
+    "stem": "cifar",
+    "image_size": None,  # the data set's own
+    "feature_dim": 2048,
+    "projector_layers": 2,
+    "batch_size": 512,
+    "epochs": 800,
+    "lr": 0.03,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "warmup_epochs": 0,
+    "fix_pred_lr": False,
+    "blur_p": 0.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+IMAGENET = CIFAR | {  # paper, sec. 3 and 4; authors' code
+    "arch": "resnet50",
+    "stem": "imagenet",
+    "image_size": 224,
+    "projector_layers": 3,
+    "epochs": 100,
+    "lr": 0.05,
+    "weight_decay": 1e-4,
+    "blur_p": 0.5,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+# Ours, for minutes to hours on a CPU: see the README's results.
+SHORT = CIFAR | {
+    "arch": "resnet8",
+    "feature_dim": 512,
+    "batch_size": 64,
+    "epochs": 30,
+    "lr": 0.2,
+    "fix_pred_lr": True,
+}
+RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT}
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils.Parser]:
+    """The flags, filled up from the recipe."""
+    parser = utils.Parser(prog="main.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+
+    def flag(group, name: str, kind, help: str, default=None, **more) -> None:
+        if name in CIFAR:
+            values = [str(recipe[name]) for recipe in RECIPES.values()]
+            help += (
+                f" (by recipe: {', '.join(values)})" if len(set(values)) > 1 else f" ({values[0]})"
+            )
+        elif default is not None:
+            help += f" ({default})"
+        group.add_argument(f"--{name}", type=kind, default=default, help=help, **more)
+
+    count, positive = number(int, 1), number(float, 1e-12)
+    group = parser.add_argument_group("data")
+    flag(group, "data_name", str, "one of " + ", ".join(data.DATA_NAMES), "cifar10")
+    flag(group, "data_root", str, "downloads go here; the images of `folder` are here", "data")
+    flag(group, "train_size", count, "train on a class-balanced, seeded subset of this size")
+    flag(group, "image_size", number(int, 8), "side of the views, in pixels")
+    flag(group, "num_workers", number(int, 0), "threads that decode a folder", 2)
+    group = parser.add_argument_group("network")
+    flag(group, "arch", str, f"{', '.join(model.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)")
+    flag(group, "stem", str, "first layers of resnet18 to resnet152: cifar or imagenet")
+    flag(group, "width", count, "channels of the first stage of resnet8, resnet14, ...", 16)
+    flag(group, "feature_dim", number(int, 4), "d, the width of projector and output z")
+    flag(group, "projector_layers", count, "linear layers of the projector")
+    group = parser.add_argument_group("optimization")
+    flag(
+        group, "recipe", str, "defaults: cifar, imagenet or short (textures: short, others: cifar)"
+    )
+    flag(group, "batch_size", number(int, 2), "images a step")
+    flag(group, "epochs", count, "sweeps over the training set")
+    flag(group, "lr", positive, "base learning rate: lr = base * batch_size / 256")
+    flag(group, "momentum", number(float, 0, 1), "of SGD")
+    flag(group, "weight_decay", number(float, 0), "of SGD, on all parameters")
+    flag(group, "warmup_epochs", number(float, 0), "epochs of linear warm-up")
+    group.add_argument(
+        "--fix_pred_lr",
+        action=argparse.BooleanOptionalAction,
+        help="keep the predictor's lr constant (by recipe: False, False, True)",
+    )
+    group = parser.add_argument_group("monitor")
+    flag(group, "k", count, "neighbours that vote in the kNN", 200)
+    flag(group, "temperature", positive, "of the kNN's vote", 0.1)
+    flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
+    group = parser.add_argument_group("run")
+    flag(group, "seed", number(int, 0, 2**32 - 1), "of weights, order and views", 0)
+    flag(group, "device", str, "auto (cuda, mps, else cpu), or a device's name", "auto")
+    flag(
+        group,
+        "amp",
+        str,
+        "bf16, off, or auto: bf16 on cuda when supported, off elsewhere",
+        "auto",
+        choices=("auto", "bf16", "off"),
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    flag(group, "out", str, "folder of what a run writes", "results")
+    flag(group, "name", str, "the run's name, instead of one made of its flags")
+    group.add_argument("--resume", action="store_true", help="go on with this run's checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="replace this run's files")
+
+    args = parser.parse_args(argv)
+    if args.data_name not in data.DATA_NAMES:
+        parser.error(f"--data_name {args.data_name}: choose one of {', '.join(data.DATA_NAMES)}")
+    args.recipe = args.recipe or ("short" if args.data_name == "textures" else "cifar")
+    if args.recipe not in RECIPES:
+        parser.error(f"--recipe {args.recipe}: choose one of {', '.join(RECIPES)}")
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.warmup_epochs >= args.epochs:
+        parser.error(
+            f"--warmup_epochs {args.warmup_epochs:g}: must be below --epochs {args.epochs}"
+        )
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite: choose one")
+    if args.name is None:
+        args.name = f"{args.feature_dim}_{args.k}_{args.batch_size}_{args.epochs}"
+        if (args.data_name, args.arch) != ("cifar10", "resnet18"):
+            args.name = f"{args.data_name}_{args.arch}_{args.name}"
+    elif args.name != os.path.basename(args.name) or args.name in ("", ".", ".."):
+        parser.error(f"--name {args.name}: must be a file name, without a folder (see --out)")
+    return args, parser
+
+
+def train(net, optimizer, loader, views, epoch, args, amp, progress):
+    """One epoch (paper, Algorithm 1). Returns the mean loss and the mean std of z."""
+    net.train()
+    sums = torch.zeros(2, device=loader.images.device)  # they stay there: no sync a step
+    peak = args.lr * args.batch_size / 256
+    for step, images in loader.epoch(epoch):
+        views.seed(epoch, step)
+        x1, x2 = views(images), views(images)  # the same pixels, two looks
+        lr = peak * utils.schedule(epoch + step / len(loader), args.epochs, args.warmup_epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = peak if group["fix_lr"] else lr
+        with amp:
+            loss, z = net(x1, x2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sums += torch.stack([loss.detach(), utils.collapse_std(z)])
+        progress(step, sums)
+    return (sums / len(loader)).tolist()
+
+
+def monitor(encoder, views, images: data.Data, args, amp) -> dict:
+    """Effective rank of the training set's features and, with labels, the test set's kNN accuracy.
+
+    Columns of the statistics. The bank is the whole training set, and all test images are scored.
+    """
+    bank = utils.features(encoder, views.plain, images.train_images, amp)
+    row = {"rank": utils.effective_rank(bank)}
+    if images.test_images is not None:
+        queries = utils.features(encoder, views.plain, images.test_images, amp)
+        voters = images.train_labels >= 0  # STL-10's unlabelled images cannot vote
+        ranking = utils.knn(
+            bank[voters], images.train_labels[voters], queries, args.k, args.temperature
+        )
+        row["test_acc@1"], row["test_acc@5"] = utils.accuracy(ranking, images.test_labels)
+    return row
+
+
+class Progress:
+    """A bar an epoch on a terminal, else a plain line a minute; and a word on runs of days.
+
+    The sums of loss and std are read from the device at most once a second.
+    """
+
+    def __init__(self, epoch: int, steps: int, args: argparse.Namespace):
+        self.epoch, self.steps, self.args = epoch, steps, args
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, leave=False, disable=not self.terminal, unit="step")
+        self.begun = self.shown = time.perf_counter()
+        self.first_step = None
+
+    def __call__(self, step: int, sums: torch.Tensor) -> None:
+        now = time.perf_counter()
+        if self.first_step is None:  # it holds the warm-up of kernels, or a compilation
+            self.first_step = now
+            return
+        if now - self.shown < (1 if self.terminal else 60) and step != 1:
+            return
+        loss, std = (sums / (step + 1)).tolist()
+        now = self.shown = time.perf_counter()  # after the device has caught up
+        seconds = (now - self.first_step) / step  # a step
+        epoch_left = seconds * (self.steps - step - 1)
+        run_left = epoch_left + seconds * self.steps * (self.args.epochs - self.epoch - 1)
+        if step == 1 and self.epoch == 0 and run_left > 86400:
+            say(
+                f"note: at this speed the run takes {run_left / 86400:.0f} days on this machine. A "
+                f"smaller one: python main.py --data_name {self.args.data_name} --data_root "
+                f"{self.args.data_root} --recipe short --epochs 5"
+            )
+        epoch_left, run_left = map(tqdm.format_interval, (epoch_left, run_left))
+        text = (
+            f"epoch {self.epoch + 1}/{self.args.epochs} loss {loss:.3f} std {std:.2f} "
+            f"{self.args.batch_size / seconds:.0f} images/s, left {epoch_left} of the epoch, "
+            f"{run_left} of the run"
+        )
+        self.bar.n = step + 1
+        self.bar.set_description_str(text, refresh=True)
+        if not self.terminal and step > 1:
+            say(f"{text} (step {step + 1} of {self.steps})")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def say(text: str) -> None:
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+COLLAPSED_STD = 0.3
+COLLAPSE_ADVICE = (
+    "warning: std of z is {std:.2f}: about 1 is healthy, 0 is collapse (every image gets the same "
+    "output, and the loss goes to -1). Try a lower --lr, a larger --batch_size, --warmup_epochs "
+    "10, and see that the images differ from one another."
+)
+
+
+# What a run may be resumed with another value of.
+FREE = ("data_root", "num_workers", "device", "compile", "out", "name", "resume", "overwrite")
+
+
+def earlier(run: str, args: argparse.Namespace) -> dict | None:
+    """The checkpoint to go on from, if --resume; refuses to write over an earlier run's files."""
+    files = [f"{run}_model.pth", f"{run}_statistics.csv"]
+    if args.resume:
+        checkpoint = utils.load_checkpoint(files[0])
+        if args.image_size is None:
+            args.image_size = checkpoint["args"]["image_size"]
+        for name, before in checkpoint["args"].items():
+            now = getattr(args, name, None)
+            if now != before and name not in FREE:
+                raise ValueError(
+                    f"--resume: {files[0]} was made with {name} {before}, this command has {now}: "
+                    "give the same, or another --name for a new run"
+                )
+        return checkpoint
+    there = [file for file in files if os.path.exists(file)]
+    if there and not args.overwrite:
+        raise ValueError(
+            f"{there[0]} exists: go on with --resume, replace it with --overwrite, or choose "
+            "another --name"
+        )
+    os.makedirs(args.out, exist_ok=True)
+    return None
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, parser = parse_args(argv)
+    run = os.path.join(args.out, args.name)
+    with parser.bad_input():
+        device = utils.pick_device(args.device)
+        amp = utils.autocast(device, args.amp)
+        checkpoint = earlier(run, args)
+        torch.manual_seed(args.seed)
+        net = model.SimSiam(
+            args.arch, args.stem, args.feature_dim, args.projector_layers, args.width
+        )
+        images = data.load(args.data_name, args.data_root, args.image_size, args.num_workers)
+        if args.train_size is not None:
+            images = images.subset(args.train_size, args.seed)
+        images = images.to(device)
+        loader = data.Loader(images.train_images, args.batch_size, args.seed)
+    args.image_size = args.image_size or images.train_images.shape[-1]
+    views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
+    params, flops = model.params_and_flops(net, args.image_size)
+    net.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": net.encoder_parameters(), "fix_lr": False},
+            {"params": net.predictor.parameters(), "fix_lr": args.fix_pred_lr},
+        ],
+        lr=args.lr * args.batch_size / 256,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+    )
+    say(
+        f"{run}: SimSiam {args.arch}, d = {args.feature_dim}: {params / 1e6:.2f}M parameters, "
+        f"{flops / 1e6:.2f}M multiply-adds an image (thop's FLOPs), on {device}\n"
+        f"{args.data_name}: {len(images.train_images)} training images, "
+        f"{0 if images.test_images is None else len(images.test_images)} test images, "
+        f"{len(images.classes)} classes, {args.image_size} pixels"
+    )
+
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        history = checkpoint["history"]
+        say(f"resumed after epoch {checkpoint['epoch']} of {args.epochs}")
+    else:
+        history = [{"epoch": 0} | monitor(net.backbone, views, images, args, amp)]
+        if images.test_images is None:
+            say("no labelled test images: no kNN; std and rank are watched")
+        else:
+            side = min(args.image_size, 32)  # raw pixels: at most 3 x 32 x 32 of them
+            pixels = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+            raw = monitor(pixels, views, images, args, amp)
+            history[0]["raw_acc@1"] = raw["test_acc@1"]
+            say(
+                f"kNN top-1 before training: raw pixels {raw['test_acc@1']:.1f} %, "
+                f"untrained encoder {history[0]['test_acc@1']:.1f} %"
+            )
+
+    trained = torch.compile(net) if args.compile else net  # shares net's parameters
+    for epoch in range(len(history) - 1, args.epochs):
+        begun = time.perf_counter()
+        progress = Progress(epoch, len(loader), args)
+        loss, std = train(trained, optimizer, loader, views, epoch, args, amp, progress)
+        progress.close()
+        seconds = time.perf_counter() - begun
+        row = {
+            "epoch": epoch + 1,
+            "lr": optimizer.param_groups[0]["lr"],
+            "train_loss": loss,
+            "std": std,
+            "images_per_sec": len(loader) * args.batch_size / seconds,
+        }
+        if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
+            row |= monitor(net.backbone, views, images, args, amp)
+        row["seconds"] = time.perf_counter() - begun
+        history.append(row)
+        utils.save_checkpoint(
+            f"{run}_model.pth",
+            model=net.state_dict(),
+            optimizer=optimizer.state_dict(),
+            epoch=epoch + 1,
+            step=0,
+            history=history,
+            args=vars(args),
+        )
+        utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
+        say(
+            f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} std {std:.2f}"
+            + (f" rank {row['rank']:.1f}" if "rank" in row else "")
+            + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
+            + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
+        )
+        if std < COLLAPSED_STD:
+            say(COLLAPSE_ADVICE.format(std=std))
+
+    scored = [row["test_acc@1"] for row in history[1:] if "test_acc@1" in row]
+    if scored:
+        utils.add_result(
+            os.path.join(args.out, "results.csv"),
+            {
+                "protocol": "KNN",
+                # whose images, where they are the user's own
+                "data": "folder:" + Path(args.data_root).resolve().name
+                if args.data_name == "folder"
+                else args.data_name,
+                "arch": args.arch,
+                "params_m": params / 1e6,
+                "flops_g": flops / 1e9,
+                "feature_dim": args.feature_dim,
+                "batch_size": args.batch_size,
+                "epochs": args.epochs,
+                "k": args.k,
+                "top1": history[-1]["test_acc@1"],
+                "top5": history[-1]["test_acc@5"],
+                "best_top1": max(scored),
+                "seconds": sum(row["seconds"] for row in history[1:]),
+                "device": device.type,
+                "run": args.name,
+            },
+        )
+        say(
+            f"kNN top-1 {scored[-1]:.1f} % (best {max(scored):.1f} %), untrained encoder "
+            f"{history[0]['test_acc@1']:.1f} %, raw pixels {history[0]['raw_acc@1']:.1f} %"
+        )
+    with utils.whole_file(f"{run}_curves.png") as file:
+        figures.curves(history, args.name, file)
+    say(f"wrote {run}_model.pth, {run}_statistics.csv and {run}_curves.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; go on after the last finished epoch with the same command and --resume")

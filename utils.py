@@ -1,0 +1,266 @@
+"""The run: command line, device, schedule, features, kNN, collapse, files."""
+
+import argparse
+import contextlib
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, NoReturn
+
+import pandas
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr and exit code 2, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+    @contextlib.contextmanager
+    def bad_input(self) -> Iterator[None]:
+        """Around a run's set-up: ValueError and OSError are the user's to mend, said in one line.
+
+        Our own mistakes show in other exceptions, and in the loop, and keep their traceback.
+        """
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: a finite `kind` (int or float) from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {noun} {limits}, not {text}")
+        return value
+
+    return parse
+
+
+# ---- device -------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the accelerator torch finds (cuda, mps, ...), else cpu.
+
+    Raises ValueError for a device that is not there.
+    """
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        usable = device.type in ("cpu", accelerator.type if accelerator else "cpu")
+        torch.zeros(1, device=device if usable else "cpu")
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        there = ["cpu"] + ([accelerator.type] if accelerator else [])
+        raise ValueError(f"--device {name}: is not there; choose auto or {' or '.join(there)}")
+    return device
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """bf16 autocast where `amp` says so; `auto`: on CUDA devices that support it."""
+    on = amp == "bf16" or (
+        amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+# ---- schedule -----------------------------------------------------------------------------------
+
+
+def schedule(progress: float, epochs: int, warmup_epochs: float = 0) -> float:
+    """The learning rate as a share of its peak, `progress` epochs into a run of `epochs`.
+
+    Linear warm-up, then a cosine to 0, a step at a time (the authors' code: an epoch at a time).
+    """
+    if progress < warmup_epochs:
+        return progress / warmup_epochs
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+# ---- features and kNN ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features(
+    backbone: nn.Module, transform: Callable[[Tensor], Tensor], images: Tensor, amp: torch.autocast
+) -> Tensor:
+    """L2-normalised features of all `images`, in eval mode: N x 3 x H x W -> fp32, N x features.
+
+    The backbone is left in the mode it was in; no parameter or buffer of it changes.
+    """
+    training = backbone.training
+    backbone.eval()
+    rows = []
+    for chunk in images.split(512):
+        x = transform(chunk)
+        with amp:
+            rows.append(F.normalize(backbone(x).float(), dim=1))
+    backbone.train(training)
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def knn(
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    k: int = 200,
+    temperature: float = 0.1,
+    top: int = 5,
+) -> Tensor:
+    """Classes of `queries` by weighted vote of their `k` nearest in the `bank`, best first.
+
+    The vote of a neighbour is exp(cosine similarity / temperature) (Wu et al. 2018,
+    arXiv 1805.01978, sec. 3.4). `bank` (N x d) and `queries` (M x d) are L2-normalised; `labels`
+    (N) are of int64. k is clamped to the bank, `top` to the number of classes.
+    Returns int64, M x top. Beside its inputs it holds at most about 256 MB at once.
+    """
+    k, classes = min(k, len(bank)), int(labels.max()) + 1
+    ranking = []
+    # similarities: chunk x N floats
+    for chunk in queries.split(max(1, 2**26 // len(bank))):
+        similarity, nearest = (chunk @ bank.T).topk(k)  # chunk x k
+        votes = similarity.new_zeros(len(chunk), classes)
+        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        ranking.append(votes.topk(min(top, classes)).indices)
+    return torch.cat(ranking)
+
+
+def accuracy(ranking: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent of a ranking of classes: int64, M x (up to 5), and M."""
+    hits = ranking == labels[:, None]
+    return 100 * hits[:, 0].float().mean().item(), 100 * hits.any(1).float().mean().item()
+
+
+# ---- collapse -----------------------------------------------------------------------------------
+
+
+def collapse_std(z: Tensor) -> Tensor:
+    """Mean over channels of the std of l2-normalised z, times sqrt(d): N x d -> scalar.
+
+    About 1 when the z are spread evenly over the sphere, 0 when all are equal (paper, sec. 4.1,
+    Fig. 2 middle, which shows it without the sqrt(d)).
+    """
+    return F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+
+
+def effective_rank(bank: Tensor) -> float:
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885, Eq. 1): N x d -> from 1 to min(N, d).
+
+    The exponential of the entropy of the normalised singular values, which are the roots of the
+    d x d Gram matrix's eigenvalues. In fp64, on the CPU (mps has no fp64).
+    """
+    gram = sum(chunk.double().T @ chunk.double() for chunk in bank.cpu().split(4096))
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    share = singular / singular.sum()
+    return torch.special.entr(share).sum().exp().item()
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file that appears under `path` whole, and on the disk, or not at all."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename too is to outlive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save_checkpoint(path: str | Path, **state: object) -> None:
+    """Plain tensors and Python types only, so that `weights_only=True` loads them."""
+    with whole_file(path) as file:
+        torch.save(state | {"version": 1}, file)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """What `torch.save` wrote, on the CPU, without running any code of the file's.
+
+    Raises FileNotFoundError, or ValueError for a file that is not a checkpoint of ours.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: is damaged, or not a checkpoint of this program") from error
+    if not (isinstance(state, dict) and {"model", "epoch", "history", "args"} <= state.keys()):
+        raise ValueError(f"{path}: is not a checkpoint of this program")
+    return state
+
+
+STATISTICS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "std",
+    "rank",
+    "test_acc@1",
+    "test_acc@5",
+    "images_per_sec",
+    "seconds",
+)
+RESULTS = (
+    "protocol",
+    "data",
+    "arch",
+    "params_m",
+    "flops_g",
+    "feature_dim",
+    "batch_size",
+    "epochs",
+    "k",
+    "top1",
+    "top5",
+    "best_top1",
+    "seconds",
+    "device",
+    "run",
+)
+
+
+def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> None:
+    """Rows as a CSV table of `columns`, six significant digits, blank where there is no value."""
+    with whole_file(path) as file:
+        pandas.DataFrame(rows, columns=columns).to_csv(file, index=False, float_format="%.6g")
+
+
+def add_result(path: str | Path, row: dict) -> None:
+    """Put a finished evaluation into the table; it replaces a row of its run and protocol."""
+    rows = []
+    if Path(path).is_file():
+        rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    same = lambda old: (old["protocol"], old["run"]) == (row["protocol"], row["run"])  # noqa: E731
+    write_csv(path, [old for old in rows if not same(old)] + [row], RESULTS)
