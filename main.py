@@ -54,8 +54,8 @@ SHORT = CIFAR | {
     "arch": "resnet8",
     "feature_dim": 512,
     "batch_size": 64,
-    "epochs": 30,
-    "lr": 0.2,
+    "epochs": 15,
+    "lr": 1.0,
     "fix_pred_lr": True,
 }
 RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT}
@@ -169,21 +169,31 @@ def train(net, optimizer, loader, views, epoch, args, amp, progress):
     return (sums / len(loader)).tolist()
 
 
-def monitor(encoder, views, images: data.Data, args, amp) -> dict:
-    """Effective rank of the training set's features and, with labels, the test set's kNN accuracy.
-
-    Columns of the statistics. The bank is the whole training set, and all test images are scored.
-    """
-    bank = utils.features(encoder, views.plain, images.train_images, amp)
+def monitor(net, views, images: data.Data, args, amp) -> dict:
+    """Columns of the statistics: effective rank of the bank and, with labels, kNN accuracy."""
+    bank = utils.features(net.backbone, views.plain, images.train_images, amp)
     row = {"rank": utils.effective_rank(bank)}
     if images.test_images is not None:
-        queries = utils.features(encoder, views.plain, images.test_images, amp)
-        voters = images.train_labels >= 0  # STL-10's unlabelled images cannot vote
-        ranking = utils.knn(
-            bank[voters], images.train_labels[voters], queries, args.k, args.temperature
-        )
-        row["test_acc@1"], row["test_acc@5"] = utils.accuracy(ranking, images.test_labels)
+        queries = utils.features(net.backbone, views.plain, images.test_images, amp)
+        row["test_acc@1"], row["test_acc@5"] = knn_accuracy(bank, queries, images, args)
     return row
+
+
+def knn_accuracy(bank, queries, images: data.Data, args) -> tuple[float, float]:
+    """The bank is the whole training set, and all test images are scored."""
+    voters = images.train_labels >= 0  # STL-10's unlabelled images cannot vote
+    ranking = utils.knn(
+        bank[voters], images.train_labels[voters], queries, args.k, args.temperature
+    )
+    return utils.accuracy(ranking, images.test_labels)
+
+
+def raw_pixels_accuracy(views, images: data.Data, args, amp) -> float:
+    """kNN top-1 on the normalised pixels, at most 3 x 32 x 32 of them."""
+    pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(args.image_size, 32)), nn.Flatten())
+    parts = (images.train_images, images.test_images)
+    bank, queries = (utils.features(pixels, views.plain, part, amp) for part in parts)
+    return knn_accuracy(bank, queries, images, args)[0]
 
 
 class Progress:
@@ -317,16 +327,13 @@ def main(argv: list[str] | None = None) -> None:
         history = checkpoint["history"]
         say(f"resumed after epoch {checkpoint['epoch']} of {args.epochs}")
     else:
-        history = [{"epoch": 0} | monitor(net.backbone, views, images, args, amp)]
+        history = [{"epoch": 0} | monitor(net, views, images, args, amp)]
         if images.test_images is None:
             say("no labelled test images: no kNN; std and rank are watched")
         else:
-            side = min(args.image_size, 32)  # raw pixels: at most 3 x 32 x 32 of them
-            pixels = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
-            raw = monitor(pixels, views, images, args, amp)
-            history[0]["raw_acc@1"] = raw["test_acc@1"]
+            raw = history[0]["raw_acc@1"] = raw_pixels_accuracy(views, images, args, amp)
             say(
-                f"kNN top-1 before training: raw pixels {raw['test_acc@1']:.1f} %, "
+                f"kNN top-1 before training: raw pixels {raw:.1f} %, "
                 f"untrained encoder {history[0]['test_acc@1']:.1f} %"
             )
 
@@ -345,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
             "images_per_sec": len(loader) * args.batch_size / seconds,
         }
         if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
-            row |= monitor(net.backbone, views, images, args, amp)
+            row |= monitor(net, views, images, args, amp)
         row["seconds"] = time.perf_counter() - begun
         history.append(row)
         utils.save_checkpoint(

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NoReturn
@@ -100,6 +99,8 @@ def schedule(progress: float, epochs: int, warmup_epochs: float = 0) -> float:
 
 # ---- features and kNN ---------------------------------------------------------------------------
 
+KNN_FLOATS = 2**26  # similarities held at once: 256 MB of them, whatever the size of the bank
+
 
 @torch.no_grad()
 def features(
@@ -134,12 +135,12 @@ def knn(
     The vote of a neighbour is exp(cosine similarity / temperature) (Wu et al. 2018,
     arXiv 1805.01978, sec. 3.4). `bank` (N x d) and `queries` (M x d) are L2-normalised; `labels`
     (N) are of int64. k is clamped to the bank, `top` to the number of classes.
-    Returns int64, M x top. Beside its inputs it holds at most about 256 MB at once.
+    Returns int64, M x top. Its similarities are held `KNN_FLOATS` at a time.
     """
     k, classes = min(k, len(bank)), int(labels.max()) + 1
     ranking = []
     # similarities: chunk x N floats
-    for chunk in queries.split(max(1, 2**26 // len(bank))):
+    for chunk in queries.split(max(1, KNN_FLOATS // len(bank))):
         similarity, nearest = (chunk @ bank.T).topk(k)  # chunk x k
         votes = similarity.new_zeros(len(chunk), classes)
         votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
@@ -214,7 +215,9 @@ def load_checkpoint(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler fed with junk may raise anything
         raise ValueError(f"{path}: is damaged, or not a checkpoint of this program") from error
     if not (isinstance(state, dict) and {"model", "epoch", "history", "args"} <= state.keys()):
         raise ValueError(f"{path}: is not a checkpoint of this program")

@@ -1,0 +1,164 @@
+"""kNN against scikit-learn, collapse measures on known cases, files that are whole."""
+
+import math
+
+import numpy as np
+import pandas
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+import utils
+
+
+def test_knn_by_hand():
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    labels = torch.tensor([0, 1, 1, 2])
+    query = F.normalize(torch.tensor([[2.0, 1.0]]), dim=1)
+    # k = 1: the nearest. k = 3 at T = 1: e^.894 for 0, e^.447 + e^-.447... for 1, which wins when
+    # the temperature is so high that all votes count alike.
+    assert utils.knn(bank, labels, query, k=1)[0, 0] == 0
+    assert utils.knn(bank, labels, query, k=3, temperature=0.1).tolist() == [[0, 1, 2]]
+    assert utils.knn(bank, labels, query, k=4, temperature=100)[0, 0] == 1
+    assert utils.knn(bank, labels, query, k=200).shape == (1, 3)  # k and top are clamped
+
+
+def test_knn_predictions_equal_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    bank = F.normalize(torch.randn(3000, 16, generator=generator), dim=1)
+    queries = F.normalize(torch.randn(1000, 16, generator=generator), dim=1)
+    labels = torch.randint(0, 7, (3000,), generator=generator)
+    # Of unit vectors, squared distance = 2 - 2 cosine similarity.
+    weights = lambda distance: np.exp((1 - distance**2 / 2) / 0.1)  # noqa: E731
+    judge = KNeighborsClassifier(200, weights=weights, algorithm="brute")
+    theirs = judge.fit(bank.double(), labels).predict(queries.double())
+    ours = utils.knn(bank, labels, queries, k=200, temperature=0.1)
+    assert (ours[:, 0].numpy() == theirs).all()
+    order = judge.predict_proba(queries.double()).argsort(1)[:, ::-1][:, :5]
+    assert (ours.numpy() == order).mean() > 0.999  # near-ties in fp32
+
+
+def test_knn_does_not_depend_on_its_chunks(monkeypatch):
+    torch.manual_seed(0)
+    bank, queries = torch.randn(500, 8), torch.randn(90, 8)
+    labels = torch.randint(0, 3, (500,))
+    whole = utils.knn(bank, labels, queries, k=20)
+    monkeypatch.setattr(utils, "KNN_FLOATS", 500 * 7)
+    assert torch.equal(utils.knn(bank, labels, queries, k=20), whole)
+
+
+def test_accuracy():
+    ranking = torch.tensor([[0, 1], [1, 0], [2, 1], [2, 0]])
+    assert utils.accuracy(ranking, torch.tensor([0, 0, 0, 2])) == (50.0, 75.0)
+
+
+def test_collapse_std():
+    torch.manual_seed(0)
+    z = torch.randn(4096, 64)
+    assert utils.collapse_std(z).item() == pytest.approx(1, abs=0.01)
+    assert utils.collapse_std(5 * z).item() == pytest.approx(1, abs=0.01)
+    assert utils.collapse_std(torch.ones(8, 64)).item() == 0
+
+
+def test_effective_rank():
+    torch.manual_seed(0)
+    orthogonal = torch.linalg.qr(torch.randn(64, 64)).Q
+    assert utils.effective_rank(orthogonal) == pytest.approx(64, rel=1e-4)
+    assert utils.effective_rank(torch.ones(64, 8)) == pytest.approx(1, rel=1e-4)
+    bank = torch.randn(5000, 6)  # more rows than a chunk
+    singular = torch.linalg.svdvals(bank.double())
+    share = singular / singular.sum()
+    rank = math.exp(-(share * share.log()).sum())
+    assert utils.effective_rank(bank) == pytest.approx(rank, rel=1e-6)
+
+
+def test_schedule():
+    share = [utils.schedule(e, 10) for e in (0, 2.5, 5, 10)]
+    assert share == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0])
+    warm = [utils.schedule(e, 12, warmup_epochs=2) for e in (0, 1, 2, 7, 12)]
+    assert warm == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_features_are_normalised_and_change_nothing():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    images = torch.randint(0, 256, (1030, 3, 2, 2), dtype=torch.uint8)
+    amp = utils.autocast(torch.device("cpu"), "auto")
+    found = utils.features(net, lambda x: x.float(), images, amp)
+    assert net.training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    net.eval()
+    torch.testing.assert_close(found, F.normalize(net(images.float()), dim=1))
+
+
+def test_amp_is_off_on_the_cpu_unless_asked_for():
+    cpu = torch.device("cpu")
+    x = torch.ones(2, 2)
+    for amp, dtype in [("auto", torch.float32), ("off", torch.float32), ("bf16", torch.bfloat16)]:
+        with utils.autocast(cpu, amp):
+            assert (x @ x).dtype == dtype
+
+
+def test_device_that_is_not_there():
+    assert utils.pick_device("cpu") == torch.device("cpu")
+    for name in ("cuda:77", "gpu", "meta", ""):
+        with pytest.raises(ValueError, match="--device"):
+            utils.pick_device(name)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+
+    def fail_halfway():
+        with utils.whole_file(path) as file:
+            file.write(b"new, but half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert path.read_bytes() == b"old"
+    with utils.whole_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_gain_a_row_a_run_and_protocol(tmp_path):
+    path = tmp_path / "results.csv"
+    utils.add_result(path, {"protocol": "KNN", "run": "a", "top1": 50.0})
+    utils.add_result(path, {"protocol": "Linear", "run": "a", "top1": 60.0})
+    utils.add_result(path, {"protocol": "KNN", "run": "b", "top1": 1.5})
+    utils.add_result(path, {"protocol": "KNN", "run": "a", "top1": 51.0})
+    table = pandas.read_csv(path)
+    assert list(table.columns) == list(utils.RESULTS)
+    rows = table[["protocol", "run", "top1"]].values.tolist()
+    assert rows == [["Linear", "a", 60.0], ["KNN", "b", 1.5], ["KNN", "a", 51.0]]
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("code of the file's ran",))
+
+
+def test_bad_checkpoints(tmp_path, capsys):
+    path = tmp_path / "m.pth"
+    with pytest.raises(FileNotFoundError, match="m.pth"):
+        utils.load_checkpoint(path)
+    good = {"model": {"w": torch.ones(2)}, "epoch": 1, "history": [], "args": {}}
+    utils.save_checkpoint(path, **good)
+    assert torch.equal(utils.load_checkpoint(path)["model"]["w"], torch.ones(2))
+    whole = path.read_bytes()
+    torch.save(good | {"args": Payload()}, tmp_path / "payload")
+    torch.save({"model": {}}, tmp_path / "keys")
+    bad = [b"", b"text", whole[:100], whole[: len(whole) // 2]]
+    bad += [(tmp_path / name).read_bytes() for name in ("payload", "keys")]
+    for content in bad:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="m.pth"):
+            utils.load_checkpoint(path)
+    assert "ran" not in capsys.readouterr().out
