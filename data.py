@@ -16,6 +16,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 DATA_NAMES = ("cifar10", "cifar100", "stl10", "svhn", "fashion_mnist", "folder", "textures")
 
@@ -204,23 +205,25 @@ def open_image(path: Path) -> Image.Image:
 def decode(files: list[Path], size: int, workers: int = 2) -> Tensor:
     """Image files -> uint8, N x 3 x size x size: shorter side resized to `size`, centre cropped."""
 
-    def one(path: Path) -> np.ndarray:
+    images = np.empty((len(files), size, size, 3), np.uint8)
+
+    def one(i: int) -> None:
         try:
-            image = open_image(path).convert("RGB")
+            image = open_image(files[i]).convert("RGB")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); mend or remove it") from error
+            raise ValueError(f"{files[i]}: cannot be read ({error}); mend or remove it") from error
         width, height = image.size
         if min(width, height) != size:
             scale = size / min(width, height)
             width, height = max(size, round(width * scale)), max(size, round(height * scale))
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - size) // 2, (height - size) // 2
-        return np.asarray(image.crop((left, top, left + size, top + size)))
+        images[i] = np.asarray(image.crop((left, top, left + size, top + size)))
 
-    images = np.empty((len(files), size, size, 3), np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for i, image in enumerate(pool.map(one, files)):
-            images[i] = image
+        done = pool.map(one, range(len(files)))  # disable=None: a bar on a terminal only
+        for _ in tqdm(done, "decoding", len(files), leave=False, disable=None, unit="image"):
+            pass
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
