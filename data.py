@@ -92,6 +92,8 @@ def load_torchvision(name: str, root: Path) -> Data:
         archive = kind.filename
     try:
         parts = [kind(root, download=True, **split) for split in splits]
+    except ImportError as error:  # SVHN's reader
+        raise ValueError(f"--data_name {name}: needs {error.name}: pip install scipy") from error
     except (OSError, RuntimeError) as error:  # torchvision: URLError, and RuntimeError at a bad MD5
         reason = getattr(error, "reason", error)
         raise ConnectionError(

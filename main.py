@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     group = parser.add_argument_group("network")
     flag(group, "arch", str, f"{', '.join(model.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)")
     flag(group, "stem", str, "first layers of resnet18 to resnet152: cifar or imagenet")
-    flag(group, "width", count, "channels of the first stage of resnet8, resnet14, ...", 16)
+    flag(group, "width", count, "channels of the first stage of resnet8, resnet14, ... (16)")
     flag(group, "feature_dim", number(int, 4), "d, the width of projector and output z")
     flag(group, "projector_layers", count, "linear layers of the projector")
     group = parser.add_argument_group("optimization")
@@ -206,7 +206,7 @@ class Progress:
         self.epoch, self.steps, self.args = epoch, steps, args
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, leave=False, disable=not self.terminal, unit="step")
-        self.begun = self.shown = time.perf_counter()
+        self.shown = time.perf_counter()
         self.first_step = None
 
     def __call__(self, step: int, sums: torch.Tensor) -> None:

@@ -61,20 +61,24 @@ class CifarResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def backbone(arch: str, stem: str = "cifar", width: int = 16) -> tuple[nn.Module, int]:
+def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[nn.Module, int]:
     """A randomly initialised ResNet that ends in its pooled features, and their number.
 
     `arch` is one of torchvision's ResNets, `resnet18` to `resnet152`, with the `stem` "cifar"
     (conv1 3x3 stride 1, no max-pool; the paper's App. D) or "imagenet" (torchvision's own); or
     `resnet{6n+2}` (`resnet8`, `resnet14`, `resnet20`, ...) of He et al. 2016, sec. 4.2, `width`
-    channels wide at its start, which always has the CIFAR stem. (`resnet50` and `resnet152` would
-    fit both families: they are torchvision's.)
+    (16) channels wide at its start, which always has the CIFAR stem. (`resnet50` and `resnet152`
+    would fit both families: they are torchvision's.)
 
-    Raises ValueError for an unknown `arch` or `stem`.
+    Raises ValueError for an unknown `arch` or `stem`, or one that does not go with the other flags.
     """
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"--stem {stem}: choose cifar or imagenet")
     if arch in IMAGENET_ARCHS:
+        if width is not None:
+            raise ValueError(
+                f"--width {width}: {arch} has its own; it is for resnet8, resnet14, ..."
+            )
         net = getattr(torchvision.models, arch)(zero_init_residual=True)
         features = net.fc.in_features
         net.fc = nn.Identity()
@@ -91,9 +95,8 @@ def backbone(arch: str, stem: str = "cifar", width: int = 16) -> tuple[nn.Module
         )
     if stem == "imagenet":
         raise ValueError(f"--stem imagenet: {arch} has the CIFAR stem only; use --stem cifar")
-    if width < 1:
-        raise ValueError(f"--width {width}: must be at least 1")
-    return CifarResNet(int(depth[1]), width), 4 * width
+    net = CifarResNet(int(depth[1]), width or 16)
+    return net, 4 * net.conv1.out_channels
 
 
 def D(p: Tensor, z: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class SimSiam(nn.Module):
         stem: str = "cifar",
         feature_dim: int = 2048,
         projector_layers: int = 2,
-        width: int = 16,
+        width: int | None = None,
     ):
         super().__init__()
         if feature_dim < 4:

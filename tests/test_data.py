@@ -1,9 +1,12 @@
 """The views against torchvision, their chance, the data sets, the loader."""
 
 import hashlib
+import pickle
+import sys
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
@@ -81,7 +84,9 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
     for column in range(4):
         assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
     area = (ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    ratio = (ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2])
     assert ks_2samp(*area).pvalue > 1e-3
+    assert ks_2samp(*ratio).pvalue > 1e-3
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
 
@@ -202,6 +207,88 @@ def test_subset_is_balanced_and_seeded():
     for size in (0, 86):
         with pytest.raises(ValueError, match=f"--train_size {size}"):
             data.subset(labels, size, seed=0)
+
+
+def write_torchvision_files(name, root):
+    """A few images in the very files that torchvision downloads. Pixel (c, y, x) = 10 c + y + i."""
+
+    def planes(number, size):
+        c, y, _ = np.mgrid[0:3, 0:size, 0:size]
+        return np.stack([10 * c + y + i for i in range(number)]).astype(np.uint8)
+
+    def put(path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    if name == "cifar10":
+        folder = root / "cifar-10-batches-py"
+        for part in ["data_batch_1", *(f"data_batch_{i}" for i in range(2, 6)), "test_batch"]:
+            content = {"data": planes(1, 32).reshape(1, -1), "labels": [7]}
+            put(folder / part, pickle.dumps(content))
+        put(folder / "batches.meta", pickle.dumps({"label_names": list("abcdefghij")}))
+    elif name == "cifar100":
+        folder = root / "cifar-100-python"
+        for part in ("train", "test"):
+            content = {"data": planes(2, 32).reshape(2, -1), "fine_labels": [7, 99]}
+            put(folder / part, pickle.dumps(content))
+        put(folder / "meta", pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    elif name == "stl10":
+        folder = root / "stl10_binary"
+        for part, number in [("train", 2), ("unlabeled", 3), ("test", 2)]:
+            # STL-10 stores columns first.
+            put(folder / f"{part}_X.bin", planes(number, 96).transpose(0, 1, 3, 2).tobytes())
+            put(folder / f"{part}_y.bin", np.array([8] * number, np.uint8).tobytes())
+        put(folder / "class_names.txt", b"a\nb\nc\nd\ne\nf\ng\nh\ni\nj\n")
+    elif name == "svhn":
+        root.mkdir(exist_ok=True)
+        for part in ("train", "test"):
+            images = planes(2, 32).transpose(2, 3, 1, 0)
+            content = {"X": images, "y": np.array([[7], [10]], np.uint8)}
+            scipy.io.savemat(root / f"{part}_32x32.mat", content)
+    else:
+        folder = root / "FashionMNIST" / "raw"
+        for part in ("train", "t10k"):
+            head = bytes([0, 0, 8, 3]) + np.array([2, 28, 28], ">i4").tobytes()
+            put(folder / f"{part}-images-idx3-ubyte", head + planes(2, 28)[:, 0].tobytes())
+            head = bytes([0, 0, 8, 1]) + np.array([2], ">i4").tobytes()
+            put(folder / f"{part}-labels-idx1-ubyte", head + bytes([7, 7]))
+
+
+def skip_checksums(monkeypatch):
+    for module in ("utils", "cifar", "stl10", "svhn", "mnist"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *path: True)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test", "size", "classes"),
+    [
+        ("cifar10", [7] * 5, [7], 32, 10),
+        ("cifar100", [7, 99], [7, 99], 32, 100),
+        ("stl10", [7, 7, -1, -1, -1], [7, 7], 96, 10),
+        ("svhn", [7, 0], [7, 0], 32, 10),  # SVHN stores the digit 0 as 10
+        ("fashion_mnist", [7, 7], [7, 7], 28, 10),
+    ],
+)
+def test_torchvisions_data_sets(tmp_path, monkeypatch, name, train, test, size, classes):
+    write_torchvision_files(name, tmp_path)
+    skip_checksums(monkeypatch)
+    found = data.load(name, tmp_path)
+    assert found.train_labels.tolist() == train
+    assert found.test_labels.tolist() == test
+    assert len(found.classes) == classes
+    for images, number in [(found.train_images, len(train)), (found.test_images, len(test))]:
+        assert images.shape == (number, 3, size, size)
+        assert images.dtype == torch.uint8
+    channel = 0 if name == "fashion_mnist" else 20
+    assert found.test_images[0, 2, 5, 9] == channel + 5
+
+
+def test_svhn_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    write_torchvision_files("svhn", tmp_path)
+    skip_checksums(monkeypatch)
+    with pytest.raises(ValueError, match="pip install scipy"):
+        data.load("svhn", tmp_path)
 
 
 # ---- folders ------------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ def test_no_network(tmp_path, capsys, monkeypatch, name):
         ("--lr -1", "--lr"),
         ("--lr inf", "--lr"),
         ("--width 0", "--width"),
+        ("--arch resnet18 --width 32", "--width 32"),
         ("--train_size 0", "--train_size"),
         ("--train_size 1000000", "--train_size 1000000"),
         ("--warmup_epochs 900 --epochs 800", "--warmup_epochs 900"),
@@ -232,6 +233,15 @@ def test_bad_input_is_one_line(tmp_path, capsys, flags, named):
     err = refused(capsys, "--data_name", "textures", "--out", tmp_path, *flags.split())
     assert named in err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_image_is_named(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.jpg").write_text("not an image")
+    flags = ["--data_name", "folder", "--data_root", tmp_path / "images", "--out", tmp_path / "r"]
+    assert "notes.jpg" in refused(capsys, *flags)
+    (tmp_path / "images" / "notes.jpg").unlink()
+    assert str(tmp_path / "images") in refused(capsys, *flags)  # an empty folder
 
 
 # ---- the tree -----------------------------------------------------------------------------------
