@@ -205,7 +205,9 @@ class Progress:
     def __init__(self, epoch: int, steps: int, args: argparse.Namespace):
         self.epoch, self.steps, self.args = epoch, steps, args
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, leave=False, disable=not self.terminal, unit="step")
+        self.bar = tqdm(
+            total=steps, leave=False, disable=not self.terminal, bar_format="{desc} |{bar}|"
+        )
         self.shown = time.perf_counter()
         self.first_step = None
 
@@ -228,15 +230,14 @@ class Progress:
                 f"{self.args.data_root} --recipe short --epochs 5"
             )
         epoch_left, run_left = map(tqdm.format_interval, (epoch_left, run_left))
-        text = (
-            f"epoch {self.epoch + 1}/{self.args.epochs} loss {loss:.3f} std {std:.2f} "
-            f"{self.args.batch_size / seconds:.0f} images/s, left {epoch_left} of the epoch, "
-            f"{run_left} of the run"
+        text = (  # short enough for a terminal of 80 columns
+            f"{self.epoch + 1}/{self.args.epochs} loss {loss:.3f} std {std:.2f} "
+            f"{self.args.batch_size / seconds:.0f} images/s, left {epoch_left}, run {run_left}"
         )
         self.bar.n = step + 1
         self.bar.set_description_str(text, refresh=True)
         if not self.terminal and step > 1:
-            say(f"{text} (step {step + 1} of {self.steps})")
+            say(f"epoch {text} (step {step + 1} of {self.steps})")
 
     def close(self) -> None:
         self.bar.close()
@@ -280,7 +281,6 @@ def earlier(run: str, args: argparse.Namespace) -> dict | None:
             f"{there[0]} exists: go on with --resume, replace it with --overwrite, or choose "
             "another --name"
         )
-    os.makedirs(args.out, exist_ok=True)
     return None
 
 
@@ -300,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
             images = images.subset(args.train_size, args.seed)
         images = images.to(device)
         loader = data.Loader(images.train_images, args.batch_size, args.seed)
+        os.makedirs(args.out, exist_ok=True)
     args.image_size = args.image_size or images.train_images.shape[-1]
     views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
     params, flops = model.params_and_flops(net, args.image_size)
