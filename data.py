@@ -510,9 +510,11 @@ class Views:
         columns = resize_weights(left, wide, width, self.size)
         columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
         x = resample(images.float().div_(255), rows, columns)
-        for i in order:
-            x = COLOUR[i](x, factors[i].view(n, 1, 1, 1))
-        x = adjust_saturation(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
+        if self.jitter_p:
+            for i in order:
+                x = COLOUR[i](x, factors[i].view(n, 1, 1, 1))
+        if self.gray_p:
+            x = adjust_saturation(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
         if self.blur_p:
             # The kernel is a tenth of the image wide, as in SimCLR (arXiv 2002.05709, App. A).
             weights = blur_weights(sigma, self.size, self.size // 20 * 2 + 1)
@@ -538,24 +540,30 @@ class Views:
 
 
 class Loader:
-    """Shuffled batches of images that live on a device. The last, incomplete batch is left out.
+    """Shuffled batches of tensors that live on a device: images, and labels if you like.
 
-    `len(loader)` is the number of steps an epoch.
+    The last, incomplete batch is left out unless `keep_last`. `len(loader)`: the steps an epoch.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int = 0):
-        if not 0 < batch_size <= len(images):
+    def __init__(
+        self, tensors: list[Tensor], batch_size: int, seed: int = 0, keep_last: bool = False
+    ):
+        number = len(tensors[0])
+        if not 0 < batch_size <= number:
             raise ValueError(
-                f"--batch_size {batch_size}: must be from 1 to {len(images)}, the training images"
+                f"--batch_size {batch_size}: must be from 1 to {number}, the training images"
             )
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
+        self.device = tensors[0].device
+        self.steps = -(-number // batch_size) if keep_last else number // batch_size
 
     def __len__(self) -> int:
-        return len(self.images) // self.batch_size
+        return self.steps
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """(step, images) from step `start` on; the order is a function of (seed, epoch)."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
-        order = torch.from_numpy(order).to(self.images.device)
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
+        """(step, batch) from step `start` on; the order is a function of (seed, epoch)."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tensors[0]))
+        order = torch.from_numpy(order).to(self.device)
         for step in range(start, len(self)):
-            yield step, self.images[order[step * self.batch_size : (step + 1) * self.batch_size]]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield step, [tensor[batch] for tensor in self.tensors]

@@ -8,11 +8,9 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data
 import figures
@@ -81,7 +79,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     flag(group, "data_root", str, "downloads go here; the images of `folder` are here", "data")
     flag(group, "train_size", count, "train on a class-balanced, seeded subset of this size")
     flag(group, "image_size", number(int, 8), "side of the views, in pixels")
-    flag(group, "num_workers", number(int, 0), "threads that decode a folder", 2)
     group = parser.add_argument_group("network")
     flag(group, "arch", str, f"{', '.join(model.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)")
     flag(group, "stem", str, "first layers of resnet18 to resnet152: cifar or imagenet")
@@ -107,22 +104,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     flag(group, "k", count, "neighbours that vote in the kNN", 200)
     flag(group, "temperature", positive, "of the kNN's vote", 0.1)
     flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
-    group = parser.add_argument_group("run")
-    flag(group, "seed", number(int, 0, 2**32 - 1), "of weights, order and views", 0)
-    flag(group, "device", str, "auto (cuda, mps, else cpu), or a device's name", "auto")
-    flag(
-        group,
-        "amp",
-        str,
-        "bf16, off, or auto: bf16 on cuda when supported, off elsewhere",
-        "auto",
-        choices=("auto", "bf16", "off"),
-    )
+    group = utils.run_flags(parser)
     group.add_argument("--compile", action="store_true", help="torch.compile the network")
-    flag(group, "out", str, "folder of what a run writes", "results")
-    flag(group, "name", str, "the run's name, instead of one made of its flags")
-    group.add_argument("--resume", action="store_true", help="go on with this run's checkpoint")
-    group.add_argument("--overwrite", action="store_true", help="replace this run's files")
 
     args = parser.parse_args(argv)
     if args.data_name not in data.DATA_NAMES:
@@ -137,23 +120,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
         parser.error(
             f"--warmup_epochs {args.warmup_epochs:g}: must be below --epochs {args.epochs}"
         )
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite: choose one")
     if args.name is None:
         args.name = f"{args.feature_dim}_{args.k}_{args.batch_size}_{args.epochs}"
         if (args.data_name, args.arch) != ("cifar10", "resnet18"):
             args.name = f"{args.data_name}_{args.arch}_{args.name}"
-    elif args.name != os.path.basename(args.name) or args.name in ("", ".", ".."):
-        parser.error(f"--name {args.name}: must be a file name, without a folder (see --out)")
     return args, parser
 
 
 def train(net, optimizer, loader, views, epoch, args, amp, progress):
     """One epoch (paper, Algorithm 1). Returns the mean loss and the mean std of z."""
     net.train()
-    sums = torch.zeros(2, device=loader.images.device)  # they stay there: no sync a step
+    sums = torch.zeros(2, device=loader.device)  # they stay there: no sync a step
     peak = args.lr * args.batch_size / 256
-    for step, images in loader.epoch(epoch):
+    for step, (images,) in loader.epoch(epoch):
         views.seed(epoch, step)
         x1, x2 = views(images), views(images)  # the same pixels, two looks
         lr = peak * utils.schedule(epoch + step / len(loader), args.epochs, args.warmup_epochs)
@@ -196,58 +175,6 @@ def raw_pixels_accuracy(views, images: data.Data, args, amp) -> float:
     return knn_accuracy(bank, queries, images, args)[0]
 
 
-class Progress:
-    """A bar an epoch on a terminal, else a plain line a minute; and a word on runs of days.
-
-    The sums of loss and std are read from the device at most once a second.
-    """
-
-    def __init__(self, epoch: int, steps: int, args: argparse.Namespace):
-        self.epoch, self.steps, self.args = epoch, steps, args
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps, leave=False, disable=not self.terminal, bar_format="{desc} |{bar}|"
-        )
-        self.shown = time.perf_counter()
-        self.first_step = None
-
-    def __call__(self, step: int, sums: torch.Tensor) -> None:
-        now = time.perf_counter()
-        if self.first_step is None:  # it holds the warm-up of kernels, or a compilation
-            self.first_step = now
-            return
-        if now - self.shown < (1 if self.terminal else 60) and step != 1:
-            return
-        loss, std = (sums / (step + 1)).tolist()
-        now = self.shown = time.perf_counter()  # after the device has caught up
-        seconds = (now - self.first_step) / step  # a step
-        epoch_left = seconds * (self.steps - step - 1)
-        run_left = epoch_left + seconds * self.steps * (self.args.epochs - self.epoch - 1)
-        if step == 1 and self.epoch == 0 and run_left > 86400:
-            say(
-                f"note: at this speed the run takes {run_left / 86400:.0f} days on this machine. A "
-                f"smaller one: python main.py --data_name {self.args.data_name} --data_root "
-                f"{self.args.data_root} --recipe short --epochs 5"
-            )
-        epoch_left, run_left = map(tqdm.format_interval, (epoch_left, run_left))
-        text = (  # short enough for a terminal of 80 columns
-            f"{self.epoch + 1}/{self.args.epochs} loss {loss:.3f} std {std:.2f} "
-            f"{self.args.batch_size / seconds:.0f} images/s, left {epoch_left}, run {run_left}"
-        )
-        self.bar.n = step + 1
-        self.bar.set_description_str(text, refresh=True)
-        if not self.terminal and step > 1:
-            say(f"epoch {text} (step {step + 1} of {self.steps})")
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def say(text: str) -> None:
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
-
-
 COLLAPSED_STD = 0.3
 COLLAPSE_ADVICE = (
     "warning: std of z is {std:.2f}: about 1 is healthy, 0 is collapse (every image gets the same "
@@ -256,41 +183,13 @@ COLLAPSE_ADVICE = (
 )
 
 
-# What a run may be resumed with another value of.
-FREE = ("data_root", "num_workers", "device", "compile", "out", "name", "resume", "overwrite")
-
-
-def earlier(run: str, args: argparse.Namespace) -> dict | None:
-    """The checkpoint to go on from, if --resume; refuses to write over an earlier run's files."""
-    files = [f"{run}_model.pth", f"{run}_statistics.csv"]
-    if args.resume:
-        checkpoint = utils.load_checkpoint(files[0])
-        if args.image_size is None:
-            args.image_size = checkpoint["args"]["image_size"]
-        for name, before in checkpoint["args"].items():
-            now = getattr(args, name, None)
-            if now != before and name not in FREE:
-                raise ValueError(
-                    f"--resume: {files[0]} was made with {name} {before}, this command has {now}: "
-                    "give the same, or another --name for a new run"
-                )
-        return checkpoint
-    there = [file for file in files if os.path.exists(file)]
-    if there and not args.overwrite:
-        raise ValueError(
-            f"{there[0]} exists: go on with --resume, replace it with --overwrite, or choose "
-            "another --name"
-        )
-    return None
-
-
 def main(argv: list[str] | None = None) -> None:
     args, parser = parse_args(argv)
     run = os.path.join(args.out, args.name)
     with parser.bad_input():
         device = utils.pick_device(args.device)
         amp = utils.autocast(device, args.amp)
-        checkpoint = earlier(run, args)
+        checkpoint = utils.earlier(run, args)
         torch.manual_seed(args.seed)
         net = model.SimSiam(
             args.arch, args.stem, args.feature_dim, args.projector_layers, args.width
@@ -299,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.train_size is not None:
             images = images.subset(args.train_size, args.seed)
         images = images.to(device)
-        loader = data.Loader(images.train_images, args.batch_size, args.seed)
+        loader = data.Loader([images.train_images], args.batch_size, args.seed)
         os.makedirs(args.out, exist_ok=True)
     args.image_size = args.image_size or images.train_images.shape[-1]
     views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
@@ -314,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         momentum=args.momentum,
         weight_decay=args.weight_decay,
     )
-    say(
+    utils.say(
         f"{run}: SimSiam {args.arch}, d = {args.feature_dim}: {params / 1e6:.2f}M parameters, "
         f"{flops / 1e6:.2f}M multiply-adds an image (thop's FLOPs), on {device}\n"
         f"{args.data_name}: {len(images.train_images)} training images, "
@@ -326,24 +225,27 @@ def main(argv: list[str] | None = None) -> None:
         net.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         history = checkpoint["history"]
-        say(f"resumed after epoch {checkpoint['epoch']} of {args.epochs}")
+        utils.say(f"resumed after epoch {checkpoint['epoch']} of {args.epochs}")
     else:
         history = [{"epoch": 0} | monitor(net, views, images, args, amp)]
         if images.test_images is None:
-            say("no labelled test images: no kNN; std and rank are watched")
+            utils.say("no labelled test images: no kNN; std and rank are watched")
         else:
             raw = history[0]["raw_acc@1"] = raw_pixels_accuracy(views, images, args, amp)
-            say(
+            utils.say(
                 f"kNN top-1 before training: raw pixels {raw:.1f} %, "
                 f"untrained encoder {history[0]['test_acc@1']:.1f} %"
             )
 
+    smaller = (
+        f"python main.py --data_name {args.data_name} --data_root {args.data_root} --recipe short"
+        " --epochs 5"
+    )
     trained = torch.compile(net) if args.compile else net  # shares net's parameters
     for epoch in range(len(history) - 1, args.epochs):
         begun = time.perf_counter()
-        progress = Progress(epoch, len(loader), args)
-        loss, std = train(trained, optimizer, loader, views, epoch, args, amp, progress)
-        progress.close()
+        with utils.Progress(epoch, args, len(loader), ("loss", "std"), smaller) as progress:
+            loss, std = train(trained, optimizer, loader, views, epoch, args, amp, progress)
         seconds = time.perf_counter() - begun
         row = {
             "epoch": epoch + 1,
@@ -366,14 +268,14 @@ def main(argv: list[str] | None = None) -> None:
             args=vars(args),
         )
         utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
-        say(
+        utils.say(
             f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} std {std:.2f}"
             + (f" rank {row['rank']:.1f}" if "rank" in row else "")
             + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
             + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
         )
         if std < COLLAPSED_STD:
-            say(COLLAPSE_ADVICE.format(std=std))
+            utils.say(COLLAPSE_ADVICE.format(std=std))
 
     scored = [row["test_acc@1"] for row in history[1:] if "test_acc@1" in row]
     if scored:
@@ -381,10 +283,7 @@ def main(argv: list[str] | None = None) -> None:
             os.path.join(args.out, "results.csv"),
             {
                 "protocol": "KNN",
-                # whose images, where they are the user's own
-                "data": "folder:" + Path(args.data_root).resolve().name
-                if args.data_name == "folder"
-                else args.data_name,
+                "data": utils.data_label(args),
                 "arch": args.arch,
                 "params_m": params / 1e6,
                 "flops_g": flops / 1e9,
@@ -400,13 +299,13 @@ def main(argv: list[str] | None = None) -> None:
                 "run": args.name,
             },
         )
-        say(
+        utils.say(
             f"kNN top-1 {scored[-1]:.1f} % (best {max(scored):.1f} %), untrained encoder "
             f"{history[0]['test_acc@1']:.1f} %, raw pixels {history[0]['raw_acc@1']:.1f} %"
         )
     with utils.whole_file(f"{run}_curves.png") as file:
         figures.curves(history, args.name, file)
-    say(f"wrote {run}_model.pth, {run}_statistics.csv and {run}_curves.png")
+    utils.say(f"wrote {run}_model.pth, {run}_statistics.csv and {run}_curves.png")
 
 
 if __name__ == "__main__":

@@ -157,13 +157,30 @@ class SimSiam(nn.Module):
         return loss, z1.detach()
 
 
-def params_and_flops(net: SimSiam, image_size: int) -> tuple[int, int]:
-    """Parameters, and multiply-adds for one image through backbone, projector and predictor.
+class Classifier(nn.Module):
+    """A backbone and a linear head on its pooled features: what linear evaluation trains.
+
+    The head starts as the authors': weight ~ N(0, 0.01), bias 0. N x 3 x H x W -> N x classes.
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.fc = nn.Linear(features, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x))
+
+
+def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, int]:
+    """Parameters, and multiply-adds for one image through all parts of the network, in turn.
 
     thop counts multiply-adds, also where others say FLOPs and count each one twice. Profiled is a
     deep copy, since thop leaves `total_ops` and `total_params` buffers in what it profiles.
     """
-    whole = copy.deepcopy(nn.Sequential(net.backbone, net.projector, net.predictor)).cpu().float()
+    whole = copy.deepcopy(nn.Sequential(*net.children())).cpu().float()
     image = torch.zeros(1, 3, image_size, image_size)
     flops, params = thop.profile(whole, inputs=(image,), verbose=False)
     return int(params), int(flops)

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NoReturn
@@ -12,6 +14,7 @@ import pandas
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # ---- command line -------------------------------------------------------------------------------
 
@@ -49,6 +52,106 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
         return value
 
     return parse
+
+
+def run_flags(parser: Parser) -> argparse._ArgumentGroup:
+    """The flags that every command has for its run."""
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of every random choice (0)")
+    add("--device", default="auto", help="auto (cuda, mps, else cpu), or a device's name (auto)")
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "off"),
+        help="auto: bf16 on cuda when supported, off elsewhere (auto)",
+    )
+    add("--num_workers", type=number(int, 0), default=2, help="threads that decode a folder (2)")
+    add("--out", default="results", help="folder of what a run writes (results)")
+    add("--name", type=file_name, help="the run's name, instead of one made of its flags")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--resume", action="store_true", help="go on with this run's checkpoint")
+    one.add_argument("--overwrite", action="store_true", help="replace this run's files")
+    return group
+
+
+def file_name(text: str) -> str:
+    """A type for argparse: the name of a file, without a folder."""
+    if text != os.path.basename(text) or text in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"{text} must be a file name without a folder (see --out)")
+    return text
+
+
+def data_label(args: argparse.Namespace) -> str:
+    """The data set's name in the results; for a folder with whose images they are."""
+    if args.data_name == "folder":
+        return f"folder:{Path(args.data_root).resolve().name}"
+    return args.data_name
+
+
+def say(text: str) -> None:
+    """A line on stdout, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """A bar an epoch on a terminal, else a plain line a minute; and a word on runs of days.
+
+    Called each step with the step and the sums so far of what `labels` names; the sums are read
+    from the device at most once a second. `smaller` is the command for who has no days.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        args: argparse.Namespace,
+        steps: int,
+        labels: tuple[str, ...],
+        smaller: str,
+    ):
+        self.epoch, self.args, self.steps = epoch, args, steps
+        self.labels, self.smaller = labels, smaller
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps, leave=False, disable=not self.terminal, bar_format="{desc} |{bar}|"
+        )
+        self.shown = time.perf_counter()
+        self.first_step = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def __call__(self, step: int, sums: Tensor) -> None:
+        now = time.perf_counter()
+        if self.first_step is None:  # it holds the warm-up of kernels, or a compilation
+            self.first_step = now
+            return
+        if now - self.shown < (1 if self.terminal else 60) and step != 1:
+            return
+        means = (sums / (step + 1)).tolist()
+        now = self.shown = time.perf_counter()  # after the device has caught up
+        seconds = (now - self.first_step) / step  # a step
+        epoch_left = seconds * (self.steps - step - 1)
+        run_left = epoch_left + seconds * self.steps * (self.args.epochs - self.epoch - 1)
+        if step == 1 and self.epoch == 0 and run_left > 86400:
+            say(
+                f"note: at this speed the run takes {run_left / 86400:.0f} days on this machine. "
+                f"A smaller one: {self.smaller}"
+            )
+        epoch_left, run_left = map(tqdm.format_interval, (epoch_left, run_left))
+        values = " ".join(f"{n} {v:.3f}" for n, v in zip(self.labels, means, strict=True))
+        text = (  # short enough for a terminal of 80 columns
+            f"{self.epoch + 1}/{self.args.epochs} {values} "
+            f"{self.args.batch_size / seconds:.0f} images/s, left {epoch_left}, run {run_left}"
+        )
+        self.bar.n = step + 1
+        self.bar.set_description_str(text, refresh=True)
+        if not self.terminal and step > 1:
+            say(f"epoch {text} (step {step + 1} of {self.steps})")
 
 
 # ---- device -------------------------------------------------------------------------------------
@@ -222,6 +325,37 @@ def load_checkpoint(path: str | Path) -> dict:
     if not (isinstance(state, dict) and {"model", "epoch", "history", "args"} <= state.keys()):
         raise ValueError(f"{path}: is not a checkpoint of this program")
     return state
+
+
+# What a run may be resumed with another value of.
+FREE = ("data_root", "num_workers", "device", "compile", "out", "name", "resume", "overwrite")
+
+
+def earlier(run: str, args: argparse.Namespace) -> dict | None:
+    """The checkpoint to go on from, if --resume; refuses to write over an earlier run's files.
+
+    A flag left open (None) takes the checkpoint's value. Raises ValueError, FileNotFoundError.
+    """
+    files = [f"{run}_model.pth", f"{run}_statistics.csv"]
+    if args.resume:
+        checkpoint = load_checkpoint(files[0])
+        for name, before in checkpoint["args"].items():
+            now = getattr(args, name, None)
+            if now is None:
+                setattr(args, name, before)
+            elif now != before and name not in FREE:
+                raise ValueError(
+                    f"--resume: {files[0]} was made with {name} {before}, this command has {now}: "
+                    "give the same, or another --name for a new run"
+                )
+        return checkpoint
+    there = [file for file in files if os.path.exists(file)]
+    if there and not args.overwrite:
+        raise ValueError(
+            f"{there[0]} exists: go on with --resume, replace it with --overwrite, or choose "
+            "another --name"
+        )
+    return None
 
 
 STATISTICS = (

@@ -169,19 +169,23 @@ def test_plain_is_normalised_and_channels_last():
 
 def test_loader_visits_every_image_once_in_a_reproducible_order():
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(-1, 3, 2, 2)
-    loader = data.Loader(images, 3, seed=1)
+    loader = data.Loader([images, torch.arange(10)], 3, seed=1)
     batches = list(loader.epoch(0))
-    seen = torch.cat([x[:, 0, 0, 0] for _, x in batches]).tolist()
+    seen = torch.cat([x[:, 0, 0, 0] for _, (x, _) in batches]).tolist()
     assert len(loader) == len(batches) == 3
     assert len(set(seen)) == 9
     steps = [step for step, _ in loader.epoch(0, start=1)]
     assert steps == [1, 2]
     for (_, a), (_, b) in zip(batches[1:], loader.epoch(0, start=1), strict=True):
-        assert torch.equal(a, b)
-    other = torch.cat([x[:, 0, 0, 0] for _, x in loader.epoch(1)]).tolist()
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[0][:, 0, 0, 0], a[1])  # images and labels stay together
+    other = torch.cat([labels for _, (_, labels) in loader.epoch(1)]).tolist()
     assert other != seen
+    whole = data.Loader([images], 3, seed=1, keep_last=True)
+    assert [len(x) for _, (x,) in whole.epoch(0)] == [3, 3, 3, 1]
+    assert len(whole) == 4
     with pytest.raises(ValueError, match="--batch_size 11"):
-        data.Loader(images, 11)
+        data.Loader([images], 11)
 
 
 def test_textures_are_the_same_bytes_everywhere():

@@ -175,9 +175,10 @@ def test_collapse_is_said(tmp_path, capsys, monkeypatch):
 def test_a_month_on_the_cpu_is_said(tmp_path, capsys):
     run(tmp_path, "--epochs 1 --name short")
     assert "days" not in capsys.readouterr().out
-    progress = main.Progress(0, 10**9, main.parse_args(["--epochs", "1000"])[0])
-    progress(0, torch.zeros(2))
-    progress(1, torch.zeros(2))
+    args = main.parse_args(["--epochs", "1000"])[0]
+    with main.utils.Progress(0, args, 10**9, ("loss",), "--recipe short") as progress:
+        progress(0, torch.zeros(1))
+        progress(1, torch.zeros(1))
     out = capsys.readouterr().out
     assert "days" in out
     assert "--recipe short" in out
@@ -222,7 +223,7 @@ def test_no_network(tmp_path, capsys, monkeypatch, name):
         ("--device cuda:99", "--device cuda:99"),
         ("--device toaster", "--device toaster"),
         ("--amp fp8", "--amp"),
-        ("--name a/b", "--name a/b"),
+        ("--name a/b", "--name: a/b"),
         ("--resume --overwrite", "--overwrite"),
         ("--nonsense 1", "--nonsense"),
         ("--data_name folder --data_root /does/not/exist", "/does/not/exist"),
