@@ -6,6 +6,7 @@ Nothing is drawn from a global RNG: what a step sees is a function of (seed, epo
 
 import csv
 import dataclasses
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -174,9 +175,10 @@ def load_folder(root: Path, image_size: int | None = None, workers: int = 2) -> 
 def list_folder(folder: Path, labelled: bool) -> tuple[list[Path], list[str | None]]:
     """Image files below `folder`, sorted, each with its class: the first folder's name, or None."""
     files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and path.name[0] != "."
+        Path(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)  # as torchvision's ImageFolder
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
     )
     if not files:
         raise FileNotFoundError(f"{folder}: there are no images ({', '.join(IMG_EXTENSIONS)})")
@@ -204,6 +206,14 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; 16 bits a pixel to 8, where PIL's own conversion would clip."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((pixels // 256).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def decode(files: list[Path], size: int, workers: int = 2) -> Tensor:
     """Image files -> uint8, N x 3 x size x size: shorter side resized to `size`, centre cropped."""
 
@@ -211,7 +221,7 @@ def decode(files: list[Path], size: int, workers: int = 2) -> Tensor:
 
     def one(i: int) -> None:
         try:
-            image = open_image(files[i]).convert("RGB")
+            image = to_rgb(open_image(files[i]))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{files[i]}: cannot be read ({error}); mend or remove it") from error
         width, height = image.size

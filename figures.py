@@ -27,6 +27,7 @@ def curves(history: list[dict], title: str, file: IO[bytes]) -> None:
             *zip(*points, strict=True), color="#0072B2", marker="." if len(points) < 50 else ""
         )
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if column == "test_acc@1":
@@ -41,4 +42,26 @@ def curves(history: list[dict], title: str, file: IO[bytes]) -> None:
         elif column == "std":
             axes.set_ylim(0, 1.1)
     figure.suptitle(title, fontsize="medium")
+    figure.savefig(file, format="png", dpi=110)
+
+
+def confusion(matrix: list[list[int]], classes: list[str], title: str, file: IO[bytes]) -> None:
+    """A confusion matrix (rows: true class, columns: predicted) in shares of each row, as a PNG."""
+    from matplotlib.figure import Figure
+
+    shares = [[100 * cell / max(1, sum(row)) for cell in row] for row in matrix]
+    side = 3 + 0.36 * min(len(classes), 40)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of the true class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    if len(classes) <= 40:  # more names or numbers would lie on one another
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for y, row in enumerate(shares):
+            for x, share in enumerate(row):
+                color = "black" if share > 60 else "white"
+                axes.text(x, y, f"{share:.0f}", ha="center", va="center", color=color, fontsize=7)
     figure.savefig(file, format="png", dpi=110)

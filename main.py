@@ -10,7 +10,6 @@ import sys
 import time
 
 import torch
-from torch import nn
 
 import data
 import figures
@@ -168,8 +167,8 @@ def knn_accuracy(bank, queries, images: data.Data, args) -> tuple[float, float]:
 
 
 def raw_pixels_accuracy(views, images: data.Data, args, amp) -> float:
-    """kNN top-1 on the normalised pixels, at most 3 x 32 x 32 of them."""
-    pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(args.image_size, 32)), nn.Flatten())
+    """kNN top-1 without any encoder."""
+    pixels = utils.raw_pixels(args.image_size)
     parts = (images.train_images, images.test_images)
     bank, queries = (utils.features(pixels, views.plain, part, amp) for part in parts)
     return knn_accuracy(bank, queries, images, args)[0]

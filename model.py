@@ -157,18 +157,21 @@ class SimSiam(nn.Module):
         return loss, z1.detach()
 
 
-class Classifier(nn.Module):
-    """A backbone and a linear head on its pooled features: what linear evaluation trains.
+def linear_head(features: int, classes: int) -> nn.Linear:
+    """The head of linear evaluation as the authors start it: weight ~ N(0, 0.01), bias 0."""
+    head = nn.Linear(features, classes)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
 
-    The head starts as the authors': weight ~ N(0, 0.01), bias 0. N x 3 x H x W -> N x classes.
-    """
+
+class Classifier(nn.Module):
+    """A backbone and a linear head on its pooled features: N x 3 x H x W -> N x classes."""
 
     def __init__(self, backbone: nn.Module, features: int, classes: int):
         super().__init__()
         self.backbone = backbone
-        self.fc = nn.Linear(features, classes)
-        nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
+        self.fc = linear_head(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.backbone(x))
@@ -184,3 +187,46 @@ def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, i
     image = torch.zeros(1, 3, image_size, image_size)
     flops, params = thop.profile(whole, inputs=(image,), verbose=False)
     return int(params), int(flops)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def load_strictly(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Weights into a network. Raises ValueError naming what is missing, strange or misshapen."""
+    ours = net.state_dict()
+    for name in sorted(ours.keys() ^ weights.keys()):
+        raise ValueError(f"its weights do not fit its arguments: {name}")
+    for name, value in weights.items():
+        if not isinstance(value, Tensor) or value.shape != ours[name].shape:
+            raise ValueError(f"its weights do not fit its arguments: shape of {name}")
+    net.load_state_dict(weights)
+
+
+def pretrained_backbone(state: dict) -> tuple[nn.Module, int]:
+    """The backbone in a checkpoint of main.py, and the number of its features.
+
+    Raises ValueError where weights and arguments do not fit.
+    """
+    args = state["args"]
+    try:
+        net = SimSiam(*(args[name] for name in SIMSIAM_ARGS))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its arguments are not main.py's: {error}") from error
+    load_strictly(net, state["model"])
+    return net.backbone, net.projector[0].in_features
+
+
+def classifier(state: dict) -> Classifier:
+    """The classifier in a checkpoint of linear.py. Raises ValueError as `pretrained_backbone`."""
+    try:
+        args = state["args"]["encoder"]
+        body, features = backbone(args["arch"], args["stem"], args["width"])
+        net = Classifier(body, features, len(state["classes"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its arguments are not linear.py's: {error}") from error
+    load_strictly(net, state["model"])
+    return net
+
+
+SIMSIAM_ARGS = ("arch", "stem", "feature_dim", "projector_layers", "width")

@@ -207,11 +207,16 @@ KNN_FLOATS = 2**26  # similarities held at once: 256 MB of them, whatever the si
 
 @torch.no_grad()
 def features(
-    backbone: nn.Module, transform: Callable[[Tensor], Tensor], images: Tensor, amp: torch.autocast
+    backbone: nn.Module,
+    transform: Callable[[Tensor], Tensor],
+    images: Tensor,
+    amp: torch.autocast,
+    normalise: bool = True,
 ) -> Tensor:
-    """L2-normalised features of all `images`, in eval mode: N x 3 x H x W -> fp32, N x features.
+    """Features of all `images`, in eval mode: N x 3 x H x W -> fp32, N x features.
 
-    The backbone is left in the mode it was in; no parameter or buffer of it changes.
+    L2-normalised, as the kNN needs them, or as they are. The backbone is left in the mode it was
+    in; no parameter or buffer of it changes.
     """
     training = backbone.training
     backbone.eval()
@@ -219,9 +224,15 @@ def features(
     for chunk in images.split(512):
         x = transform(chunk)
         with amp:
-            rows.append(F.normalize(backbone(x).float(), dim=1))
+            rows.append(backbone(x).float())
     backbone.train(training)
-    return torch.cat(rows)
+    found = torch.cat(rows)
+    return F.normalize(found, dim=1) if normalise else found
+
+
+def raw_pixels(image_size: int) -> nn.Module:
+    """The baseline of every encoder: the normalised pixels, at most 3 x 32 x 32 of them."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(min(image_size, 32)), nn.Flatten())
 
 
 @torch.no_grad()

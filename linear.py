@@ -1,0 +1,513 @@
+"""Judge a pre-trained encoder: a linear head on its frozen features; evaluate; predict.
+
+python linear.py --model_path results/2048_200_512_800_model.pth
+python linear.py --model_path results/..._linear_model.pth --evaluate_only
+python linear.py --model_path results/..._linear_model.pth --predict a.jpg my_images/
+"""
+
+import argparse
+import copy
+import os
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import figures
+import model
+import utils
+from utils import number
+
+# lr is per 256 images. sgd: after MoCo; paper, App. D. lars: the authors' code, for ImageNet.
+RECIPES = {
+    "sgd": {"lr": [30.0], "batch_size": 256},
+    "lars": {"lr": [0.1], "batch_size": 4096},
+}
+STATISTICS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_acc@1",
+    "train_acc@5",
+    "test_loss",
+    "test_acc@1",
+    "test_acc@5",
+    "seconds",
+)
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils.Parser]:
+    """The flags, filled up from the optimizer's recipe."""
+    parser = utils.Parser(prog="linear.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument_group("what").add_argument
+    add(
+        "--model_path",
+        default="results/2048_200_512_800_model.pth",
+        help="a checkpoint of main.py; with --evaluate_only and --predict, one of linear.py",
+    )
+    add(
+        "--evaluate_only",
+        action="store_true",
+        help="score a linear model's test set, train nothing",
+    )
+    add("--predict", nargs="+", metavar="FILE", help="classes of images, and of folders of them")
+    add("--out_csv", help="write what --predict finds to this file too")
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data_name",
+        help="judge on another data set than the pre-training's: " + ", ".join(data.DATA_NAMES),
+    )
+    add(
+        "--data_root", help="where it is (as in pre-training; data where that was another data set)"
+    )
+    add(
+        "--label_fraction",
+        type=number(float, 1e-9, 1),
+        default=1.0,
+        help="use a class-balanced, seeded fraction of the labels (1)",
+    )
+    add = parser.add_argument_group("protocol").add_argument
+    add("--cached", action="store_true", help="no augmentation: extract the features once")
+    add("--optimizer", default="sgd", choices=list(RECIPES), help="sgd or lars (sgd)")
+    add("--batch_size", type=number(int, 1), help="images a step (sgd: 256, lars: 4096)")
+    add("--epochs", type=number(int, 1), default=90, help="sweeps over the training set (90)")
+    add(
+        "--lr",
+        type=number(float, 1e-12),
+        nargs="+",
+        help="base learning rate, per 256 images (sgd: 30, lars: 0.1); of several, the best on a "
+        "held-out tenth of the training set",
+    )
+    utils.run_flags(parser)
+
+    args = parser.parse_args(argv)
+    for name, value in RECIPES[args.optimizer].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.evaluate_only and args.predict:
+        parser.error("--evaluate_only and --predict: choose one")
+    if args.out_csv and not args.predict:
+        parser.error("--out_csv: goes with --predict")
+    if args.data_name is not None and args.data_name not in data.DATA_NAMES:
+        parser.error(f"--data_name {args.data_name}: choose one of {', '.join(data.DATA_NAMES)}")
+    return args, parser
+
+
+# ---- fitting ------------------------------------------------------------------------------------
+
+
+def make_optimizer(args, heads: nn.ModuleList, lrs: list[float]) -> torch.optim.Optimizer:
+    """One parameter group a head, each with its own base lr (per 256 images); no weight decay."""
+    groups = [
+        {"params": list(head.parameters()), "peak": lr * args.batch_size / 256, "lr": lr}
+        for head, lr in zip(heads, lrs, strict=True)
+    ]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    try:
+        from timm.optim import Lars
+    except ImportError as error:
+        raise ValueError("--optimizer lars: needs timm: pip install timm") from error
+    # Without weight decay timm's LARS adapts only if told to; apex's, the authors', always does.
+    return Lars(groups, momentum=0.9, trust_coeff=0.001, eps=1e-8, always_adapt=True)
+
+
+def train(heads, optimizer, loader, embed, epoch, epochs, progress):
+    """One epoch of all heads side by side. Returns mean loss, top-1 and top-5, heads x 3.
+
+    `embed(images, epoch, step)` gives the frozen features, N x features. The heads do not touch
+    one another: the sum of their losses has for each head the gradient of its own.
+    """
+    sums, seen = torch.zeros(len(heads), 3, device=loader.device), 0
+    for step, (inputs, labels) in loader.epoch(epoch):
+        features = embed(inputs, epoch, step)
+        share = utils.schedule(epoch + step / len(loader), epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        logits = [head(features) for head in heads]
+        losses = [F.cross_entropy(scores, labels) for scores in logits]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for i, scores in enumerate(logits):
+                sums[i] += len(labels) * torch.stack([losses[i], *hits(scores, labels)])
+        seen += len(labels)
+        progress(step, sums[0, :2] * (step + 1) / seen)
+    return sums / seen
+
+
+def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of right classes and of right classes among the best five (or all, if fewer)."""
+    right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return right[:, 0].float().mean(), right.any(1).float().mean()
+
+
+@torch.no_grad()
+def evaluate(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Loss, top-1 and top-5 (percent) of a head on features."""
+    logits = head(features)
+    top1, top5 = hits(logits, labels)
+    return F.cross_entropy(logits, labels).item(), 100 * top1.item(), 100 * top5.item()
+
+
+def fit(heads, optimizer, loader, embed, args, start: int = 0):
+    """Trains from epoch `start` on; yields each epoch's number and its means, heads x 3."""
+    smaller = "the same command with --cached"
+    for epoch in range(start, args.epochs):
+        with utils.Progress(epoch, args, len(loader), ("loss", "acc"), smaller) as progress:
+            means = train(heads, optimizer, loader, embed, epoch, args.epochs, progress)
+        yield epoch, means
+
+
+def best_on_held_out(lrs, head, inputs, labels, embed, plain_features, args) -> float:
+    """The lr whose head does best on a held-out tenth of the training set, trained on the rest."""
+    kept = data.subset(labels.cpu(), len(labels) - max(1, len(labels) // 10), args.seed)
+    kept = kept.to(labels.device)
+    out = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    out[kept] = False
+    heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
+    optimizer = make_optimizer(args, heads, lrs)
+    loader = make_loader(inputs[kept], labels[kept], args)
+    for _ in fit(heads, optimizer, loader, embed, args):
+        pass
+    features = plain_features(inputs[out])
+    scores = [evaluate(head, features, labels[out])[1] for head in heads]
+    for lr, score in zip(lrs, scores, strict=True):
+        utils.say(f"--lr {lr:g}: {score:.2f} % of the held-out tenth of the training set")
+    return lrs[scores.index(max(scores))]
+
+
+def pixels_baseline(images: data.Data, views, amp, args) -> float:
+    """Test top-1 of a linear head on raw pixels: the same fit, at the best of four lr.
+
+    The best on the test set, which favours the baseline: pixels have another scale than features.
+    """
+    pixels = utils.raw_pixels(views.size)
+    parts = (images.train_images, images.test_images)
+    inputs, test = (utils.features(pixels, views.plain, part, amp, False) for part in parts)
+    lrs = [args.lr[0] * share for share in (1, 0.1, 0.01, 0.001)]
+    head = model.linear_head(inputs.shape[1], len(images.classes)).to(inputs.device)
+    heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
+    loader = make_loader(inputs, images.train_labels, args)
+    for _ in fit(heads, make_optimizer(args, heads, lrs), loader, lambda x, *when: x, args):
+        pass
+    return max(evaluate(head, test, images.test_labels)[1] for head in heads)
+
+
+def make_loader(inputs: Tensor, labels: Tensor, args) -> data.Loader:
+    batch_size = min(args.batch_size, len(labels))
+    return data.Loader([inputs, labels], batch_size, args.seed, keep_last=True)
+
+
+# ---- the frozen encoder -------------------------------------------------------------------------
+
+
+class Frozen:
+    """The proof that an encoder stays as it was: every parameter and buffer, bit for bit."""
+
+    def __init__(self, encoder: nn.Module):
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.before = {name: value.clone() for name, value in encoder.state_dict().items()}
+
+    def check(self) -> None:
+        """Raises RuntimeError that names what changed."""
+        for name, value in self.encoder.state_dict().items():
+            if not torch.equal(value, self.before[name]):
+                raise RuntimeError(f"the encoder is not frozen: {name} changed")
+
+
+# ---- the commands -------------------------------------------------------------------------------
+
+
+def built(make, state: dict, args):
+    """What `make` builds of a checkpoint; what does not fit is said of its file."""
+    try:
+        return make(state)
+    except ValueError as error:
+        raise ValueError(f"--model_path {args.model_path}: {error}") from error
+
+
+def load_images(args, source: dict) -> data.Data:
+    """The data set of the flags or, where they are silent, of a checkpoint's arguments."""
+    same = args.data_name in (None, source["data_name"])
+    if args.data_root is None:
+        args.data_root = source["data_root"] if same else "data"
+    args.data_name = args.data_name or source["data_name"]
+    size = source.get("image_size") or source["encoder"]["image_size"]
+    images = data.load(args.data_name, args.data_root, size, args.num_workers)
+    if images.test_images is None:
+        raise ValueError(f"--data_root {args.data_root}: has no labelled test images to score with")
+    if same and source.get("train_size") is not None:
+        images = images.subset(source["train_size"], source["seed"])
+    labelled = images.train_labels >= 0
+    images.train_images = images.train_images[labelled]
+    images.train_labels = images.train_labels[labelled]
+    return images
+
+
+def make_views(encoder: dict, seed: int = 0) -> data.Views:
+    """Random resized crop (scale 0.08 to 1) and flip; `plain` is the test transform."""
+    return data.Views(
+        encoder["image_size"],
+        encoder["mean"],
+        encoder["std"],
+        crop_scale=(0.08, 1.0),
+        jitter_p=0,
+        gray_p=0,
+        seed=seed,
+    )
+
+
+def linear_evaluation(args, parser) -> None:
+    """Fit a linear head on the frozen encoder of --model_path."""
+    with parser.bad_input():
+        device = utils.pick_device(args.device)
+        amp = utils.autocast(device, args.amp)
+        pretrained = utils.load_checkpoint(args.model_path)
+        source = pretrained["args"]
+        if "encoder" in source:
+            raise ValueError(
+                f"--model_path {args.model_path}: is a linear model; give the pre-trained one, or "
+                "add --evaluate_only or --predict"
+            )
+        backbone, width = built(model.pretrained_backbone, pretrained, args)
+        images = load_images(args, source)
+        keys = ("arch", "stem", "width", "image_size", "mean", "std")
+        args.encoder = {key: source[key] for key in keys}
+        if args.name is None:
+            parts = [source["name"], "linear"]
+            parts += ["cached"] if args.cached else []
+            parts += [args.optimizer] if args.optimizer != "sgd" else []
+            parts += [args.data_name] if args.data_name != source["data_name"] else []
+            parts += [f"{args.label_fraction:g}"] if args.label_fraction < 1 else []
+            args.name = "_".join(parts)
+        run = os.path.join(args.out, args.name)
+        checkpoint = utils.earlier(run, args)
+        if args.label_fraction < 1:
+            number = max(1, round(args.label_fraction * len(images.train_labels)))
+            images = images.subset(number, args.seed)
+        images = images.to(device)
+        torch.manual_seed(args.seed)
+        net = model.Classifier(backbone, width, len(images.classes))
+        make_optimizer(args, nn.ModuleList([net.fc]), args.lr[:1])  # is its library there?
+        os.makedirs(args.out, exist_ok=True)
+    views = make_views(args.encoder, args.seed)
+    params, flops = model.params_and_flops(net, views.size)
+    net.to(device, memory_format=torch.channels_last)
+    frozen = Frozen(net.backbone)
+    protocol = "Linear, cached" if args.cached else "Linear"
+    if args.label_fraction < 1:
+        protocol += f", {100 * args.label_fraction:g}% of labels"
+    utils.say(
+        f"{run}: {protocol}, {args.encoder['arch']}: {params / 1e6:.2f}M parameters, "
+        f"{flops / 1e6:.2f}M multiply-adds an image (thop's FLOPs), on {device}\n"
+        f"{args.data_name}: {len(images.train_images)} training images, "
+        f"{len(images.test_images)} test images, {len(images.classes)} classes, {views.size} pixels"
+    )
+
+    def plain_features(part: Tensor) -> Tensor:
+        return utils.features(net.backbone, views.plain, part, amp, False)
+
+    @torch.no_grad()
+    def augmented_features(part: Tensor, epoch: int, step: int) -> Tensor:
+        views.seed(epoch, step)
+        x = views(part)
+        with amp:
+            return net.backbone(x).float()
+
+    test_features = plain_features(images.test_images)  # of a frozen encoder: once for all epochs
+    inputs, embed, held_out_features = images.train_images, augmented_features, plain_features
+    if args.cached:
+        inputs = plain_features(images.train_images)
+        embed, held_out_features = (lambda x, *when: x), (lambda x: x)
+
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+        frozen.check()  # the same encoder as then
+        lr, baseline, history = (checkpoint[key] for key in ("lr", "baseline", "history"))
+    else:
+        lr, history = args.lr[0], []
+        baseline = pixels_baseline(images, views, amp, args)
+        utils.say(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
+        if len(args.lr) > 1:
+            lr = best_on_held_out(
+                args.lr, net.fc, inputs, images.train_labels, embed, held_out_features, args
+            )
+            utils.say(f"chosen: --lr {lr:g}; fitted again on the whole training set")
+    heads = nn.ModuleList([net.fc])
+    optimizer = make_optimizer(args, heads, [lr])
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        utils.say(f"resumed after epoch {checkpoint['epoch']} of {args.epochs}")
+    loader = make_loader(inputs, images.train_labels, args)
+
+    saved = shown = time.perf_counter()
+    started = time.perf_counter()
+    for epoch, means in fit(heads, optimizer, loader, embed, args, start=len(history)):
+        frozen.check()
+        loss, top1, top5 = means[0].tolist()
+        test = evaluate(net.fc, test_features, images.test_labels)
+        now = time.perf_counter()
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": loss,
+                "train_acc@1": 100 * top1,
+                "train_acc@5": 100 * top5,
+                "test_loss": test[0],
+                "test_acc@1": test[1],
+                "test_acc@5": test[2],
+                "seconds": now - started,
+            }
+        )
+        started, last = now, epoch + 1 == args.epochs
+        if last or now - shown > 1:  # cached epochs take a blink: neither print nor save them all
+            shown = now
+            utils.say(
+                f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} train {100 * top1:.2f} % "
+                f"test {test[1]:.2f} %"
+            )
+        if last or now - saved > 10:
+            saved = now
+            utils.save_checkpoint(
+                f"{run}_model.pth",
+                model=net.state_dict(),
+                optimizer=optimizer.state_dict(),
+                epoch=epoch + 1,
+                step=0,
+                history=history,
+                args=vars(args),
+                classes=images.classes,
+                lr=lr,
+                baseline=baseline,
+            )
+            utils.write_csv(f"{run}_statistics.csv", history, STATISTICS)
+
+    best = max(row["test_acc@1"] for row in history)
+    utils.add_result(
+        os.path.join(args.out, "results.csv"),
+        {
+            "protocol": protocol,
+            "data": utils.data_label(args),
+            "arch": args.encoder["arch"],
+            "params_m": params / 1e6,
+            "flops_g": flops / 1e9,
+            "batch_size": args.batch_size,
+            "epochs": args.epochs,
+            "top1": history[-1]["test_acc@1"],
+            "top5": history[-1]["test_acc@5"],
+            "best_top1": best,
+            "seconds": sum(row["seconds"] for row in history),
+            "device": device.type,
+            "run": args.name,
+        },
+    )
+    knn = pretrained["history"][-1].get("test_acc@1")
+    utils.say(
+        f"linear top-1 {history[-1]['test_acc@1']:.2f} % (best epoch {best:.2f} %), top-5 "
+        f"{history[-1]['test_acc@5']:.2f} %; raw pixels {baseline:.2f} %"
+        + (f"; kNN at the end of pre-training {knn:.2f} %" if knn is not None else "")
+        + f"\nwrote {run}_model.pth and {run}_statistics.csv"
+    )
+
+
+def load_linear_model(args, device) -> tuple[model.Classifier, dict]:
+    """The classifier in --model_path, on the device in eval mode, and the checkpoint's content."""
+    state = utils.load_checkpoint(args.model_path)
+    if "encoder" not in state["args"] or "classes" not in state:
+        raise ValueError(
+            f"--model_path {args.model_path}: is not a linear model; make one with "
+            f"python linear.py --model_path {args.model_path}"
+        )
+    net = built(model.classifier, state, args)
+    return net.to(device, memory_format=torch.channels_last).eval(), state
+
+
+def evaluate_only(args, parser) -> None:
+    """Score a saved linear model: top-1, top-5, each class, a confusion matrix. Trains nothing."""
+    with parser.bad_input():
+        device = utils.pick_device(args.device)
+        amp = utils.autocast(device, args.amp)
+        net, state = load_linear_model(args, device)
+        images = load_images(args, state["args"])
+        classes = state["classes"]
+        strange = sorted(set(images.classes) - set(classes))
+        if strange:
+            raise ValueError(
+                f"--data_root {args.data_root}: class {strange[0]} is not one of the linear model's"
+            )
+        os.makedirs(args.out, exist_ok=True)
+    order = torch.tensor([classes.index(name) for name in images.classes])
+    labels = order[images.test_labels].to(device)  # numbered as in training
+    encoder = state["args"]["encoder"]
+    features = utils.features(
+        net.backbone, make_views(encoder).plain, images.test_images.to(device), amp, False
+    )
+    loss, top1, top5 = evaluate(net.fc, features, labels)
+    predicted = net.fc(features).argmax(1)
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    matrix.index_put_((labels.cpu(), predicted.cpu()), torch.tensor(1), accumulate=True)
+    for i, name in enumerate(classes):
+        if matrix[i].sum():
+            share = 100 * matrix[i, i] / matrix[i].sum()
+            utils.say(f"{name}: {share:.1f} % of {matrix[i].sum()}")
+    picture = os.path.join(args.out, f"{args.name or state['args']['name']}_confusion.png")
+    with utils.whole_file(picture) as file:
+        figures.confusion(matrix.tolist(), classes, f"top-1 {top1:.2f} %", file)
+    utils.say(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}; wrote {picture}")
+
+
+@torch.no_grad()
+def predict(args, parser) -> None:
+    """Classes and scores of image files."""
+    with parser.bad_input():
+        device = utils.pick_device(args.device)
+        amp = utils.autocast(device, args.amp)
+        net, state = load_linear_model(args, device)
+        files = []
+        for path in map(Path, args.predict):
+            files += data.list_folder(path, labelled=False)[0] if path.is_dir() else [path]
+        encoder, classes = state["args"]["encoder"], state["classes"]
+        images = data.decode(files, encoder["image_size"], args.num_workers)
+    features = utils.features(
+        net.backbone, make_views(encoder).plain, images.to(device), amp, False
+    )
+    best = net.fc(features).softmax(1).topk(min(5, len(classes)))
+    rows = []
+    for path, scores, numbers in zip(
+        files, best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        row = {"file": str(path)}
+        for i, (score, label) in enumerate(zip(scores, numbers, strict=True)):
+            place = "" if i == 0 else f"_{i + 1}"
+            row |= {f"class{place}": classes[label], f"score{place}": score}
+        rows.append(row)
+    table = pandas.DataFrame(rows)
+    utils.say(table.to_string(index=False, float_format=lambda score: f"{score:.3f}"))
+    if args.out_csv:
+        with parser.bad_input():
+            utils.write_csv(args.out_csv, rows, tuple(table.columns))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, parser = parse_args(argv)
+    if args.predict:
+        predict(args, parser)
+    elif args.evaluate_only:
+        evaluate_only(args, parser)
+    else:
+        linear_evaluation(args, parser)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; go on with the same command and --resume")
