@@ -314,12 +314,14 @@ def linear_evaluation(args, parser) -> None:
     def plain_features(part: Tensor) -> Tensor:
         return utils.features(net.backbone, views.plain, part, amp, False)
 
+    encoder = torch.compile(net.backbone) if args.compile else net.backbone
+
     @torch.no_grad()
     def augmented_features(part: Tensor, epoch: int, step: int) -> Tensor:
         views.seed(epoch, step)
         x = views(part)
         with amp:
-            return net.backbone(x).float()
+            return encoder(x).float()
 
     test_features = plain_features(images.test_images)  # of a frozen encoder: once for all epochs
     inputs, embed, held_out_features = images.train_images, augmented_features, plain_features

@@ -103,8 +103,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     flag(group, "k", count, "neighbours that vote in the kNN", 200)
     flag(group, "temperature", positive, "of the kNN's vote", 0.1)
     flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
-    group = utils.run_flags(parser)
-    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    utils.run_flags(parser)
 
     args = parser.parse_args(argv)
     if args.data_name not in data.DATA_NAMES:

@@ -54,7 +54,7 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     return parse
 
 
-def run_flags(parser: Parser) -> argparse._ArgumentGroup:
+def run_flags(parser: Parser) -> None:
     """The flags that every command has for its run."""
     group = parser.add_argument_group("run")
     add = group.add_argument
@@ -66,13 +66,13 @@ def run_flags(parser: Parser) -> argparse._ArgumentGroup:
         choices=("auto", "bf16", "off"),
         help="auto: bf16 on cuda when supported, off elsewhere (auto)",
     )
+    add("--compile", action="store_true", help="torch.compile the network")
     add("--num_workers", type=number(int, 0), default=2, help="threads that decode a folder (2)")
     add("--out", default="results", help="folder of what a run writes (results)")
     add("--name", type=file_name, help="the run's name, instead of one made of its flags")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--resume", action="store_true", help="go on with this run's checkpoint")
     one.add_argument("--overwrite", action="store_true", help="replace this run's files")
-    return group
 
 
 def file_name(text: str) -> str:
