@@ -411,4 +411,5 @@ def add_result(path: str | Path, row: dict) -> None:
     if Path(path).is_file():
         rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
     same = lambda old: (old["protocol"], old["run"]) == (row["protocol"], row["run"])  # noqa: E731
+    row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}  # as the others
     write_csv(path, [old for old in rows if not same(old)] + [row], RESULTS)

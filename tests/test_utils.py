@@ -132,7 +132,7 @@ def test_results_gain_a_row_a_run_and_protocol(tmp_path):
     path = tmp_path / "results.csv"
     utils.add_result(path, {"protocol": "KNN", "run": "a", "top1": 50.0})
     utils.add_result(path, {"protocol": "Linear", "run": "a", "top1": 60.0})
-    utils.add_result(path, {"protocol": "KNN", "run": "b", "top1": 1.5})
+    utils.add_result(path, {"protocol": "KNN", "run": "b", "top1": 1.50000001})
     utils.add_result(path, {"protocol": "KNN", "run": "a", "top1": 51.0})
     table = pandas.read_csv(path)
     assert list(table.columns) == list(utils.RESULTS)
