@@ -60,7 +60,12 @@ RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT}
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils.Parser]:
     """The flags, filled up from the recipe."""
-    parser = utils.Parser(prog="main.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = utils.Parser(
+        prog="main.py",
+        description=__doc__.split("\n")[0],
+        epilog=f"(by recipe: ...): the defaults of {', '.join(RECIPES)}, in this order.",
+        allow_abbrev=False,
+    )
 
     def flag(group, name: str, kind, help: str, default=None, **more) -> None:
         if name in CIFAR:
@@ -77,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     flag(group, "data_name", str, "one of " + ", ".join(data.DATA_NAMES), "cifar10")
     flag(group, "data_root", str, "downloads go here; the images of `folder` are here", "data")
     flag(group, "train_size", count, "train on a class-balanced, seeded subset of this size")
-    flag(group, "image_size", number(int, 8), "side of the views, in pixels")
+    flag(group, "image_size", number(int, 8), "side of the views, in pixels; None: as the images")
     group = parser.add_argument_group("network")
     flag(group, "arch", str, f"{', '.join(model.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)")
     flag(group, "stem", str, "first layers of resnet18 to resnet152: cifar or imagenet")
