@@ -428,14 +428,17 @@ def to_gray(x: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Toward black (below 1) or away from it."""
     return (x * factor).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Toward the image's mean gray (below 1) or away from it."""
     return torch.lerp(to_gray(x).mean((1, 2, 3), keepdim=True), x, factor).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Toward each pixel's gray (below 1) or away from it."""
     return torch.lerp(to_gray(x), x, factor).clamp_(0, 1)
 
 
@@ -450,7 +453,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
         torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe),
     )
     hue = hue[:, None] + 6 * turns  # N x 1 x H x W
-    sector = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)
+    sector = 5 - 2 * torch.arange(3, device=x.device).view(3, 1, 1)
     k = (hue + sector).remainder_(6)  # N x 3 x H x W
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -543,10 +546,11 @@ class Views:
         return self.normalise(x)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """[0, 1] -> zero mean and unit variance over the data set, in channels_last memory."""
-        mean = torch.tensor(self.mean, device=x.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(3, 1, 1)
-        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        """[0, 1] -> zero mean and unit variance over the data set, channels_last; overwrites x."""
+        # In place and by scalars: a tensor made of `mean` each step would make the host wait.
+        for channel, mean, std in zip(x.unbind(1), self.mean, self.std, strict=True):
+            channel.sub_(mean).div_(std)
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 class Loader:
