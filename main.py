@@ -51,7 +51,7 @@ SHORT = CIFAR | {
     "arch": "resnet8",
     "feature_dim": 512,
     "batch_size": 64,
-    "epochs": 15,
+    "epochs": 20,
     "lr": 1.0,
     "fix_pred_lr": True,
 }
