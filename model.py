@@ -210,7 +210,8 @@ def pretrained_backbone(state: dict) -> tuple[nn.Module, int]:
     """
     args = state["args"]
     try:
-        net = SimSiam(*(args[name] for name in SIMSIAM_ARGS))
+        names = ("arch", "stem", "feature_dim", "projector_layers", "width")
+        net = SimSiam(*(args[name] for name in names))
     except (KeyError, TypeError) as error:
         raise ValueError(f"its arguments are not main.py's: {error}") from error
     load_strictly(net, state["model"])
@@ -227,6 +228,3 @@ def classifier(state: dict) -> Classifier:
         raise ValueError(f"its arguments are not linear.py's: {error}") from error
     load_strictly(net, state["model"])
     return net
-
-
-SIMSIAM_ARGS = ("arch", "stem", "feature_dim", "projector_layers", "width")
