@@ -7,6 +7,7 @@ Nothing is drawn from a global RNG: what a step sees is a function of (seed, epo
 import csv
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+# Images of so many pixels that PIL warns are refused here, and PIL need not say it too.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 DATA_NAMES = ("cifar10", "cifar100", "stl10", "svhn", "fashion_mnist", "folder", "textures")
 
 
@@ -27,6 +31,7 @@ class Data:
     """A data set in memory. Images: uint8, N x 3 x H x W. Labels: int64, N; -1 is "no label".
 
     Without test images (or without labels) there is nothing to score: `test_images` is None.
+    `bad`: the files that could not be read and were left out, each with the reason.
     """
 
     train_images: Tensor
@@ -34,11 +39,13 @@ class Data:
     test_images: Tensor | None
     test_labels: Tensor | None
     classes: list[str]
+    bad: list[str] = dataclasses.field(default_factory=list)
 
     def to(self, device: torch.device) -> "Data":
         """The same on `device`."""
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return Data(*(t if t is None else t.to(device) for t in tensors), self.classes)
+        moved = (t if t is None else t.to(device) for t in tensors)
+        return Data(*moved, self.classes, self.bad)
 
     def subset(self, size: int, seed: int) -> "Data":
         """`size` of the training images, class-balanced and seeded; all test images."""
@@ -50,7 +57,14 @@ class Data:
         )
 
 
-def load(name: str, root: str | Path, image_size: int | None = None, workers: int = 2) -> Data:
+def load(
+    name: str,
+    root: str | Path,
+    image_size: int | None = None,
+    workers: int = 2,
+    bad_images: str = "error",
+    test_only: bool = False,
+) -> Data:
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
     `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads.
@@ -61,7 +75,7 @@ def load(name: str, root: str | Path, image_size: int | None = None, workers: in
     if name == "textures":
         return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
     if name == "folder":
-        return load_folder(Path(root), image_size, workers)
+        return load_folder(Path(root), image_size, workers, bad_images, test_only)
     if name not in DATA_NAMES:
         raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
     return load_torchvision(name, Path(root))
@@ -116,8 +130,14 @@ def load_torchvision(name: str, root: Path) -> Data:
 # ---- the user's own images ----------------------------------------------------------------------
 
 
-def load_folder(root: Path, image_size: int | None = None, workers: int = 2) -> Data:
-    """The user's own images, each decoded once.
+def load_folder(
+    root: Path,
+    image_size: int | None = None,
+    workers: int = 2,
+    bad_images: str = "error",
+    test_only: bool = False,
+) -> Data:
+    """The user's own images, each decoded once; if `test_only`, no training image.
 
     `root` is one of
     - a folder with `train/<class>/*` and, to score with, `test/<class>/*` or `val/<class>/*`;
@@ -127,6 +147,8 @@ def load_folder(root: Path, image_size: int | None = None, workers: int = 2) -> 
 
     Each image's shorter side is resized to `image_size`, then its centre is cropped: the default
     is the median shorter side of (at most 100 of) the images, at most 96.
+
+    A file that cannot be read is an error or, if `bad_images` is "skip", left out.
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
@@ -160,16 +182,29 @@ def load_folder(root: Path, image_size: int | None = None, workers: int = 2) -> 
             if name is None or name not in number:
                 raise ValueError(f"{path}: its class {name} is not among the training classes")
     if image_size is None:
-        some = files[:: max(1, len(files) // 100)]
-        image_size = min(96, int(np.median([min(open_image(path).size) for path in some])))
-    data = Data(
-        decode(files, image_size, workers),
-        torch.tensor([number[name] for name in names]),
-        decode(test[0], image_size, workers) if test else None,
-        torch.tensor([number[name] for name in test[1]]) if test else None,
-        classes,
-    )
-    return data
+        image_size = usual_size(files[:: max(1, len(files) // 100)], bad_images)
+    bad: list[str] = []
+
+    def part(files: list[Path], names: list[str | None]) -> tuple[Tensor, Tensor]:
+        images, found = decode(files, image_size, workers, bad_images)
+        bad.extend(found.values())
+        good = [name for i, name in enumerate(names) if i not in found]
+        return images, torch.tensor([number[name] for name in good], dtype=torch.int64)
+
+    train = ([], []) if test_only and test else train
+    return Data(*part(*train), *(part(*test) if test else (None, None)), classes, bad)
+
+
+def usual_size(files: list[Path], bad_images: str) -> int:
+    """The median shorter side of some images, at most 96."""
+    sides = []
+    for path in files:
+        try:
+            sides.append(min(open_image(path).size))
+        except ValueError:
+            if bad_images == "error":
+                raise
+    return min(96, int(np.median(sides))) if sides else 32
 
 
 def list_folder(folder: Path, labelled: bool) -> tuple[list[Path], list[str | None]]:
@@ -198,11 +233,21 @@ def list_csv(path: Path) -> tuple[list[Path], list[str | None]]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """PIL's image, not decoded yet. Raises ValueError naming the file."""
+    """PIL's image, not decoded yet.
+
+    Raises ValueError naming the file; also for one of so many pixels that PIL warns of a bomb.
+    """
     try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        reason = "it does not exist" if isinstance(error, FileNotFoundError) else "not an image"
+        image = Image.open(path)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        return image
+    except Exception as error:  # a decoder fed with junk may raise anything
+        reason = {
+            FileNotFoundError: "it does not exist",
+            PermissionError: "no permission",
+            Image.DecompressionBombError: f"too large: {error}",
+        }.get(type(error), "not an image")
         raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from error
 
 
@@ -214,16 +259,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(files: list[Path], size: int, workers: int = 2) -> Tensor:
-    """Image files -> uint8, N x 3 x size x size: shorter side resized to `size`, centre cropped."""
+def decode(
+    files: list[Path], size: int, workers: int = 2, bad_images: str = "error"
+) -> tuple[Tensor, dict[int, str]]:
+    """Image files -> uint8, N x 3 x size x size: shorter side resized to `size`, centre cropped.
 
+    If `bad_images` is "skip", a file that cannot be read is left out, and the second result names
+    it: its place in `files`, and why. Else it raises ValueError naming it.
+    """
     images = np.empty((len(files), size, size, 3), np.uint8)
 
-    def one(i: int) -> None:
+    def one(i: int) -> str | None:
         try:
             image = to_rgb(open_image(files[i]))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{files[i]}: cannot be read ({error}); mend or remove it") from error
+        except Exception as error:  # a decoder fed with junk may raise anything
+            reason = str(error)
+            if not reason.startswith(str(files[i])):
+                reason = f"{files[i]}: cannot be read ({reason}); mend or remove it"
+            if bad_images == "error":
+                raise ValueError(reason) from error
+            return reason
         width, height = image.size
         if min(width, height) != size:
             scale = size / min(width, height)
@@ -231,12 +286,21 @@ def decode(files: list[Path], size: int, workers: int = 2) -> Tensor:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - size) // 2, (height - size) // 2
         images[i] = np.asarray(image.crop((left, top, left + size, top + size)))
+        return None
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         done = pool.map(one, range(len(files)))  # disable=None: a bar on a terminal only
-        for _ in tqdm(done, "decoding", len(files), leave=False, disable=None, unit="image"):
-            pass
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        bar = tqdm(done, "decoding", len(files), leave=False, disable=None, unit="image")
+        try:
+            bad = {i: reason for i, reason in enumerate(bar) if reason}
+        except ValueError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if files and len(bad) == len(files):
+        raise ValueError(next(iter(bad.values())))
+    if bad:
+        images = np.delete(images, list(bad), axis=0)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), bad
 
 
 def subset(labels: Tensor, size: int, seed: int) -> Tensor:

@@ -41,7 +41,7 @@ def curves(history: list[dict], title: str, file: IO[bytes]) -> None:
             axes.legend(loc="best", fontsize="small")
         elif column == "std":
             axes.set_ylim(0, 1.1)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title, fontsize="medium", parse_math=False)  # a name may have a $
     figure.savefig(file, format="png", dpi=110)
 
 
@@ -57,8 +57,8 @@ def confusion(matrix: list[list[int]], classes: list[str], title: str, file: IO[
     figure.colorbar(image, label="% of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(classes) <= 40:  # more names or numbers would lie on one another
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
     if len(classes) <= 20:
         for y, row in enumerate(shares):
             for x, share in enumerate(row):

@@ -7,6 +7,7 @@ python linear.py --model_path results/..._linear_model.pth --predict a.jpg my_im
 
 import argparse
 import copy
+import math
 import os
 import sys
 import time
@@ -41,9 +42,14 @@ STATISTICS = (
 )
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils.Parser]:
-    """The flags, filled up from the optimizer's recipe."""
-    parser = utils.Parser(prog="linear.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+def parse_args(
+    argv: list[str] | None = None, prog: str = "linear.py"
+) -> tuple[argparse.Namespace, utils.Parser, dict]:
+    """The flags, filled up from the optimizer's recipe; their parser; and those that `argv` gives.
+
+    Without --name, the name of a run that trains is None: it is made of its --model_path's.
+    """
+    parser = utils.Parser(prog=prog, description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument_group("what").add_argument
     add(
         "--model_path",
@@ -74,8 +80,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     add = parser.add_argument_group("protocol").add_argument
     add("--cached", action="store_true", help="no augmentation: extract the features once")
     add("--optimizer", default="sgd", choices=list(RECIPES), help="sgd or lars (sgd)")
-    add("--batch_size", type=number(int, 1), help="images a step (sgd: 256, lars: 4096)")
-    add("--epochs", type=number(int, 1), default=90, help="sweeps over the training set (90)")
+    add("--batch_size", type=number(int, 1, 2**31), help="images a step (sgd: 256, lars: 4096)")
+    add(
+        "--epochs", type=number(int, 1, 2**31), default=90, help="sweeps over the training set (90)"
+    )
     add(
         "--lr",
         type=number(float, 1e-12),
@@ -85,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     )
     utils.run_flags(parser)
 
-    args = parser.parse_args(argv)
+    args, given = parser.parse(argv)
     for name, value in RECIPES[args.optimizer].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -93,9 +101,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
         parser.error("--evaluate_only and --predict: choose one")
     if args.out_csv and not args.predict:
         parser.error("--out_csv: goes with --predict")
+    fitting = ("model_path", "device", "amp", "deterministic", "num_workers", "bad_images")
+    for mode, also in [
+        ("evaluate_only", ("data_name", "data_root", "out", "name")),
+        ("predict", ("out_csv",)),
+    ]:
+        for name in given.keys() - {mode, *fitting, *also} if getattr(args, mode) else ():
+            parser.error(f"--{name}: does not go with --{mode}")
     if args.data_name is not None and args.data_name not in data.DATA_NAMES:
         parser.error(f"--data_name {args.data_name}: choose one of {', '.join(data.DATA_NAMES)}")
-    return args, parser
+    if args.resume and args.resume is not True:
+        folder, name = utils.run_of(args.resume)
+        args.out, args.name = given.get("out", folder), given.get("name", name)
+    return args, parser, given
 
 
 # ---- fitting ------------------------------------------------------------------------------------
@@ -117,14 +135,14 @@ def make_optimizer(args, heads: nn.ModuleList, lrs: list[float]) -> torch.optim.
     return Lars(groups, momentum=0.9, trust_coeff=0.001, eps=1e-8, always_adapt=True)
 
 
-def train(heads, optimizer, loader, embed, epoch, epochs, progress):
-    """One epoch of all heads side by side. Returns mean loss, top-1 and top-5, heads x 3.
+def train(heads, optimizer, loader, embed, epoch, start, sums, epochs, after):
+    """One epoch of all heads side by side, from step `start` on; `after(step, means)` each step.
 
     `embed(images, epoch, step)` gives the frozen features, N x features. The heads do not touch
     one another: the sum of their losses has for each head the gradient of its own.
+    Adds to `sums` (heads x 3), image by image: loss, top-1 and top-5.
     """
-    sums, seen = torch.zeros(len(heads), 3, device=loader.device), 0
-    for step, (inputs, labels) in loader.epoch(epoch):
+    for step, (inputs, labels) in loader.epoch(epoch, start):
         features = embed(inputs, epoch, step)
         share = utils.schedule(epoch + step / len(loader), epochs)
         for group in optimizer.param_groups:
@@ -137,9 +155,7 @@ def train(heads, optimizer, loader, embed, epoch, epochs, progress):
         with torch.no_grad():
             for i, scores in enumerate(logits):
                 sums[i] += len(labels) * torch.stack([losses[i], *hits(scores, labels)])
-        seen += len(labels)
-        progress(step, sums[0, :2] * (step + 1) / seen)
-    return sums / seen
+        after(step, sums[0, :2] / loader.batch_size)  # of the first head: for the eye
 
 
 def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,13 +172,15 @@ def evaluate(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float, 
     return F.cross_entropy(logits, labels).item(), 100 * top1.item(), 100 * top5.item()
 
 
-def fit(heads, optimizer, loader, embed, args, start: int = 0):
-    """Trains from epoch `start` on; yields each epoch's number and its means, heads x 3."""
-    smaller = "the same command with --cached"
-    for epoch in range(start, args.epochs):
-        with utils.Progress(epoch, args, len(loader), ("loss", "acc"), smaller) as progress:
-            means = train(heads, optimizer, loader, embed, epoch, args.epochs, progress)
-        yield epoch, means
+def fit(heads, optimizer, loader, embed, args) -> None:
+    """Trains from the start to the end."""
+    for epoch in range(args.epochs):
+        sums = torch.zeros(len(heads), 3, device=loader.device)
+        with utils.Progress(epoch, args, len(loader), *SHOWN) as progress:
+            train(heads, optimizer, loader, embed, epoch, 0, sums, args.epochs, progress)
+
+
+SHOWN = ("loss", "acc"), "the same command with --cached"
 
 
 def best_on_held_out(lrs, head, inputs, labels, embed, plain_features, args) -> float:
@@ -174,8 +192,7 @@ def best_on_held_out(lrs, head, inputs, labels, embed, plain_features, args) -> 
     heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
     optimizer = make_optimizer(args, heads, lrs)
     loader = make_loader(inputs[kept], labels[kept], args)
-    for _ in fit(heads, optimizer, loader, embed, args):
-        pass
+    fit(heads, optimizer, loader, embed, args)
     features = plain_features(inputs[out])
     scores = [evaluate(head, features, labels[out])[1] for head in heads]
     for lr, score in zip(lrs, scores, strict=True):
@@ -195,8 +212,7 @@ def pixels_baseline(images: data.Data, views, amp, args) -> float:
     head = model.linear_head(inputs.shape[1], len(images.classes)).to(inputs.device)
     heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
     loader = make_loader(inputs, images.train_labels, args)
-    for _ in fit(heads, make_optimizer(args, heads, lrs), loader, lambda x, *when: x, args):
-        pass
+    fit(heads, make_optimizer(args, heads, lrs), loader, lambda x, *when: x, args)
     return max(evaluate(head, test, images.test_labels)[1] for head in heads)
 
 
@@ -225,25 +241,32 @@ class Frozen:
 # ---- the commands -------------------------------------------------------------------------------
 
 
-def built(make, state: dict, args):
-    """What `make` builds of a checkpoint; what does not fit is said of its file."""
-    try:
-        return make(state)
-    except ValueError as error:
-        raise ValueError(f"--model_path {args.model_path}: {error}") from error
+def load_images(args, source: dict, test_only: bool = False) -> data.Data:
+    """The data set of the flags or, where they are silent, of a checkpoint's arguments.
 
-
-def load_images(args, source: dict) -> data.Data:
-    """The data set of the flags or, where they are silent, of a checkpoint's arguments."""
+    Without its training images if `test_only`, where they can be left alone.
+    """
+    if (
+        any(type(source.get(name)) is not str for name in ("data_name", "data_root"))
+        or type(source.get("seed")) is not int
+        or not isinstance(source.get("train_size"), int | None)
+    ):
+        raise ValueError(f"--model_path {args.model_path}: its data set is not one of ours")
     same = args.data_name in (None, source["data_name"])
     if args.data_root is None:
         args.data_root = source["data_root"] if same else "data"
     args.data_name = args.data_name or source["data_name"]
-    size = source.get("image_size") or source["encoder"]["image_size"]
-    images = data.load(args.data_name, args.data_root, size, args.num_workers)
+    images = data.load(
+        args.data_name,
+        args.data_root,
+        source["encoder"]["image_size"],
+        args.num_workers,
+        args.bad_images,
+        test_only,
+    )
     if images.test_images is None:
         raise ValueError(f"--data_root {args.data_root}: has no labelled test images to score with")
-    if same and source.get("train_size") is not None:
+    if same and source.get("train_size") is not None and not test_only:
         images = images.subset(source["train_size"], source["seed"])
     labelled = images.train_labels >= 0
     images.train_images = images.train_images[labelled]
@@ -264,42 +287,92 @@ def make_views(encoder: dict, seed: int = 0) -> data.Views:
     )
 
 
-def linear_evaluation(args, parser) -> None:
+def load_pretrained(args) -> dict:
+    """The checkpoint of main.py in --model_path, its arguments with the encoder's own added."""
+    pretrained = utils.load_checkpoint(args.model_path)
+    if "encoder" in pretrained["args"]:
+        raise ValueError(
+            f"--model_path {args.model_path}: is a linear model; give the pre-trained one, or "
+            "add --evaluate_only or --predict"
+        )
+    with utils.about(f"--model_path {args.model_path}"):
+        pretrained["args"]["encoder"] = model.encoder_arguments(pretrained["args"])
+    if not pretrained["history"]:
+        raise ValueError(f"--model_path {args.model_path}: has no history")
+    return pretrained
+
+
+def run_name(args, source: dict) -> str:
+    """The name of a run: its --model_path's, and what is not the default."""
+    parts = [str(source.get("name")), "linear"]
+    parts += ["cached"] if args.cached else []
+    parts += [args.optimizer] if args.optimizer != "sgd" else []
+    parts += [args.data_name] if args.data_name not in (None, source.get("data_name")) else []
+    parts += [f"{args.label_fraction:g}"] if args.label_fraction < 1 else []
+    return "_".join(parts)
+
+
+def resumed(path: str, checkpoint: dict, args, parser, given: dict) -> argparse.Namespace:
+    """The arguments of a linear checkpoint, looked through as the command line is, and what is new.
+
+    Raises ValueError where they, or the command's, cannot be gone on with.
+    """
+    saved = parse_args(parser.as_argv(checkpoint["args"]), prog=f"linear.py: {path}")[0]
+    sums = checkpoint.get("sums")
+    if (
+        checkpoint["epoch"] != len(checkpoint["history"])
+        or not (utils.is_tensor(sums) and sums.shape == (1, 3) and bool(sums.isfinite().all()))
+        or any(type(checkpoint.get(key)) is not float for key in ("lr", "baseline", "seconds"))
+        or (saved.evaluate_only or saved.predict)
+    ):
+        raise ValueError(f"{path}: is damaged, or not a checkpoint of linear.py")
+    return utils.merged(saved, args, given, path, checkpoint["epoch"] == checkpoint["step"] == 0)
+
+
+def linear_evaluation(args, parser, given: dict) -> None:
     """Fit a linear head on the frozen encoder of --model_path."""
+    run = os.path.join(args.out, args.name)
     with parser.bad_input():
-        device = utils.pick_device(args.device)
-        amp = utils.autocast(device, args.amp)
-        pretrained = utils.load_checkpoint(args.model_path)
+        found = utils.earlier(run, args)
+        if found:
+            path, checkpoint = found
+            args = resumed(path, checkpoint, args, parser, given)
+        device, amp = utils.set_up(args)
+        pretrained = load_pretrained(args)
         source = pretrained["args"]
-        if "encoder" in source:
-            raise ValueError(
-                f"--model_path {args.model_path}: is a linear model; give the pre-trained one, or "
-                "add --evaluate_only or --predict"
-            )
-        backbone, width = built(model.pretrained_backbone, pretrained, args)
+        args.encoder = source["encoder"]
+        with utils.about(f"--model_path {args.model_path}"):
+            simsiam = model.pretrained(pretrained)
         images = load_images(args, source)
-        keys = ("arch", "stem", "width", "image_size", "mean", "std")
-        args.encoder = {key: source[key] for key in keys}
-        if args.name is None:
-            parts = [source["name"], "linear"]
-            parts += ["cached"] if args.cached else []
-            parts += [args.optimizer] if args.optimizer != "sgd" else []
-            parts += [args.data_name] if args.data_name != source["data_name"] else []
-            parts += [f"{args.label_fraction:g}"] if args.label_fraction < 1 else []
-            args.name = "_".join(parts)
-        run = os.path.join(args.out, args.name)
-        checkpoint = utils.earlier(run, args)
         if args.label_fraction < 1:
             number = max(1, round(args.label_fraction * len(images.train_labels)))
             images = images.subset(number, args.seed)
-        images = images.to(device)
+        images_crc = utils.crc(images.train_images)
         torch.manual_seed(args.seed)
-        net = model.Classifier(backbone, width, len(images.classes))
-        make_optimizer(args, nn.ModuleList([net.fc]), args.lr[:1])  # is its library there?
-        os.makedirs(args.out, exist_ok=True)
-    views = make_views(args.encoder, args.seed)
-    params, flops = model.params_and_flops(net, views.size)
-    net.to(device, memory_format=torch.channels_last)
+        width = simsiam.projector[0].in_features
+        net = model.Classifier(simsiam.backbone, width, len(images.classes))
+        if found:
+            same = (checkpoint.get("images_crc"), checkpoint.get("classes"))
+            if same != (images_crc, images.classes):
+                raise ValueError(f"--data_root {args.data_root}: not the images of {path}")
+            weights = net.backbone.state_dict(prefix="backbone.")
+            with utils.about(path):
+                model.load_strictly(net, checkpoint["model"])
+            if checkpoint["args"].get("encoder") != args.encoder or not all(
+                torch.equal(checkpoint["model"][name], value) for name, value in weights.items()
+            ):
+                raise ValueError(f"--model_path {args.model_path}: not the encoder of {path}")
+        images = images.to(device)
+        views = make_views(args.encoder, args.seed)
+        params, flops = model.params_and_flops(net, views.size)
+        net.to(device, memory_format=torch.channels_last)
+        lr = checkpoint["lr"] if found else args.lr[0]
+        heads = nn.ModuleList([net.fc])
+        optimizer = make_optimizer(args, heads, [lr])
+        if found:
+            with utils.about(path):
+                utils.restore(optimizer, checkpoint, net)
+        utils.list_bad_images(run, images.bad)
     frozen = Frozen(net.backbone)
     protocol = "Linear, cached" if args.cached else "Linear"
     if args.label_fraction < 1:
@@ -328,89 +401,117 @@ def linear_evaluation(args, parser) -> None:
     if args.cached:
         inputs = plain_features(images.train_images)
         embed, held_out_features = (lambda x, *when: x), (lambda x: x)
+    loader = make_loader(inputs, images.train_labels, args)
+    keeper = utils.Keeper(args.checkpoint_minutes)
 
-    if checkpoint:
-        net.load_state_dict(checkpoint["model"])
-        frozen.check()  # the same encoder as then
-        lr, baseline, history = (checkpoint[key] for key in ("lr", "baseline", "history"))
+    def save(epoch: int, step: int = 0) -> None:
+        utils.save_checkpoint(
+            run,
+            net,
+            optimizer,
+            epoch=epoch,
+            step=step,
+            sums=sums.cpu(),
+            seconds=time.perf_counter() - begun,
+            history=history,
+            args=vars(args),
+            images_crc=images_crc,
+            classes=images.classes,
+            lr=lr,
+            baseline=baseline,
+        )
+        keeper.kept()
+
+    def after(step: int, means: Tensor) -> None:
+        progress(step, means)
+        if keeper.due():
+            save(epoch, step + 1)
+
+    sums, begun, start = torch.zeros(1, 3, device=device), time.perf_counter(), 0
+    if found:
+        baseline, history, start = (checkpoint[key] for key in ("baseline", "history", "step"))
+        sums, begun = checkpoint["sums"].to(device), begun - checkpoint["seconds"]
+        utils.say(
+            f"resumed after epoch {len(history)} of {args.epochs}"
+            + f" and step {start} of {len(loader)}" * (start > 0)
+            + ": the run is finished" * (len(history) == args.epochs)
+        )
     else:
-        lr, history = args.lr[0], []
+        history = []
         baseline = pixels_baseline(images, views, amp, args)
         utils.say(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
         if len(args.lr) > 1:
             lr = best_on_held_out(
                 args.lr, net.fc, inputs, images.train_labels, embed, held_out_features, args
             )
+            optimizer = make_optimizer(args, heads, [lr])
             utils.say(f"chosen: --lr {lr:g}; fitted again on the whole training set")
-    heads = nn.ModuleList([net.fc])
-    optimizer = make_optimizer(args, heads, [lr])
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        utils.say(f"resumed after epoch {checkpoint['epoch']} of {args.epochs}")
-    loader = make_loader(inputs, images.train_labels, args)
+        begun = time.perf_counter()
+        save(0)
+        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
 
-    saved = shown = time.perf_counter()
-    started = time.perf_counter()
-    for epoch, means in fit(heads, optimizer, loader, embed, args, start=len(history)):
-        frozen.check()
-        loss, top1, top5 = means[0].tolist()
-        test = evaluate(net.fc, test_features, images.test_labels)
-        now = time.perf_counter()
-        history.append(
+    saved = said = time.perf_counter()
+    with keeper:
+        for epoch in range(len(history), args.epochs):
+            with utils.Progress(epoch, args, len(loader), *SHOWN, start) as progress:
+                train(heads, optimizer, loader, embed, epoch, start, sums, args.epochs, after)
+            frozen.check()
+            loss, top1, top5 = (sums[0] / len(loader.tensors[0])).tolist()
+            if not math.isfinite(loss):
+                raise utils.RunError(
+                    f"the loss is not finite in epoch {epoch + 1}, at --lr {lr:g}; {run}_model.pth "
+                    f"is from before. {utils.DIVERGED}"
+                )
+            test = evaluate(net.fc, test_features, images.test_labels)
+            now = time.perf_counter()
+            history.append(
+                {
+                    "epoch": epoch + 1,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "train_loss": loss,
+                    "train_acc@1": 100 * top1,
+                    "train_acc@5": 100 * top5,
+                    "test_loss": test[0],
+                    "test_acc@1": test[1],
+                    "test_acc@5": test[2],
+                    "seconds": now - begun,
+                }
+            )
+            sums, begun, start = torch.zeros_like(sums), now, 0
+            last = epoch + 1 == args.epochs
+            if last or now - said > 1:  # cached epochs take a blink: not all of them are said
+                said = now
+                utils.say(
+                    f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} train {100 * top1:.2f} % "
+                    f"test {test[1]:.2f} %"
+                )
+            if last or now - saved > 10:  # nor saved
+                saved = now
+                with utils.tried_again():
+                    utils.write_csv(f"{run}_statistics.csv", history, STATISTICS)
+                save(epoch + 1)
+    with utils.last_try():
+        utils.write_csv(f"{run}_statistics.csv", history, STATISTICS)
+        best = max(row["test_acc@1"] for row in history)
+        utils.add_result(
+            os.path.join(args.out, "results.csv"),
             {
-                "epoch": epoch + 1,
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": loss,
-                "train_acc@1": 100 * top1,
-                "train_acc@5": 100 * top5,
-                "test_loss": test[0],
-                "test_acc@1": test[1],
-                "test_acc@5": test[2],
-                "seconds": now - started,
-            }
+                "protocol": protocol,
+                "data": utils.data_label(args),
+                "arch": args.encoder["arch"],
+                "params_m": params / 1e6,
+                "flops_g": flops / 1e9,
+                "batch_size": args.batch_size,
+                "epochs": args.epochs,
+                "top1": history[-1]["test_acc@1"],
+                "top5": history[-1]["test_acc@5"],
+                "best_top1": best,
+                "seconds": sum(row["seconds"] for row in history),
+                "device": device.type,
+                "run": args.name,
+            },
         )
-        started, last = now, epoch + 1 == args.epochs
-        if last or now - shown > 1:  # cached epochs take a blink: neither print nor save them all
-            shown = now
-            utils.say(
-                f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} train {100 * top1:.2f} % "
-                f"test {test[1]:.2f} %"
-            )
-        if last or now - saved > 10:
-            saved = now
-            utils.save_checkpoint(
-                f"{run}_model.pth",
-                model=net.state_dict(),
-                optimizer=optimizer.state_dict(),
-                epoch=epoch + 1,
-                step=0,
-                history=history,
-                args=vars(args),
-                classes=images.classes,
-                lr=lr,
-                baseline=baseline,
-            )
-            utils.write_csv(f"{run}_statistics.csv", history, STATISTICS)
-
-    best = max(row["test_acc@1"] for row in history)
-    utils.add_result(
-        os.path.join(args.out, "results.csv"),
-        {
-            "protocol": protocol,
-            "data": utils.data_label(args),
-            "arch": args.encoder["arch"],
-            "params_m": params / 1e6,
-            "flops_g": flops / 1e9,
-            "batch_size": args.batch_size,
-            "epochs": args.epochs,
-            "top1": history[-1]["test_acc@1"],
-            "top5": history[-1]["test_acc@5"],
-            "best_top1": best,
-            "seconds": sum(row["seconds"] for row in history),
-            "device": device.type,
-            "run": args.name,
-        },
-    )
+        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # the run is complete
     knn = pretrained["history"][-1].get("test_acc@1")
     utils.say(
         f"linear top-1 {history[-1]['test_acc@1']:.2f} % (best epoch {best:.2f} %), top-5 "
@@ -423,22 +524,22 @@ def linear_evaluation(args, parser) -> None:
 def load_linear_model(args, device) -> tuple[model.Classifier, dict]:
     """The classifier in --model_path, on the device in eval mode, and the checkpoint's content."""
     state = utils.load_checkpoint(args.model_path)
-    if "encoder" not in state["args"] or "classes" not in state:
+    if "encoder" not in state["args"]:
         raise ValueError(
             f"--model_path {args.model_path}: is not a linear model; make one with "
             f"python linear.py --model_path {args.model_path}"
         )
-    net = built(model.classifier, state, args)
+    with utils.about(f"--model_path {args.model_path}"):
+        net = model.classifier(state)
     return net.to(device, memory_format=torch.channels_last).eval(), state
 
 
 def evaluate_only(args, parser) -> None:
     """Score a saved linear model: top-1, top-5, each class, a confusion matrix. Trains nothing."""
     with parser.bad_input():
-        device = utils.pick_device(args.device)
-        amp = utils.autocast(device, args.amp)
+        device, amp = utils.set_up(args)
         net, state = load_linear_model(args, device)
-        images = load_images(args, state["args"])
+        images = load_images(args, state["args"], test_only=True)
         classes = state["classes"]
         strange = sorted(set(images.classes) - set(classes))
         if strange:
@@ -446,6 +547,8 @@ def evaluate_only(args, parser) -> None:
                 f"--data_root {args.data_root}: class {strange[0]} is not one of the linear model's"
             )
         os.makedirs(args.out, exist_ok=True)
+    for line in images.bad:
+        utils.say(line)
     order = torch.tensor([classes.index(name) for name in images.classes])
     labels = order[images.test_labels].to(device)  # numbered as in training
     encoder = state["args"]["encoder"]
@@ -470,14 +573,16 @@ def evaluate_only(args, parser) -> None:
 def predict(args, parser) -> None:
     """Classes and scores of image files."""
     with parser.bad_input():
-        device = utils.pick_device(args.device)
-        amp = utils.autocast(device, args.amp)
+        device, amp = utils.set_up(args)
         net, state = load_linear_model(args, device)
         files = []
         for path in map(Path, args.predict):
             files += data.list_folder(path, labelled=False)[0] if path.is_dir() else [path]
         encoder, classes = state["args"]["encoder"], state["classes"]
-        images = data.decode(files, encoder["image_size"], args.num_workers)
+        images, bad = data.decode(files, encoder["image_size"], args.num_workers, args.bad_images)
+        files = [path for i, path in enumerate(files) if i not in bad]
+    for line in bad.values():
+        print(line, file=sys.stderr)
     features = utils.features(
         net.backbone, make_views(encoder).plain, images.to(device), amp, False
     )
@@ -499,17 +604,18 @@ def predict(args, parser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, parser = parse_args(argv)
+    args, parser, given = parse_args(argv)
     if args.predict:
         predict(args, parser)
     elif args.evaluate_only:
         evaluate_only(args, parser)
     else:
-        linear_evaluation(args, parser)
+        if args.name is None:
+            with parser.bad_input():
+                args.name = utils.file_name(run_name(args, load_pretrained(args)["args"]))
+        with utils.one_writer(os.path.join(args.out, args.name), parser):
+            linear_evaluation(args, parser, given)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; go on with the same command and --resume")
+    utils.run_command(main)

@@ -6,8 +6,8 @@ python main.py --batch_size 256 --epochs 800 # CIFAR-10, ResNet-18, one GPU
 
 import argparse
 import os
-import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -58,10 +58,12 @@ SHORT = CIFAR | {
 RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT}
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils.Parser]:
-    """The flags, filled up from the recipe."""
+def parse_args(
+    argv: list[str] | None = None, prog: str = "main.py"
+) -> tuple[argparse.Namespace, utils.Parser, dict]:
+    """The flags, filled up from the recipe; their parser; and those that `argv` gives."""
     parser = utils.Parser(
-        prog="main.py",
+        prog=prog,
         description=__doc__.split("\n")[0],
         epilog=f"(by recipe: ...): the defaults of {', '.join(RECIPES)}, in this order.",
         allow_abbrev=False,
@@ -77,18 +79,24 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
             help += f" ({default})"
         group.add_argument(f"--{name}", type=kind, default=default, help=help, **more)
 
-    count, positive = number(int, 1), number(float, 1e-12)
+    count, positive = number(int, 1, 2**31), number(float, 1e-12)
     group = parser.add_argument_group("data")
     flag(group, "data_name", str, "one of " + ", ".join(data.DATA_NAMES), "cifar10")
     flag(group, "data_root", str, "downloads go here; the images of `folder` are here", "data")
     flag(group, "train_size", count, "train on a class-balanced, seeded subset of this size")
-    flag(group, "image_size", number(int, 8), "side of the views, in pixels; None: as the images")
+    flag(
+        group,
+        "image_size",
+        number(int, 8, 1024),
+        "side of the views, in pixels; None: as the images",
+    )
     group = parser.add_argument_group("network")
     flag(group, "arch", str, f"{', '.join(model.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)")
     flag(group, "stem", str, "first layers of resnet18 to resnet152: cifar or imagenet")
-    flag(group, "width", count, "channels of the first stage of resnet8, resnet14, ... (16)")
-    flag(group, "feature_dim", number(int, 4), "d, the width of projector and output z")
-    flag(group, "projector_layers", count, "linear layers of the projector")
+    width = number(int, 1, 1024)
+    flag(group, "width", width, "channels of the first stage of resnet8, resnet14, ... (16)")
+    flag(group, "feature_dim", number(int, 4, 16384), "d, the width of projector and output z")
+    flag(group, "projector_layers", number(int, 1, 8), "linear layers of the projector")
     group = parser.add_argument_group("optimization")
     flag(
         group, "recipe", str, "defaults: cifar, imagenet or short (textures: short, others: cifar)"
@@ -110,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
     flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
     utils.run_flags(parser)
 
-    args = parser.parse_args(argv)
+    args, given = parser.parse(argv)
     if args.data_name not in data.DATA_NAMES:
         parser.error(f"--data_name {args.data_name}: choose one of {', '.join(data.DATA_NAMES)}")
     args.recipe = args.recipe or ("short" if args.data_name == "textures" else "cifar")
@@ -123,32 +131,45 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, utils
         parser.error(
             f"--warmup_epochs {args.warmup_epochs:g}: must be below --epochs {args.epochs}"
         )
-    if args.name is None:
+    if args.resume and args.resume is not True:
+        folder, name = utils.run_of(args.resume)
+        args.out, args.name = given.get("out", folder), given.get("name", name)
+    elif args.name is None:
         args.name = f"{args.feature_dim}_{args.k}_{args.batch_size}_{args.epochs}"
         if (args.data_name, args.arch) != ("cifar10", "resnet18"):
             args.name = f"{args.data_name}_{args.arch}_{args.name}"
-    return args, parser
+    return args, parser, given
 
 
-def train(net, optimizer, loader, views, epoch, args, amp, progress):
-    """One epoch (paper, Algorithm 1). Returns the mean loss and the mean std of z."""
-    net.train()
-    sums = torch.zeros(2, device=loader.device)  # they stay there: no sync a step
+def rate(args, progress: float) -> float:
+    """The learning rate `progress` epochs into the run."""
     peak = args.lr * args.batch_size / 256
-    for step, (images,) in loader.epoch(epoch):
+    return peak * utils.schedule(progress, args.epochs, args.warmup_epochs)
+
+
+def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after):
+    """One epoch (paper, Algorithm 1) from step `start` on; `after(step)` each step.
+
+    Adds to `sums`: the loss, the std of z, and 1 a step while all losses were finite.
+    """
+    net.train()
+    peak = args.lr * args.batch_size / 256
+    for step, (images,) in loader.epoch(epoch, start):
         views.seed(epoch, step)
         x1, x2 = views(images), views(images)  # the same pixels, two looks
-        lr = peak * utils.schedule(epoch + step / len(loader), args.epochs, args.warmup_epochs)
+        lr = rate(args, epoch + step / len(loader))
         for group in optimizer.param_groups:
             group["lr"] = peak if group["fix_lr"] else lr
         with amp:
             loss, z = net(x1, x2)
         optimizer.zero_grad()
         loss.backward()
+        sums[:2] += torch.stack([loss.detach(), utils.collapse_std(z)])  # no sync a step
+        finite = sums[0].isfinite().float()
+        sums[2] += finite
+        optimizer.found_inf = 1 - finite  # the fused step leaves a loss that is not finite out
         optimizer.step()
-        sums += torch.stack([loss.detach(), utils.collapse_std(z)])
-        progress(step, sums)
-    return (sums / len(loader)).tolist()
+        after(step)
 
 
 def monitor(net, views, images: data.Data, args, amp) -> dict:
@@ -187,35 +208,55 @@ COLLAPSE_ADVICE = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, parser = parse_args(argv)
+    args, parser, given = parse_args(argv)
+    with utils.one_writer(os.path.join(args.out, args.name), parser):
+        pretrain(args, parser, given)
+
+
+def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> None:
+    """A run from its set-up to its last file."""
     run = os.path.join(args.out, args.name)
     with parser.bad_input():
-        device = utils.pick_device(args.device)
-        amp = utils.autocast(device, args.amp)
-        checkpoint = utils.earlier(run, args)
-        torch.manual_seed(args.seed)
-        net = model.SimSiam(
-            args.arch, args.stem, args.feature_dim, args.projector_layers, args.width
+        found = utils.earlier(run, args)
+        if found:
+            path, checkpoint = found
+            args = resumed(path, checkpoint, args, parser, given)
+        device, amp = utils.set_up(args)
+        if found:
+            with utils.about(path):
+                net = model.pretrained(checkpoint)
+        else:
+            torch.manual_seed(args.seed)
+            names = ("arch", "stem", "feature_dim", "projector_layers", "width")
+            net = model.SimSiam(*(getattr(args, name) for name in names))
+        images = data.load(
+            args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images
         )
-        images = data.load(args.data_name, args.data_root, args.image_size, args.num_workers)
         if args.train_size is not None:
             images = images.subset(args.train_size, args.seed)
+        images_crc = utils.crc(images.train_images)
+        if found and checkpoint.get("images_crc", images_crc) != images_crc:
+            raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
         images = images.to(device)
         loader = data.Loader([images.train_images], args.batch_size, args.seed)
-        os.makedirs(args.out, exist_ok=True)
-    args.image_size = args.image_size or images.train_images.shape[-1]
+        utils.list_bad_images(run, images.bad)
+        args.image_size = args.image_size or images.train_images.shape[-1]
+        params, flops = model.params_and_flops(net, args.image_size)
+        net.to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(
+            [
+                {"params": net.encoder_parameters(), "fix_lr": False},
+                {"params": net.predictor.parameters(), "fix_lr": args.fix_pred_lr},
+            ],
+            lr=args.lr * args.batch_size / 256,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        if found:
+            with utils.about(path):
+                utils.restore(optimizer, checkpoint, net)
     views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
-    params, flops = model.params_and_flops(net, args.image_size)
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        [
-            {"params": net.encoder_parameters(), "fix_lr": False},
-            {"params": net.predictor.parameters(), "fix_lr": args.fix_pred_lr},
-        ],
-        lr=args.lr * args.batch_size / 256,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-    )
     utils.say(
         f"{run}: SimSiam {args.arch}, d = {args.feature_dim}: {params / 1e6:.2f}M parameters, "
         f"{flops / 1e6:.2f}M multiply-adds an image (thop's FLOPs), on {device}\n"
@@ -224,11 +265,50 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(images.classes)} classes, {args.image_size} pixels"
     )
 
-    if checkpoint:
-        net.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        history = checkpoint["history"]
-        utils.say(f"resumed after epoch {checkpoint['epoch']} of {args.epochs}")
+    def save(epoch: int, step: int = 0) -> None:
+        utils.save_checkpoint(
+            run,
+            net,
+            optimizer,
+            epoch=epoch,
+            step=step,
+            sums=sums.cpu(),
+            seconds=time.perf_counter() - begun,
+            history=history,
+            args=vars(args),
+            images_crc=images_crc,
+        )
+        keeper.kept()
+
+    def after(step: int) -> None:
+        seen = progress(step, sums[:2])
+        due = keeper.due()
+        if (seen or due or step + 1 == len(loader)) and not sums[0].isfinite():
+            at = int(sums[2])
+            raise utils.RunError(
+                f"the loss is not finite in epoch {epoch + 1}, step {at + 1}, at lr "
+                f"{rate(args, epoch + at / len(loader)):.3g}; that step was not applied, and "
+                f"{run}_model.pth is from before. {utils.DIVERGED}"
+            )
+        if due:
+            save(epoch, step + 1)
+
+    smaller = (
+        f"python main.py --data_name {args.data_name} --data_root {args.data_root} --recipe short"
+        " --epochs 5"
+    )
+    trained = torch.compile(net) if args.compile else net  # shares net's parameters
+    keeper = utils.Keeper(args.checkpoint_minutes)
+    sums, begun, start = torch.zeros(3, device=device), time.perf_counter(), 0
+    if found:
+        history, start = checkpoint["history"], checkpoint["step"]
+        if start:
+            sums, begun = checkpoint["sums"].to(device), begun - checkpoint["seconds"]
+        utils.say(
+            f"resumed after epoch {len(history) - 1} of {args.epochs}"
+            + f" and step {start} of {len(loader)}" * (start > 0)
+            + ": the run is finished" * (len(history) > args.epochs)
+        )
     else:
         history = [{"epoch": 0} | monitor(net, views, images, args, amp)]
         if images.test_images is None:
@@ -239,47 +319,75 @@ def main(argv: list[str] | None = None) -> None:
                 f"kNN top-1 before training: raw pixels {raw:.1f} %, "
                 f"untrained encoder {history[0]['test_acc@1']:.1f} %"
             )
+        save(0)
+        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
+    with keeper:
+        for epoch in range(len(history) - 1, args.epochs):
+            with utils.Progress(
+                epoch, args, len(loader), ("loss", "std"), smaller, start
+            ) as progress:
+                train(trained, optimizer, loader, views, epoch, start, sums, args, amp, after)
+            seconds = time.perf_counter() - begun
+            loss, std, _ = (sums / len(loader)).tolist()
+            row = {
+                "epoch": epoch + 1,
+                "lr": rate(args, epoch + 1 - 1 / len(loader)),
+                "train_loss": loss,
+                "std": std,
+                "images_per_sec": len(loader) * args.batch_size / seconds,
+            }
+            if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
+                with keeper.breaking_off(save, epoch, len(loader)):
+                    row |= monitor(net, views, images, args, amp)
+            row["seconds"] = time.perf_counter() - begun
+            history.append(row)
+            sums, begun, start = torch.zeros_like(sums), time.perf_counter(), 0
+            with utils.tried_again():
+                utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
+            save(epoch + 1)
+            utils.say(
+                f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} std {std:.2f}"
+                + (f" rank {row['rank']:.1f}" if "rank" in row else "")
+                + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
+                + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
+            )
+            if std < COLLAPSED_STD:
+                utils.say(COLLAPSE_ADVICE.format(std=std))
+    with utils.last_try():
+        report(run, args, history, params, flops, device)
+        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # the run is complete
 
-    smaller = (
-        f"python main.py --data_name {args.data_name} --data_root {args.data_root} --recipe short"
-        " --epochs 5"
+
+def resumed(path: str, checkpoint: dict, args, parser, given: dict) -> argparse.Namespace:
+    """The arguments of a checkpoint, looked through as the command line is, and what is new.
+
+    Raises ValueError where they, or the command's, cannot be gone on with.
+    """
+    saved = parse_args(parser.as_argv(checkpoint["args"]), prog=f"main.py: {path}")[0]
+    with utils.about(path):
+        model.encoder_arguments(checkpoint["args"])
+    for name in ("mean", "std", "blur_p"):
+        if checkpoint["args"].get(name) != getattr(saved, name):
+            raise ValueError(f"{path}: its {name} is not that of the recipe {saved.recipe}")
+    step, sums = checkpoint["step"], checkpoint.get("sums")
+    sums_fit = utils.is_tensor(sums) and sums.shape == (3,) and bool(sums.isfinite().all())
+    if (
+        checkpoint["epoch"] != len(checkpoint["history"]) - 1
+        or (step > 0 and not sums_fit)
+        or type(checkpoint.get("seconds", 0.0)) is not float
+    ):
+        raise ValueError(f"{path}: is damaged, or not a checkpoint of this program")
+    warming = checkpoint["epoch"] + (step > 0) <= saved.warmup_epochs or (
+        checkpoint["epoch"] == step == 0
     )
-    trained = torch.compile(net) if args.compile else net  # shares net's parameters
-    for epoch in range(len(history) - 1, args.epochs):
-        begun = time.perf_counter()
-        with utils.Progress(epoch, args, len(loader), ("loss", "std"), smaller) as progress:
-            loss, std = train(trained, optimizer, loader, views, epoch, args, amp, progress)
-        seconds = time.perf_counter() - begun
-        row = {
-            "epoch": epoch + 1,
-            "lr": optimizer.param_groups[0]["lr"],
-            "train_loss": loss,
-            "std": std,
-            "images_per_sec": len(loader) * args.batch_size / seconds,
-        }
-        if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
-            row |= monitor(net, views, images, args, amp)
-        row["seconds"] = time.perf_counter() - begun
-        history.append(row)
-        utils.save_checkpoint(
-            f"{run}_model.pth",
-            model=net.state_dict(),
-            optimizer=optimizer.state_dict(),
-            epoch=epoch + 1,
-            step=0,
-            history=history,
-            args=vars(args),
-        )
-        utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
-        utils.say(
-            f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} std {std:.2f}"
-            + (f" rank {row['rank']:.1f}" if "rank" in row else "")
-            + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
-            + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
-        )
-        if std < COLLAPSED_STD:
-            utils.say(COLLAPSE_ADVICE.format(std=std))
+    return utils.merged(saved, args, given, path, warming)
 
+
+def report(run: str, args, history: list[dict], params: int, flops: int, device) -> None:
+    """What a run leaves for people: the table, the curves, a row among the results."""
+    utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
+    with utils.whole_file(f"{run}_curves.png") as file:
+        figures.curves(history, args.name, file)
     scored = [row["test_acc@1"] for row in history[1:] if "test_acc@1" in row]
     if scored:
         utils.add_result(
@@ -306,13 +414,8 @@ def main(argv: list[str] | None = None) -> None:
             f"kNN top-1 {scored[-1]:.1f} % (best {max(scored):.1f} %), untrained encoder "
             f"{history[0]['test_acc@1']:.1f} %, raw pixels {history[0]['raw_acc@1']:.1f} %"
         )
-    with utils.whole_file(f"{run}_curves.png") as file:
-        figures.curves(history, args.name, file)
     utils.say(f"wrote {run}_model.pth, {run}_statistics.csv and {run}_curves.png")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; go on after the last finished epoch with the same command and --resume")
+    utils.run_command(main)

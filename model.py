@@ -5,6 +5,7 @@ Chen & He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
 """
 
 import copy
+import math
 import re
 
 import thop
@@ -193,38 +194,74 @@ def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, i
 
 
 def load_strictly(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Weights into a network. Raises ValueError naming what is missing, strange or misshapen."""
+    """A checkpoint's weights as the parameters and buffers of `net`, which may be on `meta`.
+
+    Raises ValueError naming what is missing, strange, misshapen or not finite.
+    """
     ours = net.state_dict()
     for name in sorted(ours.keys() ^ weights.keys()):
         raise ValueError(f"its weights do not fit its arguments: {name}")
     for name, value in weights.items():
-        if not isinstance(value, Tensor) or value.shape != ours[name].shape:
+        if (value.shape, value.dtype) != (ours[name].shape, ours[name].dtype):
             raise ValueError(f"its weights do not fit its arguments: shape of {name}")
-    net.load_state_dict(weights)
+        if not value.isfinite().all():
+            raise ValueError(f"its weights are not finite: {name}")
+    net.load_state_dict(weights, assign=True)
 
 
-def pretrained_backbone(state: dict) -> tuple[nn.Module, int]:
-    """The backbone in a checkpoint of main.py, and the number of its features.
+def pretrained(state: dict) -> SimSiam:
+    """The network in a checkpoint of main.py. Raises ValueError where weights and arguments differ.
 
-    Raises ValueError where weights and arguments do not fit.
+    It is built on `meta`, so that nothing is allocated at a size that only the arguments claim.
     """
     args = state["args"]
+    names = ("arch", "stem", "feature_dim", "projector_layers", "width")
     try:
-        names = ("arch", "stem", "feature_dim", "projector_layers", "width")
-        net = SimSiam(*(args[name] for name in names))
-    except (KeyError, TypeError) as error:
+        if args["projector_layers"] not in range(1, 9):
+            raise ValueError(f"its arguments are not main.py's: {args['projector_layers']} layers")
+        with torch.device("meta"):
+            net = SimSiam(*(args[name] for name in names))
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"its arguments are not main.py's: {error}") from error
     load_strictly(net, state["model"])
-    return net.backbone, net.projector[0].in_features
+    return net
 
 
 def classifier(state: dict) -> Classifier:
-    """The classifier in a checkpoint of linear.py. Raises ValueError as `pretrained_backbone`."""
+    """The classifier in a checkpoint of linear.py. Raises ValueError as `pretrained` does."""
+    args, classes = encoder_arguments(state["args"].get("encoder")), state.get("classes")
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError("its classes are not linear.py's")
     try:
-        args = state["args"]["encoder"]
-        body, features = backbone(args["arch"], args["stem"], args["width"])
-        net = Classifier(body, features, len(state["classes"]))
-    except (KeyError, TypeError) as error:
+        with torch.device("meta"):
+            body, features = backbone(args["arch"], args["stem"], args["width"])
+            net = Classifier(body, features, len(classes))
+    except (TypeError, RuntimeError) as error:
         raise ValueError(f"its arguments are not linear.py's: {error}") from error
     load_strictly(net, state["model"])
     return net
+
+
+def encoder_arguments(args: object) -> dict:
+    """What of a checkpoint's arguments an encoder needs: its network and its input.
+
+    Raises ValueError where they cannot be those of one.
+    """
+    names = ("arch", "stem", "width", "image_size", "mean", "std")
+    if not (isinstance(args, dict) and args.keys() >= set(names)):
+        raise ValueError("its arguments are not main.py's or linear.py's")
+    size, mean, std = args["image_size"], args["mean"], args["std"]
+    colours = (
+        [value for triple in (mean, std) for value in (triple if len(triple) == 3 else ())]
+        if isinstance(mean, list | tuple) and isinstance(std, list | tuple)
+        else []
+    )
+    if (
+        type(size) is not int
+        or not 1 <= size <= 1024
+        or len(colours) != 6
+        or not all(type(value) is float and math.isfinite(value) for value in colours)
+        or min(std) <= 0
+    ):
+        raise ValueError("its image size or normalisation is not main.py's")
+    return {name: args[name] for name in names}

@@ -2,14 +2,20 @@
 
 import argparse
 import contextlib
+import io
 import math
 import os
+import signal
 import sys
 import time
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NoReturn
 
+import filelock
 import pandas
 import torch
 import torch.nn.functional as F
@@ -25,6 +31,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
+    def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+        """All flags, and only those that the command line gives."""
+        args, unset = self.parse_args(argv), object()
+        self.defaults = vars(self.parse_args([]))
+        given = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        return args, {name: value for name, value in vars(given).items() if value is not unset}
+
+    def as_argv(self, saved: dict) -> list[str]:
+        """The command line of a checkpoint's arguments, to be looked through as any other is."""
+        argv = []
+        for name, default in self.defaults.items():
+            value = saved.get(name)
+            if value is None or value is default or name in ("resume", "overwrite"):
+                continue
+            if isinstance(value, bool):
+                argv.append(f"--{name}" if value else f"--no-{name}")
+            elif isinstance(value, list | tuple):
+                argv += [f"--{name}", *map(str, value)]
+            else:
+                argv.append(f"--{name}={value}")
+        return argv
+
     @contextlib.contextmanager
     def bad_input(self) -> Iterator[None]:
         """Around a run's set-up: ValueError and OSError are the user's to mend, said in one line.
@@ -33,8 +61,32 @@ class Parser(argparse.ArgumentParser):
         """
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, argparse.ArgumentTypeError) as error:
             self.error(str(error))
+
+
+class RunError(Exception):
+    """What ends a run that was going well: said in one line, with exit code 1."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """A command's `main`, its ends said in one line each."""
+    try:
+        main()
+    except RunError as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    except KeyboardInterrupt:  # outside of the epochs, where `Keeper` listens
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def about(file: str) -> Iterator[None]:
+    """A ValueError raised within is about `file`, which it then names first."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
@@ -45,7 +97,7 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (least <= value <= most and math.isfinite(value)):
+        if not (least <= value <= most and value < math.inf):
             limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {noun} {limits}, not {text}")
@@ -67,11 +119,31 @@ def run_flags(parser: Parser) -> None:
         help="auto: bf16 on cuda when supported, off elsewhere (auto)",
     )
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--num_workers", type=number(int, 0), default=2, help="threads that decode a folder (2)")
+    add("--deterministic", action="store_true", help="PyTorch's deterministic algorithms, for cuda")
+    add("--num_workers", type=number(int, 0, 256), default=2, help="threads that decode files (2)")
+    add(
+        "--bad_images",
+        default="error",
+        choices=("error", "skip"),
+        help="files that are no images: stop, or leave them out and list them (error)",
+    )
+    add(
+        "--checkpoint_minutes",
+        type=number(float, 0),
+        default=10.0,
+        help="write a checkpoint at least so often, besides each epoch's end (10)",
+    )
     add("--out", default="results", help="folder of what a run writes (results)")
     add("--name", type=file_name, help="the run's name, instead of one made of its flags")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--resume", action="store_true", help="go on with this run's checkpoint")
+    one.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="PATH",
+        help="go on with this run's checkpoint, or with the one at PATH",
+    )
     one.add_argument("--overwrite", action="store_true", help="replace this run's files")
 
 
@@ -99,7 +171,8 @@ class Progress:
     """A bar an epoch on a terminal, else a plain line a minute; and a word on runs of days.
 
     Called each step with the step and the sums so far of what `labels` names; the sums are read
-    from the device at most once a second. `smaller` is the command for who has no days.
+    from the device at most once a second, and then their means returned. `smaller` is the command
+    for who has no days.
     """
 
     def __init__(
@@ -109,14 +182,15 @@ class Progress:
         steps: int,
         labels: tuple[str, ...],
         smaller: str,
+        start: int = 0,
     ):
-        self.epoch, self.args, self.steps = epoch, args, steps
+        self.epoch, self.args, self.steps, self.start = epoch, args, steps, start
         self.labels, self.smaller = labels, smaller
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=steps, leave=False, disable=not self.terminal, bar_format="{desc} |{bar}|"
         )
-        self.shown = time.perf_counter()
+        self.read = self.shown = time.perf_counter()
         self.first_step = None
 
     def __enter__(self) -> "Progress":
@@ -125,19 +199,20 @@ class Progress:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
-    def __call__(self, step: int, sums: Tensor) -> None:
+    def __call__(self, step: int, sums: Tensor) -> list[float] | None:
         now = time.perf_counter()
         if self.first_step is None:  # it holds the warm-up of kernels, or a compilation
             self.first_step = now
-            return
-        if now - self.shown < (1 if self.terminal else 60) and step != 1:
-            return
+            return None
+        done = step - self.start  # steps since the first
+        if now - self.read < 1 and done != 1:
+            return None
         means = (sums / (step + 1)).tolist()
-        now = self.shown = time.perf_counter()  # after the device has caught up
-        seconds = (now - self.first_step) / step  # a step
+        now = self.read = time.perf_counter()  # after the device has caught up
+        seconds = (now - self.first_step) / done  # a step
         epoch_left = seconds * (self.steps - step - 1)
         run_left = epoch_left + seconds * self.steps * (self.args.epochs - self.epoch - 1)
-        if step == 1 and self.epoch == 0 and run_left > 86400:
+        if done == 1 and self.epoch == 0 and run_left > 86400:
             say(
                 f"note: at this speed the run takes {run_left / 86400:.0f} days on this machine. "
                 f"A smaller one: {self.smaller}"
@@ -150,8 +225,10 @@ class Progress:
         )
         self.bar.n = step + 1
         self.bar.set_description_str(text, refresh=True)
-        if not self.terminal and step > 1:
+        if not self.terminal and now - self.shown >= 60:
+            self.shown = now
             say(f"epoch {text} (step {step + 1} of {self.steps})")
+        return means
 
 
 # ---- device -------------------------------------------------------------------------------------
@@ -179,12 +256,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.autocast]:
+    """The device of the flags and its autocast; `args.amp` auto is settled: bf16 or off.
+
+    Raises ValueError for a device that is not there.
+    """
+    device = pick_device(args.device)
+    if args.amp == "auto":
+        on = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        args.amp = "bf16" if on else "off"
+    if args.deterministic:  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.deterministic)
+    return device, autocast(device, args.amp)
+
+
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """bf16 autocast where `amp` says so; `auto`: on CUDA devices that support it."""
-    on = amp == "bf16" or (
-        amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+    """bf16 autocast if `amp` is bf16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
 
 
 # ---- schedule -----------------------------------------------------------------------------------
@@ -257,7 +346,9 @@ def knn(
     for chunk in queries.split(max(1, KNN_FLOATS // len(bank))):
         similarity, nearest = (chunk @ bank.T).topk(k)  # chunk x k
         votes = similarity.new_zeros(len(chunk), classes)
-        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        # One axis, of chunk x classes: that scatter has a deterministic form on CUDA.
+        where = labels[nearest] + classes * torch.arange(len(chunk), device=labels.device)[:, None]
+        votes.view(-1).scatter_add_(0, where.view(-1), (similarity / temperature).exp().view(-1))
         ranking.append(votes.topk(min(top, classes)).indices)
     return torch.cat(ranking)
 
@@ -292,81 +383,367 @@ def effective_rank(bank: Tensor) -> float:
     return torch.special.entr(share).sum().exp().item()
 
 
+# ---- signals ------------------------------------------------------------------------------------
+
+
+class Keeper:
+    """When to write a checkpoint: every `minutes`, and when SIGTERM or SIGINT arrives.
+
+    A signal lets the step in flight end; a second one ends the process at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    class Stop(BaseException):
+        """Raised by a signal where the work may be broken off."""
+
+    def __init__(self, minutes: float):
+        self.seconds = 60 * minutes
+        self.written = time.monotonic()
+        self.signal: int | None = None
+        self.breakable = False
+
+    def __enter__(self) -> "Keeper":
+        self.before = [signal.signal(number, self.arrived) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
+
+    def arrived(self, number: int, frame: object) -> None:
+        """The signals' handler."""
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+        if self.breakable:
+            raise self.Stop
+
+    def due(self) -> bool:
+        """Whether to write a checkpoint after this step."""
+        return self.signal is not None or time.monotonic() - self.written >= self.seconds
+
+    def kept(self) -> None:
+        """To be called when a checkpoint was written: after a signal, the process ends here."""
+        self.written = time.monotonic()
+        if self.signal is not None:
+            say("stopped; the same command and --resume go on after this step")
+            sys.exit(128 + self.signal)
+
+    @contextlib.contextmanager
+    def breaking_off(self, save: Callable[..., None], *when: int) -> Iterator[None]:
+        """Around work that changes nothing of a run: a signal breaks it off to `save(*when)`."""
+        self.breakable = True
+        try:
+            if self.signal is not None:
+                raise self.Stop
+            yield
+            self.breakable = False
+        except self.Stop:
+            self.breakable = False
+            save(*when)
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` whole, and on the disk, or not at all."""
+def one_writer(run: str, parser: Parser) -> Iterator[None]:
+    """Around all that a run does: a second process at the same run is refused, naming the first.
+
+    The lock is the operating system's, which takes it back from a process that dies; what such a
+    process left half-written is removed. The folder is made, and removed if nothing came into it.
+    """
+    folder, name = os.path.split(run)
+    path = Path(folder, f".{name}.lock")
+    with parser.bad_input():
+        made = not os.path.isdir(folder)
+        os.makedirs(folder or ".", exist_ok=True)
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"{run}: process {path.read_text().strip()} is at work on it: wait for it, or "
+                "choose another --name"
+            ) from error
+    try:
+        path.write_text(f"{os.getpid()}\n")
+        for end in ("model.pth", "statistics.csv", "curves.png", "bad_images.txt"):
+            Path(folder, f".{name}_{end}.part").unlink(missing_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()  # while it is held: who waits for it sees that it is gone
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
+    """A file that appears under `path` whole, and on the disk, or not at all.
+
+    The file that it replaces is kept as `previous`. An OSError names `path`.
+    """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(part, path)
+        if os.name == "posix":  # the rename too is to outlive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename too is to outlive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | Path, **state: object) -> None:
-    """Plain tensors and Python types only, so that `weights_only=True` loads them."""
-    with whole_file(path) as file:
-        torch.save(state | {"version": 1}, file)
+@contextlib.contextmanager
+def tried_again() -> Iterator[None]:
+    """Around the writing of a file that the next epoch writes again: an error is only said."""
+    try:
+        yield
+    except OSError as error:
+        say(
+            f"warning: {error.filename}: could not be written ({error.strerror}); the next epoch "
+            "tries again"
+        )
+
+
+@contextlib.contextmanager
+def last_try() -> Iterator[None]:
+    """Around the last writing of files. Raises RunError that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:  # ValueError, KeyError: a table of another's
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{getattr(error, 'filename', None) or 'results.csv'}: could not be written "
+            f"({reason}); the checkpoint is complete: mend that, and give the same command with "
+            "--resume"
+        ) from error
+
+
+def save_checkpoint(run: str, net: nn.Module, optimizer: torch.optim.Optimizer, **state) -> None:
+    """`<run>_model.pth`, and the one before it as `<run>_model.prev.pth`.
+
+    Plain tensors and Python types only, so that `weights_only=True` loads them. Raises RunError
+    where the file cannot be written or the weights are not finite: the one before stays.
+    """
+    path = f"{run}_model.pth"
+    weights = net.state_dict()
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise RunError(f"the weights are not finite; {path} keeps those before. {DIVERGED}")
+    content = io.BytesIO()  # whole in memory first: torch.save hides why a write failed
+    torch.save(
+        {"model": weights, "optimizer": optimizer.state_dict(), "made_on": machine(net)}
+        | state
+        | {"version": 1},
+        content,
+    )
+    try:
+        with whole_file(path, previous=f"{run}_model.prev.pth") as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        raise RunError(
+            f"{path}: could not be written ({error.strerror}); the checkpoint before it is intact: "
+            "mend that, and give the same command with --resume"
+        ) from error
+
+
+DIVERGED = (
+    "--resume would only meet it again: try a lower --lr, --warmup_epochs 10 or --amp off, under "
+    "another --name or with --overwrite"
+)
+
+
+def machine(net: nn.Module) -> dict:
+    """What the last bits of a run depend on, besides its flags."""
+    return {
+        "device": next(net.parameters()).device.type,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """What `torch.save` wrote, on the CPU, without running any code of the file's.
+    """What `save_checkpoint` wrote, on the CPU, without running any code of the file's.
 
-    Raises FileNotFoundError, or ValueError for a file that is not a checkpoint of ours.
+    Raises FileNotFoundError, or ValueError for a file that is damaged (torch.load itself does not
+    look at the checksums) or not a checkpoint of ours.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is refused below
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+            damaged = not stored or archive.testzip() is not None
+            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler fed with junk may raise anything
-        raise ValueError(f"{path}: is damaged, or not a checkpoint of this program") from error
-    if not (isinstance(state, dict) and {"model", "epoch", "history", "args"} <= state.keys()):
-        raise ValueError(f"{path}: is not a checkpoint of this program")
+        reason = f" ({error.strerror})" if isinstance(error, PermissionError) else ""
+        raise ValueError(
+            f"{path}: is damaged, or not a checkpoint of this program{reason}"
+        ) from error
+    if damaged or not well_formed(state):
+        raise ValueError(f"{path}: is damaged, or not a checkpoint of this program")
     return state
 
 
-# What a run may be resumed with another value of.
-FREE = ("data_root", "num_workers", "device", "compile", "out", "name", "resume", "overwrite")
-
-
-def earlier(run: str, args: argparse.Namespace) -> dict | None:
-    """The checkpoint to go on from, if --resume; refuses to write over an earlier run's files.
-
-    A flag left open (None) takes the checkpoint's value. Raises ValueError, FileNotFoundError.
-    """
-    files = [f"{run}_model.pth", f"{run}_statistics.csv"]
-    if args.resume:
-        checkpoint = load_checkpoint(files[0])
-        for name, before in checkpoint["args"].items():
-            now = getattr(args, name, None)
-            if now is None:
-                setattr(args, name, before)
-            elif now != before and name not in FREE:
-                raise ValueError(
-                    f"--resume: {files[0]} was made with {name} {before}, this command has {now}: "
-                    "give the same, or another --name for a new run"
-                )
-        return checkpoint
-    there = [file for file in files if os.path.exists(file)]
-    if there and not args.overwrite:
-        raise ValueError(
-            f"{there[0]} exists: go on with --resume, replace it with --overwrite, or choose "
-            "another --name"
+def well_formed(state: object) -> bool:
+    """Whether a checkpoint has the parts of ours, each of its type."""
+    return (
+        isinstance(state, dict)
+        and all(type(state.get(key)) is int and state[key] >= 0 for key in ("epoch", "step"))
+        and all(isinstance(state.get(key), dict) for key in ("model", "optimizer", "args"))
+        and all(isinstance(key, str) for key in (*state["model"], *state["args"]))
+        and all(map(is_tensor, state["model"].values()))
+        and isinstance(state.get("history"), list)
+        and all(
+            isinstance(row, dict) and all(type(value) in (int, float) for value in row.values())
+            for row in state["history"]
         )
-    return None
+    )
+
+
+def is_tensor(value: object) -> bool:
+    """A dense tensor that holds all of the numbers that its shape claims."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+# What a run may be resumed with another value of.
+FREE = (
+    "data_root",
+    "model_path",
+    "num_workers",
+    "bad_images",
+    "device",
+    "compile",
+    "deterministic",
+    "knn_every",
+    "checkpoint_minutes",
+    "out",
+    "name",
+    "resume",
+    "overwrite",
+)
+
+
+def run_of(path: str) -> tuple[str, str]:
+    """The folder and the name of the run whose checkpoint is at `path`."""
+    folder, file = os.path.split(path)
+    for end in ("_model.prev.pth", "_model.pth", ".pth"):
+        file = file.removesuffix(end)
+    return folder or ".", file
+
+
+def earlier(run: str, args: argparse.Namespace) -> tuple[str, dict] | None:
+    """The checkpoint to go on from, and its path, if --resume; refuses to replace a run unasked.
+
+    Where the newest is missing or damaged, the one before it. Raises ValueError, FileNotFoundError.
+    """
+    newest, previous = f"{run}_model.pth", f"{run}_model.prev.pth"
+    if not args.resume:
+        for file in (newest, previous, f"{run}_statistics.csv"):
+            if os.path.exists(file) and not args.overwrite:
+                raise ValueError(
+                    f"{file} exists: go on with --resume, replace it with --overwrite, or choose "
+                    "another --name"
+                )
+        return None
+    path = newest if args.resume is True else args.resume
+    try:
+        return path, load_checkpoint(path)
+    except (FileNotFoundError, ValueError) as error:
+        if os.path.basename(path) != os.path.basename(newest) or not os.path.exists(previous):
+            raise
+        checkpoint = load_checkpoint(previous)
+        say(f"{error}; going on with the one before it, {previous}")
+        return previous, checkpoint
+
+
+def merged(
+    saved: argparse.Namespace, args: argparse.Namespace, given: dict, path: str, warming: bool
+) -> argparse.Namespace:
+    """A checkpoint's arguments with what a --resume may change of them, which is said.
+
+    `args` and `given` are the command's; `warming`: no step was yet after the warm-up, so that the
+    learning rates so far are those of any number of epochs. Raises ValueError for a conflict.
+    """
+    changed = []
+    for name, now in given.items():
+        before = getattr(saved, name)
+        if now in (before, "auto") or name in ("resume", "overwrite", "out", "name"):
+            continue
+        if name not in FREE and not (name == "epochs" and warming):
+            cosine = "; the cosine schedule depends on it" if name == "epochs" else ""
+            raise ValueError(
+                f"--resume: {path} was made with --{name} {before}, this command has {now}"
+                f"{cosine}: give the same, or another --name for a new run"
+            )
+        changed.append(f"--{name} {now} (was {before})")
+        setattr(saved, name, now)
+    saved.out, saved.name, saved.resume, saved.overwrite = args.out, args.name, args.resume, False
+    if changed:
+        say(f"resumed with {', '.join(changed)}")
+    return saved
+
+
+def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, net: nn.Module) -> None:
+    """The momentum of a checkpoint; says where the machine is another one.
+
+    Raises ValueError where it does not fit the parameters.
+    """
+    state = optimizer.state_dict()
+    saved = checkpoint["optimizer"].get("state")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fits = isinstance(saved, dict) and saved.keys() <= set(range(len(parameters)))
+    for i, buffers in saved.items() if fits else ():
+        fits = fits and isinstance(buffers, dict) and buffers.keys() == {"momentum_buffer"}
+        momentum = buffers["momentum_buffer"] if fits else None
+        fits = fits and (
+            momentum is None
+            or (
+                is_tensor(momentum)
+                and (momentum.shape, momentum.dtype) == (parameters[i].shape, parameters[i].dtype)
+                and bool(momentum.isfinite().all())
+            )
+        )
+    if not fits:
+        raise ValueError("its optimizer does not fit its network")
+    optimizer.load_state_dict(state | {"state": saved})
+    made_on = checkpoint.get("made_on")
+    if made_on != machine(net):
+        say(f"note: made on {made_on}, now {machine(net)}: the last bits may differ from here on")
+
+
+def crc(images: Tensor) -> int:
+    """A checksum of the training images: a run goes on with those that it began with."""
+    return zlib.crc32(images.contiguous().numpy())
+
+
+def list_bad_images(run: str, bad: list[str]) -> None:
+    """Say and list what --bad_images skip left out."""
+    if bad:
+        path = f"{run}_bad_images.txt"
+        with whole_file(path) as file:
+            file.write("".join(f"{line}\n" for line in bad).encode())
+        say(f"{len(bad)} files could not be read and were left out: {path} lists them")
 
 
 STATISTICS = (
@@ -407,9 +784,13 @@ def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> N
 
 def add_result(path: str | Path, row: dict) -> None:
     """Put a finished evaluation into the table; it replaces a row of its run and protocol."""
-    rows = []
-    if Path(path).is_file():
-        rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-    same = lambda old: (old["protocol"], old["run"]) == (row["protocol"], row["run"])  # noqa: E731
     row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}  # as the others
-    write_csv(path, [old for old in rows if not same(old)] + [row], RESULTS)
+    same = lambda old: (old["protocol"], old["run"]) == (row["protocol"], row["run"])  # noqa: E731
+    path = Path(path)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")) as lock:  # runs share the table
+        rows = []
+        if path.is_file():
+            rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        write_csv(path, [old for old in rows if not same(old)] + [row], RESULTS)
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)

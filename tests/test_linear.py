@@ -43,7 +43,8 @@ def pretrained(folder, tmp_path_factory):
 
 
 def judge(model_path, out, *flags):
-    linear.main([str(f) for f in ("--model_path", model_path, "--out", out, *flags)])
+    place = () if "--predict" in flags else ("--out", out)
+    linear.main([str(f) for f in ("--model_path", model_path, *place, *flags)])
 
 
 def refused(capsys, *argv):
@@ -92,7 +93,7 @@ def test_resume_ends_at_the_same_bits(pretrained, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
-    real, ticks = linear.train, iter(range(0, 10**9, 60))  # a minute a look: every epoch is saved
+    real, ticks = linear.train, map(float, range(0, 10**9, 60))  # a minute a look: every epoch is saved
     monkeypatch.setattr(linear.time, "perf_counter", lambda: next(ticks))
 
     def stop_at_epoch_2(heads, optimizer, loader, embed, epoch, *rest):
@@ -131,7 +132,7 @@ def test_the_frozen_check_bites(pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "train", thaw)
     with pytest.raises(RuntimeError, match="bn1.running_mean"):
         judge(pretrained, tmp_path, "--epochs", 2)
-    assert not (tmp_path / "pre_linear_model.pth").exists()
+    assert torch.load(tmp_path / "pre_linear_model.pth")["epoch"] == 0
 
 
 def test_cached_several_lr_and_label_fraction(pretrained, tmp_path, capsys):
@@ -175,13 +176,12 @@ def test_a_cached_head_reaches_scikit_learns():
     labels = torch.arange(1500) % 5
     features = centres[labels] + 1.2 * torch.randn(1500, 20)
     train, test = slice(0, 1000), slice(1000, None)
-    args, _ = linear.parse_args(["--lr", "1"])
+    args, *_ = linear.parse_args(["--lr", "1"])
     head = model.linear_head(20, 5)
     heads = nn.ModuleList([head])
     loader = linear.make_loader(features[train], labels[train], args)
     optimizer = linear.make_optimizer(args, heads, args.lr)
-    for _ in linear.fit(heads, optimizer, loader, lambda x, *when: x, args):
-        pass
+    linear.fit(heads, optimizer, loader, lambda x, *when: x, args)
     judge = LogisticRegression(max_iter=1000).fit(features[train], labels[train])
     theirs = 100 * judge.score(features[test], labels[test])
     ours = linear.evaluate(head, features[test], labels[test])[1]
@@ -193,14 +193,13 @@ def test_heads_side_by_side_are_as_if_alone():
     torch.manual_seed(0)
     features, labels = torch.randn(100, 6), torch.arange(100) % 3
     first = model.linear_head(6, 3)
-    args, _ = linear.parse_args(["--epochs", "3", "--batch_size", "32"])
+    args, *_ = linear.parse_args(["--epochs", "3", "--batch_size", "32"])
     loader = linear.make_loader(features, labels, args)
 
     def fitted(lrs):
         heads = nn.ModuleList(copy.deepcopy(first) for _ in lrs)
         optimizer = linear.make_optimizer(args, heads, lrs)
-        for _ in linear.fit(heads, optimizer, loader, lambda x, *when: x, args):
-            pass
+        linear.fit(heads, optimizer, loader, lambda x, *when: x, args)
         return [head.weight for head in heads]
 
     together = fitted([3.0, 0.1])
@@ -212,7 +211,7 @@ def test_lars_step_is_the_authors():
     """apex's LARC without clipping, which the authors' linear evaluation uses, written out."""
     torch.manual_seed(0)
     head = model.linear_head(6, 3)
-    args, _ = linear.parse_args(["--optimizer", "lars"])
+    args, *_ = linear.parse_args(["--optimizer", "lars"])
     assert (args.batch_size, args.lr) == (4096, [0.1])
     optimizer = linear.make_optimizer(args, nn.ModuleList([head]), args.lr)
     assert optimizer.param_groups[0]["peak"] == pytest.approx(1.6)
@@ -326,7 +325,8 @@ def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
     assert "cut.pth" in err(path=tmp_path / "cut.pth")
     assert "nowhere.pth" in err(path=tmp_path / "nowhere.pth")
     assert "is not a linear model" in err("--evaluate_only")
-    assert "is not a linear model" in err("--predict", "x.png")
+    predict = ("--model_path", pretrained, "--predict", "x.png")
+    assert "is not a linear model" in refused(capsys, *predict)
     for flags, named in [
         ("--label_fraction 0", "--label_fraction"),
         ("--label_fraction 1.1", "--label_fraction"),
@@ -338,6 +338,8 @@ def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
         ("--data_name folder --data_root /not/there", "/not/there"),
         ("--device cuda:99", "--device cuda:99"),
         ("--evaluate_only --predict x", "--predict"),
+        ("--evaluate_only --lr 3", "--lr: does not go with --evaluate_only"),
+        ("--predict x --cached", "does not go with --predict"),
     ]:
         assert named in err(*flags.split())
     judge(pretrained, tmp_path, "--cached", "--epochs", 1)

@@ -63,7 +63,9 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     assert round(result["params_m"] * 1e6) == sum(p.numel() for p in net.parameters())
 
     state = torch.load(tmp_path / "a_model.pth", weights_only=True)
-    assert sorted(state) == "args epoch history model optimizer step version".split()
+    assert sorted(state) == (
+        "args epoch history images_crc made_on model optimizer seconds step sums version".split()
+    )
     net.load_state_dict(state["model"])
     assert Image.open(tmp_path / "a_curves.png").size[0] > 600
 
