@@ -398,17 +398,20 @@ def linear_evaluation(args, parser, given: dict) -> None:
 
     test_features = plain_features(images.test_images)  # of a frozen encoder: once for all epochs
     inputs, embed, held_out_features = images.train_images, augmented_features, plain_features
+    extraction = time.perf_counter()
     if args.cached:
         inputs = plain_features(images.train_images)
         embed, held_out_features = (lambda x, *when: x), (lambda x: x)
+    extraction = time.perf_counter() - extraction  # the first epoch's seconds include it
     loader = make_loader(inputs, images.train_labels, args)
-    keeper = utils.Keeper(args.checkpoint_minutes)
+    keeper = utils.Keeper(args.checkpoint_minutes, good=found and path == f"{run}_model.pth")
 
     def save(epoch: int, step: int = 0) -> None:
         utils.save_checkpoint(
             run,
             net,
             optimizer,
+            keeper.good,
             epoch=epoch,
             step=step,
             sums=sums.cpu(),
@@ -446,7 +449,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
             )
             optimizer = make_optimizer(args, heads, [lr])
             utils.say(f"chosen: --lr {lr:g}; fitted again on the whole training set")
-        begun = time.perf_counter()
+        begun = time.perf_counter() - extraction
         save(0)
         Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
 

@@ -270,6 +270,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             run,
             net,
             optimizer,
+            keeper.good,
             epoch=epoch,
             step=step,
             sums=sums.cpu(),
@@ -298,7 +299,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         " --epochs 5"
     )
     trained = torch.compile(net) if args.compile else net  # shares net's parameters
-    keeper = utils.Keeper(args.checkpoint_minutes)
+    keeper = utils.Keeper(args.checkpoint_minutes, good=found and path == f"{run}_model.pth")
     sums, begun, start = torch.zeros(3, device=device), time.perf_counter(), 0
     if found:
         history, start = checkpoint["history"], checkpoint["step"]

@@ -390,6 +390,7 @@ class Keeper:
     """When to write a checkpoint: every `minutes`, and when SIGTERM or SIGINT arrives.
 
     A signal lets the step in flight end; a second one ends the process at once.
+    `good`: whether the run's newest checkpoint is one to fall back to, once there is a newer one.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -397,8 +398,8 @@ class Keeper:
     class Stop(BaseException):
         """Raised by a signal where the work may be broken off."""
 
-    def __init__(self, minutes: float):
-        self.seconds = 60 * minutes
+    def __init__(self, minutes: float, good: bool):
+        self.seconds, self.good = 60 * minutes, good
         self.written = time.monotonic()
         self.signal: int | None = None
         self.breakable = False
@@ -424,7 +425,7 @@ class Keeper:
 
     def kept(self) -> None:
         """To be called when a checkpoint was written: after a signal, the process ends here."""
-        self.written = time.monotonic()
+        self.written, self.good = time.monotonic(), True
         if self.signal is not None:
             say("stopped; the same command and --resume go on after this step")
             sys.exit(128 + self.signal)
@@ -525,17 +526,17 @@ def last_try() -> Iterator[None]:
     """Around the last writing of files. Raises RunError that names the file."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:  # ValueError, KeyError: a table of another's
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise RunError(
-            f"{getattr(error, 'filename', None) or 'results.csv'}: could not be written "
-            f"({reason}); the checkpoint is complete: mend that, and give the same command with "
-            "--resume"
+            f"{error.filename}: could not be written ({error.strerror}); the checkpoint is "
+            "complete: mend that, and give the same command with --resume"
         ) from error
 
 
-def save_checkpoint(run: str, net: nn.Module, optimizer: torch.optim.Optimizer, **state) -> None:
-    """`<run>_model.pth`, and the one before it as `<run>_model.prev.pth`.
+def save_checkpoint(
+    run: str, net: nn.Module, optimizer: torch.optim.Optimizer, good: bool, **state
+) -> None:
+    """`<run>_model.pth`; the one before it, if it is a `good` one, as `<run>_model.prev.pth`.
 
     Plain tensors and Python types only, so that `weights_only=True` loads them. Raises RunError
     where the file cannot be written or the weights are not finite: the one before stays.
@@ -552,7 +553,7 @@ def save_checkpoint(run: str, net: nn.Module, optimizer: torch.optim.Optimizer, 
         content,
     )
     try:
-        with whole_file(path, previous=f"{run}_model.prev.pth") as file:
+        with whole_file(path, previous=f"{run}_model.prev.pth" if good else None) as file:
             file.write(content.getbuffer())
     except OSError as error:
         raise RunError(
@@ -590,11 +591,10 @@ def load_checkpoint(path: str | Path) -> dict:
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
             damaged = not stored or archive.testzip() is not None
             state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # an unpickler fed with junk may raise anything
-        reason = f" ({error.strerror})" if isinstance(error, PermissionError) else ""
-        raise ValueError(
-            f"{path}: is damaged, or not a checkpoint of this program{reason}"
-        ) from error
+        raise ValueError(f"{path}: is damaged, or not a checkpoint of this program") from error
     if damaged or not well_formed(state):
         raise ValueError(f"{path}: is damaged, or not a checkpoint of this program")
     return state
@@ -658,19 +658,20 @@ def earlier(run: str, args: argparse.Namespace) -> tuple[str, dict] | None:
     Where the newest is missing or damaged, the one before it. Raises ValueError, FileNotFoundError.
     """
     newest, previous = f"{run}_model.pth", f"{run}_model.prev.pth"
-    if not args.resume:
-        for file in (newest, previous, f"{run}_statistics.csv"):
-            if os.path.exists(file) and not args.overwrite:
-                raise ValueError(
-                    f"{file} exists: go on with --resume, replace it with --overwrite, or choose "
-                    "another --name"
-                )
-        return None
     path = newest if args.resume is True else args.resume
+    ours = path and os.path.abspath(path) in map(os.path.abspath, (newest, previous))
+    for file in () if ours or args.overwrite else (newest, previous, f"{run}_statistics.csv"):
+        if os.path.exists(file):
+            raise ValueError(
+                f"{file} exists: go on with --resume, replace it with --overwrite, or choose "
+                "another --name"
+            )
+    if not path:
+        return None
     try:
         return path, load_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
-        if os.path.basename(path) != os.path.basename(newest) or not os.path.exists(previous):
+        if not ours or not os.path.exists(previous):
             raise
         checkpoint = load_checkpoint(previous)
         say(f"{error}; going on with the one before it, {previous}")
@@ -728,7 +729,7 @@ def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, net: nn.Module) 
         raise ValueError("its optimizer does not fit its network")
     optimizer.load_state_dict(state | {"state": saved})
     made_on = checkpoint.get("made_on")
-    if made_on != machine(net):
+    if made_on and made_on != machine(net):
         say(f"note: made on {made_on}, now {machine(net)}: the last bits may differ from here on")
 
 
@@ -785,12 +786,19 @@ def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> N
 def add_result(path: str | Path, row: dict) -> None:
     """Put a finished evaluation into the table; it replaces a row of its run and protocol."""
     row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}  # as the others
-    same = lambda old: (old["protocol"], old["run"]) == (row["protocol"], row["run"])  # noqa: E731
+    same = (row["protocol"], row["run"])
     path = Path(path)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")) as lock:  # runs share the table
         rows = []
         if path.is_file():
-            rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-        write_csv(path, [old for old in rows if not same(old)] + [row], RESULTS)
+            try:
+                rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+                rows = [old for old in rows if (old["protocol"], old["run"]) != same]
+            except (ValueError, KeyError) as error:
+                raise RunError(
+                    f"{path}: is not a table of results: move it away, and give the same command "
+                    "with --resume"
+                ) from error
+        write_csv(path, [*rows, row], RESULTS)
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)

@@ -93,7 +93,10 @@ def test_resume_ends_at_the_same_bits(pretrained, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
-    real, ticks = linear.train, map(float, range(0, 10**9, 60))  # a minute a look: every epoch is saved
+    real, ticks = (
+        linear.train,
+        map(float, range(0, 10**9, 60)),
+    )  # a minute a look: every epoch is saved
     monkeypatch.setattr(linear.time, "perf_counter", lambda: next(ticks))
 
     def stop_at_epoch_2(heads, optimizer, loader, embed, epoch, *rest):

@@ -290,14 +290,19 @@ if sys.platform == "linux":
 
     def test_the_kept_requirements_are_the_ones_imported():
         """No dependency that nothing imports, none imported that is not required."""
-        required = {
-            line.split(">=")[0].strip()
-            for line in (ROOT / "requirements.txt").read_text().splitlines()
-            if line and not line.startswith("#")
-        }
-        found = set()
-        for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
-            found |= set(imports(path))
-        third = found - set(sys.stdlib_module_names) - ROOMS - COMMANDS - {"tools"}
-        third = {"Pillow" if name == "PIL" else name for name in third}
-        assert third - {"timm"} == required  # timm is optional: it is imported where it is used
+
+        def required(name):
+            lines = (ROOT / name).read_text().splitlines()
+            return {line.split(">=")[0].strip() for line in lines if line and line[0] not in "#-"}
+
+        def imported(*files):
+            found = {name for path in files for name in imports(path)}
+            names = {"PIL": "Pillow", "sklearn": "scikit-learn"}
+            ours = ROOMS | COMMANDS | {"tools"}
+            third = found - set(sys.stdlib_module_names) - ours
+            return {names.get(name, name) for name in third}
+
+        kept, others = required("requirements.txt"), required("requirements-dev.txt")
+        # timm is optional: it is imported where it is used
+        assert imported(*ROOT.glob("*.py")) - {"timm"} == kept
+        assert imported(*ROOT.glob("tools/*.py")) <= kept | others

@@ -128,6 +128,9 @@ def test_what_a_resume_may_change(tmp_path, capsys):
     assert "--num_workers 0 (was 2)" in out
     assert "the run is finished" in out
     assert "none_model.pth" in refused(capsys, main, "--resume", tmp_path / "none_model.pth")
+    run(tmp_path, "--epochs", 1, "--name", "b")
+    err = refused(capsys, main, "--resume", path, "--name", "b")
+    assert "b_model.pth exists" in err
 
 
 def test_more_epochs_while_the_warm_up_lasts(tmp_path, capsys, monkeypatch):
@@ -135,8 +138,8 @@ def test_more_epochs_while_the_warm_up_lasts(tmp_path, capsys, monkeypatch):
     flags = ("--warmup_epochs", 1, "--name")
     run(tmp_path, "--epochs", 3, *flags, "whole")
 
-    def stop_after_an_epoch(run, net, optimizer, **state):
-        save(run, net, optimizer, **state)
+    def stop_after_an_epoch(*args, **state):
+        save(*args, **state)
         if state["epoch"] == 1:
             raise KeyboardInterrupt
 
@@ -175,6 +178,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, mon
     at = content.index(weights) + 5
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])  # one bit
     capsys.readouterr()
+    replace = os.replace
+
+    def never_the_good_one(source, target):
+        assert not str(target).endswith(".prev.pth")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", never_the_good_one)
     run(tmp_path, "--epochs", 2, "--name", "cut", "--resume")
     out = capsys.readouterr().out
     assert "is damaged" in out
@@ -258,10 +268,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     net = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters())
     state = {"epoch": 0, "step": 0, "history": [], "args": {}}
-    utils.save_checkpoint(str(tmp_path / "a"), net, optimizer, **state)
+    utils.save_checkpoint(str(tmp_path / "a"), net, optimizer, True, **state)
     net.weight.data[0, 0] = float("inf")
     with pytest.raises(utils.RunError, match="not finite"):
-        utils.save_checkpoint(str(tmp_path / "a"), net, optimizer, **state)
+        utils.save_checkpoint(str(tmp_path / "a"), net, optimizer, True, **state)
     assert utils.load_checkpoint(tmp_path / "a_model.pth")["model"]["weight"].isfinite().all()
 
 
@@ -296,6 +306,13 @@ def test_a_table_that_cannot_be_written_stops_nothing_before_the_end(tmp_path, c
     run(tmp_path, "--epochs", 2, "--name", "a", "--resume")
     assert len(pandas.read_csv(tmp_path / "a_statistics.csv")) == 3
     assert len(pandas.read_csv(tmp_path / "results.csv")) == 1
+
+
+def test_a_table_of_anothers_is_not_overwritten(tmp_path):
+    (tmp_path / "results.csv").write_text("my,own\n1,2\n")
+    with pytest.raises(utils.RunError, match="results.csv: is not a table of results"):
+        run(tmp_path, "--epochs", 1, "--name", "a")
+    assert (tmp_path / "results.csv").read_text() == "my,own\n1,2\n"
 
 
 def test_a_run_error_is_one_line_and_exit_code_1(tmp_path):
