@@ -160,7 +160,16 @@ def test_the_choice_of_lr_never_sees_the_test_set(pretrained, tmp_path, capsys, 
         judge(pretrained, tmp_path, *flags, "--name", name)
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("--lr")]
 
+    seen, evaluate = [], linear.evaluate
+
+    def remember(head, features, labels):
+        seen.append(labels.bincount().tolist())
+        return evaluate(head, features, labels)
+
+    monkeypatch.setattr(linear, "evaluate", remember)
     honest = lines("a")
+    assert seen.count([8, 8, 8, 8]) == 3  # a tenth of the training set, balanced: each lr's score
+    monkeypatch.undo()
     real = linear.load_images
 
     def shuffled(*args):
@@ -208,6 +217,32 @@ def test_heads_side_by_side_are_as_if_alone():
     together = fitted([3.0, 0.1])
     assert torch.equal(together[0], fitted([3.0])[0])
     assert torch.equal(together[1], fitted([0.1])[0])
+
+
+def test_the_means_of_an_epoch_count_every_image_once():
+    torch.manual_seed(0)
+    features, labels = torch.randn(100, 6), torch.arange(100) % 7
+    head = model.linear_head(6, 7)
+    nn.init.normal_(head.weight)
+    args, *_ = linear.parse_args(["--lr", "1e-12", "--batch_size", "32"])  # the last batch has 4
+    loader = linear.make_loader(features, labels, args)
+    heads = nn.ModuleList([head])
+    optimizer = linear.make_optimizer(args, heads, args.lr)
+    sums = torch.zeros(1, 3)
+    linear.train(
+        heads, optimizer, loader, lambda x, *when: x, 0, 0, sums, 1, lambda step, means: None
+    )
+    loss, top1, top5 = linear.evaluate(head, features, labels)
+    assert (sums[0] / 100).tolist() == pytest.approx([loss, top1 / 100, top5 / 100])
+    assert top1 < top5 < 100
+
+
+def test_compile_gives_the_same_head(pretrained, tmp_path):
+    for name, more in [("eager", ()), ("compiled", ("--compile",))]:
+        judge(pretrained, tmp_path, "--epochs", 1, "--name", name, *more)
+    tables = [pandas.read_csv(tmp_path / f"{n}_statistics.csv") for n in ("eager", "compiled")]
+    columns = ["train_loss", "test_loss"]
+    assert tables[0][columns].values == pytest.approx(tables[1][columns].values, rel=1e-3)
 
 
 def test_lars_step_is_the_authors():

@@ -419,6 +419,7 @@ def malformed(whole: bytes, out: Path):
         ("another shape", torch.ones(3, 3)),
         ("another dtype", state["model"][first].double()),
         ("a huge claim", torch.ones(1).expand(10**6, 10**6)),
+        ("a number for all", torch.ones(()).expand(state["model"][first].shape)),
         ("a sparse one", torch.ones(3, 3).to_sparse()),
     ]:
         yield f"weight: {name}", saved(state | {"model": state["model"] | {first: tensor}})

@@ -1,6 +1,8 @@
 """kNN against scikit-learn, collapse measures on known cases, files that are whole."""
 
 import math
+import os
+import stat
 
 import numpy as np
 import pandas
@@ -126,6 +128,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    calls = []
+
+    def spy(name, real):
+        def call(*args):
+            folder = isinstance(args[0], int) and stat.S_ISDIR(os.fstat(args[0]).st_mode)
+            calls.append((name, folder))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    spy("fsync", os.fsync)
+    spy("replace", os.replace)
+    with utils.whole_file(tmp_path / "a.txt") as file:
+        file.write(b"new")
+    assert calls == [("fsync", False), ("replace", False), ("fsync", True)]  # the folder's last
 
 
 def test_results_gain_a_row_a_run_and_protocol(tmp_path):
