@@ -175,7 +175,8 @@ def harass(kills: int, seed: int, place: Path) -> tuple[int, int, Counter]:
             continue
         if moment is not None and moment.startswith("SIGTERM"):
             # Before the epochs there is nothing to keep, and the signal ends the process at once.
-            assert status == 143 or (status == -signal.SIGTERM and "resumed" not in said), said
+            early = "resumed after" not in said
+            assert status == 143 or (status == -signal.SIGTERM and early), said
             assert status != 143 or "--resume go on after this step" in said, said
         else:
             assert status == -signal.SIGKILL, f"{moment}: {status}\n{said}"
