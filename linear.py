@@ -453,6 +453,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
         save(0)
         Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
 
+    peak = lr * args.batch_size / 256
     saved = said = time.perf_counter()
     with keeper:
         for epoch in range(len(history), args.epochs):
@@ -470,7 +471,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
             history.append(
                 {
                     "epoch": epoch + 1,
-                    "lr": optimizer.param_groups[0]["lr"],
+                    "lr": peak * utils.schedule(epoch + 1 - 1 / len(loader), args.epochs),
                     "train_loss": loss,
                     "train_acc@1": 100 * top1,
                     "train_acc@5": 100 * top5,

@@ -239,7 +239,6 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
         images = images.to(device)
         loader = data.Loader([images.train_images], args.batch_size, args.seed)
-        utils.list_bad_images(run, images.bad)
         args.image_size = args.image_size or images.train_images.shape[-1]
         params, flops = model.params_and_flops(net, args.image_size)
         net.to(device, memory_format=torch.channels_last)
@@ -256,6 +255,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         if found:
             with utils.about(path):
                 utils.restore(optimizer, checkpoint, net)
+        utils.list_bad_images(run, images.bad)
     views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
     utils.say(
         f"{run}: SimSiam {args.arch}, d = {args.feature_dim}: {params / 1e6:.2f}M parameters, "
@@ -381,7 +381,12 @@ def resumed(path: str, checkpoint: dict, args, parser, given: dict) -> argparse.
     warming = checkpoint["epoch"] + (step > 0) <= saved.warmup_epochs or (
         checkpoint["epoch"] == step == 0
     )
-    return utils.merged(saved, args, given, path, warming)
+    merged = utils.merged(saved, args, given, path, warming)
+    if merged.epochs <= merged.warmup_epochs:
+        raise ValueError(
+            f"--epochs {merged.epochs}: must be above --warmup_epochs {merged.warmup_epochs:g}"
+        )
+    return merged
 
 
 def report(run: str, args, history: list[dict], params: int, flops: int, device) -> None:

@@ -251,17 +251,13 @@ def encoder_arguments(args: object) -> dict:
     if not (isinstance(args, dict) and args.keys() >= set(names)):
         raise ValueError("its arguments are not main.py's or linear.py's")
     size, mean, std = args["image_size"], args["mean"], args["std"]
-    colours = (
-        [value for triple in (mean, std) for value in (triple if len(triple) == 3 else ())]
-        if isinstance(mean, list | tuple) and isinstance(std, list | tuple)
-        else []
-    )
-    if (
-        type(size) is not int
-        or not 1 <= size <= 1024
-        or len(colours) != 6
-        or not all(type(value) is float and math.isfinite(value) for value in colours)
-        or min(std) <= 0
-    ):
+    triples = [
+        triple
+        for triple in (mean, std)
+        if isinstance(triple, list | tuple)
+        and len(triple) == 3
+        and all(type(value) is float and math.isfinite(value) for value in triple)
+    ]
+    if type(size) is not int or not 1 <= size <= 1024 or len(triples) < 2 or min(std) <= 0:
         raise ValueError("its image size or normalisation is not main.py's")
     return {name: args[name] for name in names}

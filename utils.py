@@ -139,6 +139,7 @@ def run_flags(parser: Parser) -> None:
     one.add_argument(
         "--resume",
         nargs="?",
+        type=file_path,
         const=True,
         default=False,
         metavar="PATH",
@@ -151,6 +152,13 @@ def file_name(text: str) -> str:
     """A type for argparse: the name of a file, without a folder."""
     if text != os.path.basename(text) or text in ("", ".", ".."):
         raise argparse.ArgumentTypeError(f"{text} must be a file name without a folder (see --out)")
+    return text
+
+
+def file_path(text: str) -> str:
+    """A type for argparse: the path of a file; without it, an empty one would mean no file."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the path of a file")
     return text
 
 
@@ -637,10 +645,6 @@ FREE = (
     "deterministic",
     "knn_every",
     "checkpoint_minutes",
-    "out",
-    "name",
-    "resume",
-    "overwrite",
 )
 
 
@@ -659,7 +663,10 @@ def earlier(run: str, args: argparse.Namespace) -> tuple[str, dict] | None:
     """
     newest, previous = f"{run}_model.pth", f"{run}_model.prev.pth"
     path = newest if args.resume is True else args.resume
-    ours = path and os.path.abspath(path) in map(os.path.abspath, (newest, previous))
+    for file in (newest, previous):
+        if path and os.path.abspath(path) == os.path.abspath(file):
+            path = file
+    ours = path in (newest, previous)
     for file in () if ours or args.overwrite else (newest, previous, f"{run}_statistics.csv"):
         if os.path.exists(file):
             raise ValueError(

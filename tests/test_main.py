@@ -228,6 +228,7 @@ def test_no_network(tmp_path, capsys, monkeypatch, name):
         ("--amp fp8", "--amp"),
         ("--name a/b", "--name: a/b"),
         ("--resume --overwrite", "--overwrite"),
+        ("--resume=", "--resume: must be the path of a file"),
         ("--nonsense 1", "--nonsense"),
         ("--data_name folder --data_root /does/not/exist", "/does/not/exist"),
         ("--out /dev/null/x", "/dev/null"),

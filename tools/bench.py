@@ -79,12 +79,8 @@ if __name__ == "__main__":
             parser.error(f"{name}: choose from {', '.join(BENCHMARKS)}")
     for name in names:
         for what, ours, peer, peer_name, unit in BENCHMARKS[name](*rest):
-            ratio = None
-            if peer is not None:  # above 1 where ours is the better
-                ratio = peer / ours if unit == "s" else ours / peer
-                print(f"{what}: ours {ours:.4g} {unit}, {peer_name} {peer:.4g}: ratio {ratio:.2f}")
-            else:
-                print(f"{what}: {ours:.4g} {unit}")
+            ratio = peer / ours  # of seconds: above 1 where ours is the better
+            print(f"{what}: ours {ours:.4g} {unit}, {peer_name} {peer:.4g}: ratio {ratio:.2f}")
             machine = (torch.get_num_threads(), cpu_name(), str(torch.__version__))
             values = (what, ours, peer, peer_name, ratio, unit, *machine, datetime.date.today())
             row = dict(zip(COLUMNS, values, strict=True))
@@ -93,6 +89,6 @@ if __name__ == "__main__":
                 rows = pandas.read_csv(args.csv, dtype=str, keep_default_na=False).to_dict(
                     "records"
                 )
-            same = (what, peer_name or "")
+            same = (what, peer_name)
             rows = [old for old in rows if (old["benchmark"], old["peer_name"]) != same]
             utils.write_csv(args.csv, [*rows, row], COLUMNS)
