@@ -92,6 +92,28 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path, number):
     assert not list(tmp_path.glob(".*"))  # neither lock nor half a file
 
 
+def test_a_signal_breaks_off_the_knn(tmp_path, monkeypatch):
+    run(tmp_path, "--epochs", 2, "--name", "whole")
+    real, calls = main.monitor, []
+
+    def signal_in_the_second(*args):
+        calls.append(0)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("went on")
+        return real(*args)
+
+    monkeypatch.setattr(main, "monitor", signal_in_the_second)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--epochs", 2, "--name", "cut")
+    assert stop.value.code == 143
+    state = utils.load_checkpoint(tmp_path / "cut_model.pth")
+    assert (state["epoch"], state["step"]) == (0, 6)  # all of the epoch's steps
+    monkeypatch.undo()
+    run(tmp_path, "--epochs", 2, "--name", "cut", "--resume")
+    assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []
+
+
 def test_a_second_process_is_refused_and_names_the_first(tmp_path, capsys):
     command = [*TINY, "--out", tmp_path, "--name", "a", "--epochs", 3000]
     process = start("main.py", *command)
@@ -326,19 +348,24 @@ def test_a_run_error_is_one_line_and_exit_code_1(tmp_path):
     assert out.splitlines()[-1].startswith("main.py: the loss is not finite in epoch 1, step 2")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads and resets Linux's count of the peak")
 def test_memory_stays_flat(tmp_path):
     code = (
-        "import resource, main, utils\n"
+        "import main, utils\n"
+        "from pathlib import Path\n"
         "save = utils.save_checkpoint\n"
-        "def look(run, *net, **state):\n"
-        "    save(run, *net, **state)\n"
-        "    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "def look(*args, **state):\n"
+        "    save(*args, **state)\n"
+        "    peak = Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]\n"
+        "    print('peak', peak)\n"
+        "    Path('/proc/self/clear_refs').write_text('5')  # an epoch's own peak\n"
         "utils.save_checkpoint = look\n"
         f"main.main({[*TINY, '--epochs', '20', '--out', str(tmp_path)]})\n"
     )
     process = start("-c", code)
     out = process.communicate()[0]
     peaks = [int(line.split()[1]) for line in out.splitlines() if line.startswith("peak")]
+    print(peaks)
     assert len(peaks) == 21, out
     assert peaks[20] <= 1.02 * peaks[3]
 
