@@ -117,6 +117,8 @@ def parse_args(
     flag(group, "temperature", positive, "of the kNN's vote", 0.1)
     flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
     utils.run_flags(parser)
+    flag = parser.add_argument
+    flag("--profile", action="store_true", help="say at the end where the time of the epochs went")
 
     args, given = parser.parse(argv)
     if args.data_name not in data.DATA_NAMES:
@@ -147,28 +149,48 @@ def rate(args, progress: float) -> float:
     return peak * utils.schedule(progress, args.epochs, args.warmup_epochs)
 
 
-def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after):
+def optimizer_of(net: model.SimSiam, args) -> torch.optim.SGD:
+    """SGD over two groups, of which the predictor's may keep its learning rate."""
+    return torch.optim.SGD(
+        [
+            {"params": net.encoder_parameters(), "fix_lr": False},
+            {"params": net.predictor.parameters(), "fix_lr": args.fix_pred_lr},
+        ],
+        lr=args.lr * args.batch_size / 256,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+
+
+def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after, mark=utils.unmarked):
     """One epoch (paper, Algorithm 1) from step `start` on; `after(step)` each step.
 
     Adds to `sums`: the loss, the std of z, and 1 a step while all losses were finite.
+    `mark` is told what was just done, for --profile.
     """
     net.train()
     peak = args.lr * args.batch_size / 256
     for step, (images,) in loader.epoch(epoch, start):
+        mark("loading")
         views.seed(epoch, step)
         x1, x2 = views(images), views(images)  # the same pixels, two looks
+        mark("views")
         lr = rate(args, epoch + step / len(loader))
         for group in optimizer.param_groups:
             group["lr"] = peak if group["fix_lr"] else lr
         with amp:
             loss, z = net(x1, x2)
+        mark("forward")
         optimizer.zero_grad()
         loss.backward()
+        mark("backward")
         sums[:2] += torch.stack([loss.detach(), utils.collapse_std(z)])  # no sync a step
         finite = sums[0].isfinite().float()
         sums[2] += finite
         optimizer.found_inf = 1 - finite  # the fused step leaves a loss that is not finite out
         optimizer.step()
+        mark("optimizer")
         after(step)
 
 
@@ -242,16 +264,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         args.image_size = args.image_size or images.train_images.shape[-1]
         params, flops = model.params_and_flops(net, args.image_size)
         net.to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(
-            [
-                {"params": net.encoder_parameters(), "fix_lr": False},
-                {"params": net.predictor.parameters(), "fix_lr": args.fix_pred_lr},
-            ],
-            lr=args.lr * args.batch_size / 256,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
+        optimizer = optimizer_of(net, args)
         if found:
             with utils.about(path):
                 utils.restore(optimizer, checkpoint, net)
@@ -293,6 +306,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             )
         if due:
             save(epoch, step + 1)
+            mark("checkpoint")
 
     smaller = (
         f"python main.py --data_name {args.data_name} --data_root {args.data_root} --recipe short"
@@ -301,6 +315,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
     trained = torch.compile(net) if args.compile else net  # shares net's parameters
     keeper = utils.Keeper(args.checkpoint_minutes, good=found and path == f"{run}_model.pth")
     sums, begun, start = torch.zeros(3, device=device), time.perf_counter(), 0
+    mark = utils.Marks(device) if args.profile else utils.unmarked
     if found:
         history, start = checkpoint["history"], checkpoint["step"]
         if start:
@@ -323,11 +338,12 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         save(0)
         Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
     with keeper:
+        mark("set-up")
         for epoch in range(len(history) - 1, args.epochs):
             with utils.Progress(
                 epoch, args, len(loader), ("loss", "std"), smaller, start
             ) as progress:
-                train(trained, optimizer, loader, views, epoch, start, sums, args, amp, after)
+                train(trained, optimizer, loader, views, epoch, start, sums, args, amp, after, mark)
             seconds = time.perf_counter() - begun
             loss, std, _ = (sums / len(loader)).tolist()
             row = {
@@ -340,12 +356,14 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
                 with keeper.breaking_off(save, epoch, len(loader)):
                     row |= monitor(net, views, images, args, amp)
+                mark("monitor")
             row["seconds"] = time.perf_counter() - begun
             history.append(row)
             sums, begun, start = torch.zeros_like(sums), time.perf_counter(), 0
             with utils.tried_again():
                 utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
             save(epoch + 1)
+            mark("checkpoint")
             utils.say(
                 f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} std {std:.2f}"
                 + (f" rank {row['rank']:.1f}" if "rank" in row else "")
@@ -354,6 +372,8 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             )
             if std < COLLAPSED_STD:
                 utils.say(COLLAPSE_ADVICE.format(std=std))
+    if args.profile:
+        utils.say(mark.table())
     with utils.last_try():
         report(run, args, history, params, flops, device)
         Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # the run is complete

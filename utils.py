@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import io
 import math
 import os
@@ -239,6 +240,36 @@ class Progress:
         return means
 
 
+class Marks:
+    """Where a run's time goes, for --profile: called with the name of what was just done.
+
+    The device is waited for at each mark, so that all of a part's work counts as its own.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0) + now - self.last
+        self.last = now
+
+    def table(self) -> str:
+        """Seconds and shares of the parts in the epochs; the set-up is before them."""
+        parts = {part: seconds for part, seconds in self.seconds.items() if part != "set-up"}
+        whole = sum(parts.values())
+        lines = [f"{'part':12} seconds  share"]
+        for part, seconds in (parts | {"all": whole}).items():
+            lines.append(f"{part:12} {seconds:7.1f} {100 * seconds / max(whole, 1e-9):5.1f}%")
+        return "\n".join(lines)
+
+
+def unmarked(part: str) -> None:
+    """Marks without --profile."""
+
+
 # ---- device -------------------------------------------------------------------------------------
 
 
@@ -276,7 +307,21 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.autocast]:
     if args.deterministic:  # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
+    if device.type == "cpu":
+        keep_memory()
     return device, autocast(device, args.amp)
+
+
+def keep_memory() -> None:
+    """Let malloc keep what is freed, for a step needs the same memory as the one before.
+
+    By default glibc gives large blocks back to the system, whose page faults then take a tenth of a
+    training step's time (tools/bench.py). Elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -299,7 +344,8 @@ def schedule(progress: float, epochs: int, warmup_epochs: float = 0) -> float:
 
 # ---- features and kNN ---------------------------------------------------------------------------
 
-KNN_FLOATS = 2**26  # similarities held at once: 256 MB of them, whatever the size of the bank
+# Similarities held at once, 256 MB of them whatever the size of the bank: queries, and their bank.
+KNN_TILE = (2**10, 2**16)
 
 
 @torch.no_grad()
@@ -346,19 +392,46 @@ def knn(
     The vote of a neighbour is exp(cosine similarity / temperature) (Wu et al. 2018,
     arXiv 1805.01978, sec. 3.4). `bank` (N x d) and `queries` (M x d) are L2-normalised; `labels`
     (N) are of int64. k is clamped to the bank, `top` to the number of classes.
-    Returns int64, M x top. Its similarities are held `KNN_FLOATS` at a time.
+    Returns int64, M x top. Memory: a `KNN_TILE` of similarities, however large the bank.
     """
     k, classes = min(k, len(bank)), int(labels.max()) + 1
+    rows, columns = KNN_TILE
+    tile = bank.new_empty(min(rows, len(queries)) * min(columns, len(bank)))  # used again and again
     ranking = []
-    # similarities: chunk x N floats
-    for chunk in queries.split(max(1, KNN_FLOATS // len(bank))):
-        similarity, nearest = (chunk @ bank.T).topk(k)  # chunk x k
+    for chunk in queries.split(rows):
+        parts = []
+        for i, part in enumerate(bank.split(columns)):
+            products = tile[: len(chunk) * len(part)].view(len(chunk), len(part))
+            values, nearest = largest(torch.mm(chunk, part.T, out=products), k)
+            parts.append((values, nearest + i * columns))
+        similarity, nearest = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
+        if len(parts) > 1:  # the nearest of each part's nearest
+            similarity, best = similarity.topk(k, sorted=False)  # chunk x k
+            nearest = nearest.gather(1, best)
         votes = similarity.new_zeros(len(chunk), classes)
         # One axis, of chunk x classes: that scatter has a deterministic form on CUDA.
         where = labels[nearest] + classes * torch.arange(len(chunk), device=labels.device)[:, None]
         votes.view(-1).scatter_add_(0, where.view(-1), (similarity / temperature).exp().view(-1))
         ranking.append(votes.topk(min(top, classes)).indices)
     return torch.cat(ranking)
+
+
+def largest(x: Tensor, k: int, size: int = 6) -> tuple[Tensor, Tensor]:
+    """`x.topk(k, sorted=False)`, M x N -> M x min(k, N), in half of its time for a large N.
+
+    Returns values and indices. Of groups of `size` numbers each, only the k groups with the largest
+    maxima are looked through: a number in another group has k larger ones, those maxima.
+    """
+    groups = x.shape[1] // size
+    if groups <= 2 * k:
+        return tuple(x.topk(min(k, x.shape[1]), sorted=False))
+    # A group is every `groups`-th number, so that the maxima are taken over whole rows at a time.
+    chosen = largest(x[:, : size * groups].unflatten(1, (size, groups)).amax(1), k, size)[1]
+    rest = torch.arange(size * groups, x.shape[1], device=x.device)  # in no group
+    places = [chosen + i * groups for i in range(size)] + [rest.expand(len(x), -1)]
+    places = torch.cat(places, dim=1)  # M x about size k
+    values, best = x.gather(1, places).topk(k, sorted=False)
+    return values, places.gather(1, best)
 
 
 def accuracy(ranking: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -645,6 +718,7 @@ FREE = (
     "deterministic",
     "knn_every",
     "checkpoint_minutes",
+    "profile",
 )
 
 

@@ -42,13 +42,27 @@ def test_knn_predictions_equal_scikit_learn():
     assert (ours.numpy() == order).mean() > 0.999  # near-ties in fp32
 
 
-def test_knn_does_not_depend_on_its_chunks(monkeypatch):
+def test_knn_does_not_depend_on_its_tiles(monkeypatch):
     torch.manual_seed(0)
     bank, queries = torch.randn(500, 8), torch.randn(90, 8)
     labels = torch.randint(0, 3, (500,))
     whole = utils.knn(bank, labels, queries, k=20)
-    monkeypatch.setattr(utils, "KNN_FLOATS", 500 * 7)
+    monkeypatch.setattr(utils, "KNN_TILE", (7, 130))  # parts of 130, and one of 110
     assert torch.equal(utils.knn(bank, labels, queries, k=20), whole)
+    assert torch.equal(utils.knn(bank, labels, queries, k=200), utils.knn(bank, labels, queries))
+
+
+@pytest.mark.parametrize(("size", "n"), [(6, 20), (4, 400), (4, 403), (3, 1000), (6, 1000)])
+def test_largest_equals_topk(size, n):
+    torch.manual_seed(0)
+    x = torch.randn(30, n)
+    x[:, -1] = 10  # in no group, where they do not come out even
+    x[0, ::2] = 0.5  # ties
+    x[1] = 0
+    values, places = utils.largest(x, 25, size)
+    assert torch.equal(values.sort().values, x.topk(min(25, n)).values.sort().values)
+    assert torch.equal(x.gather(1, places), values)
+    assert all(len(set(row)) == len(row) for row in places.tolist())  # none twice
 
 
 def test_accuracy():

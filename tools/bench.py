@@ -1,6 +1,7 @@
-"""Ours and its peers, timed in turns in one run, and their ratio.
+"""Ours and its peers, timed in turns (A B A B ...) in one run: medians and their ratio.
 
-python -m tools.bench linear
+python -m tools.bench                  # all of them, half an hour on two cores
+python -m tools.bench views train      # some
 
 What is timed are the functions of the rooms and the commands themselves, never a copy of them.
 Results are added to results/benchmarks.csv.
@@ -9,16 +10,29 @@ Results are added to results/benchmarks.csv.
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
+import os
 import platform
+import statistics
+import subprocess
+import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas
 import torch
+import torch.nn.functional as F
 
+import data
 import linear
 import main
+import model
 import utils
+from tools import peers
+from tools.peers import Peer
 
 COLUMNS = (
     "benchmark",
@@ -32,9 +46,209 @@ COLUMNS = (
     "torch",
     "date",
 )
+# What a benchmark yields: its name, ours, the peer's, the peer's name, the unit.
+Row = tuple[str, float, float | None, str | None, str]
 
 
-def bench_linear(*flags: str):
+def in_turns(*functions: Callable[[], object], rounds: int = 5) -> list[float]:
+    """Median seconds of each function, called in turns after a call of each to warm up."""
+    seconds = [[] for _ in functions]
+    for i in range(rounds + 1):
+        for times, function in zip(seconds, functions, strict=True):
+            begun = time.perf_counter()
+            function()
+            if i > 0:
+                times.append(time.perf_counter() - begun)
+    return [statistics.median(times) for times in seconds]
+
+
+def versioned(package: str, what: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}: {what}"
+
+
+def sgemm() -> Callable[[], object]:
+    """fp32 products of 4096 x 4096, `SGEMM` multiply-adds a call."""
+    a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
+    return lambda: a @ b
+
+
+SGEMM = 4096**3
+
+
+def noise(number: int) -> torch.Tensor:
+    """Images of the size of CIFAR's."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (number, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+def bench_views() -> Iterator[Row]:
+    """The CIFAR recipe's augmentation, batches of 512."""
+    images, recipe = noise(512 * 16), main.CIFAR
+    utils.set_up(main.parse_args(["--device", "cpu"])[0])
+    views = data.Views(32, recipe["mean"], recipe["std"])
+    with (
+        Peer(peers.torchvision_views, images, recipe, 512) as torchvision,
+        Peer(peers.kornia_views, images, recipe, 512) as kornia,
+    ):
+        ours, theirs, kornias = in_turns(
+            lambda: [views(batch) for batch in images.split(512)], torchvision, kornia
+        )
+    n = len(images)
+    name = versioned("torchvision", "PIL transforms, DataLoader, 2 workers")
+    yield "views", n / ours, n / theirs, name, "views/s"
+    yield "views", n / ours, n / kornias, versioned("kornia", "batched, eager"), "views/s"
+
+
+def bench_train() -> Iterator[Row]:
+    """ResNet-18 CIFAR steps of 128 images, augmentation included, against a plain loop."""
+    images = noise(2 * 128)
+    flags = ["--batch_size", "128", "--device", "cpu"]
+
+    def training(amp: str) -> tuple[Callable[[], object], model.SimSiam]:
+        args = main.parse_args([*flags, "--amp", amp])[0]
+        device, autocast = utils.set_up(args)
+        net = model.SimSiam().to(device, memory_format=torch.channels_last)
+        optimizer = main.optimizer_of(net, args)
+        loader = data.Loader([images], args.batch_size)
+        views = data.Views(32, args.mean, args.std)
+        settings = (loader, views, 0, 0, torch.zeros(3), args, autocast, lambda step: None)
+        return lambda: main.train(net, optimizer, *settings), net
+
+    (fp32, net), (bf16, _) = training("off"), training("bf16")
+    with Peer(peers.plain_training, images, main.CIFAR, 128) as plain:
+        # Four products take as long as one step of the two, so that they meet the same machine.
+        product = sgemm()
+        fast, faster, slow, products = in_turns(
+            fp32, bf16, plain, lambda: [product() for _ in range(4)], rounds=7
+        )
+    n = len(images)
+    name = versioned("torchvision", "PIL views in 2 workers, NCHW, fp32, .item() each step")
+    yield "train", n / fast, n / slow, name, "images/s"
+    yield "train, --amp bf16", n / faster, n / slow, name, "images/s"
+    # Forward, and twice that backward, of two views; a multiply-add counts two.
+    backbone = model.Classifier(net.backbone, 512, 10)
+    gflop = 2 * 3 * 2 * model.params_and_flops(backbone, 32)[1] / 1e9
+    rate = 4 * 2 * SGEMM / products / 1e9
+    yield "train", gflop * n / fast, rate, "this machine's sgemm", "GFLOP/s"
+
+
+def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
+    """resnet20 on 5,000 textures: an epoch and the kNN at its end, against lightly's example."""
+    images = data.Data(
+        *data.textures(5000, seed=1), *data.textures(1000, seed=2), list(data.TEXTURES)
+    )
+    seconds, accuracies = ([], []), ([], [])
+
+    def one(seed: int) -> None:
+        flags = f"--data_name textures --arch resnet20 --epochs {epochs} --seed {seed} --device cpu"
+        args = main.parse_args(flags.split())[0]
+        args.image_size = 32
+        device, amp = utils.set_up(args)
+        torch.manual_seed(seed)
+        net = model.SimSiam(args.arch, args.stem, args.feature_dim, args.projector_layers)
+        net.to(device, memory_format=torch.channels_last)
+        optimizer = main.optimizer_of(net, args)
+        loader = data.Loader([images.train_images], args.batch_size, seed)
+        views = data.Views(32, args.mean, args.std, seed=seed)
+        with Peer(peers.lightly_training, images, args) as lightly:
+
+            def ours(epoch: int) -> float:
+                more = (0, torch.zeros(3), args, amp, lambda step: None)
+                main.train(net, optimizer, loader, views, epoch, *more)
+                return main.monitor(net, views, images, args, amp)["test_acc@1"]
+
+            for epoch in range(epochs):
+                for i, run in enumerate((ours, lightly)):
+                    begun = time.perf_counter()
+                    accuracy = run(epoch)
+                    seconds[i].append(time.perf_counter() - begun)
+                    if epoch + 1 == epochs:
+                        accuracies[i].append(accuracy)
+                    print(
+                        f"epoch: seed {seed}, {epoch + 1}/{epochs}, {('ours', 'lightly')[i]}: "
+                        f"{seconds[i][-1]:.1f} s, kNN {accuracy:.1f} %",
+                        flush=True,
+                    )
+
+    for seed in range(seeds):
+        one(seed)
+    name = versioned("lightly", "its example's transform, loader, heads and knn_predict")
+    yield "epoch", *map(statistics.median, seconds), name, "s"
+    for seed, pair in enumerate(zip(*accuracies, strict=True)):
+        yield f"epoch, kNN top-1 after {epochs}, seed {seed}", *pair, name, "%"
+
+
+def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
+    """utils.knn for a process of its own: its peak of memory besides its arguments, in MB."""
+
+    def resident() -> int:
+        """Pages of this process's own: the arguments are shared."""
+        pages, shared = Path("/proc/self/statm").read_text().split()[1:3]
+        return int(pages) - int(shared)
+
+    utils.keep_memory()
+    utils.knn(bank[:1000], labels[:1000], queries[:100])  # the libraries' own memory
+
+    def run() -> float:
+        before = peak = resident()
+        done = threading.Event()
+
+        def watch():
+            nonlocal peak
+            while not done.wait(0.001):
+                peak = max(peak, resident())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        utils.knn(bank, labels, queries)
+        done.set()
+        watcher.join()
+        return (peak - before) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    return run
+
+
+def bench_knn() -> Iterator[Row]:
+    """A bank of 50,000 x 512, 10,000 queries, k = 200, ten classes."""
+    utils.set_up(main.parse_args(["--device", "cpu"])[0])
+    torch.manual_seed(0)
+    centres = torch.randn(10, 512)
+    bank_labels, query_labels = torch.arange(50_000) % 10, torch.arange(10_000) % 10
+    draw = lambda labels: F.normalize(  # noqa: E731
+        centres[labels] + 6 * torch.randn(len(labels), 512), dim=1
+    )
+    bank, queries = draw(bank_labels), draw(query_labels)
+    ours = lambda: utils.knn(bank, bank_labels, queries)[:, 0]  # noqa: E731
+    lightly_name = versioned("lightly", "knn_predict, chunks of 512")
+    scikit_name = versioned("scikit-learn", "brute force, n_jobs=-1")
+    with (
+        Peer(peers.lightly_knn, bank, bank_labels, queries) as lightly,
+        Peer(peers.scikit_knn, bank, bank_labels, queries) as scikit,
+    ):
+        product = sgemm()
+        fast, lightlys, scikits, products = in_turns(
+            ours, lightly, scikit, lambda: [product() for _ in range(4)], rounds=7
+        )
+        for name, peer in ((lightly_name, lightly), (scikit_name, scikit)):
+            same = 100 * (ours() == peer()).float().mean().item()
+            yield "knn, predictions that are equal", same, 100.0, name, "%"
+    yield "knn", fast, lightlys, lightly_name, "s"
+    yield "knn", fast, scikits, scikit_name, "s"
+    rate = 4 * 2 * SGEMM / products / 1e9
+    gflop = 2 * 50_000 * 10_000 * 512 / 1e9
+    yield "knn, its products alone", gflop / fast, rate, "this machine's sgemm", "GFLOP/s"
+    with Peer(knn_memory, bank, bank_labels, queries) as memory:
+        yield "knn, memory", memory(), None, None, "MB"
+    for size in (10_000, 50_000, 200_000, 1_000_000):
+        large, some = F.normalize(torch.randn(size, 512), dim=1), queries[:2000]
+        labels = torch.arange(size) % 10
+        run = lambda: utils.knn(large, labels, some)  # noqa: B023, E731
+        yield f"knn, bank of {size}, 2000 queries", in_turns(run, rounds=3)[0], None, None, "s"
+        with Peer(knn_memory, large, labels, some) as memory:
+            yield f"knn, bank of {size}, memory", memory(), None, None, "MB"
+
+
+def bench_linear(*flags: str) -> Iterator[Row]:
     """90 epochs on the same images, cached (its extraction included) and augmented, by linear.py.
 
     `flags` are linear.py's; without --model_path, of an epoch of pre-training on textures.
@@ -58,6 +272,48 @@ def bench_linear(*flags: str):
     yield "linear, 90 epochs alone", fast, slow, "the augmented protocol", "s"
 
 
+STAGES = """
+import time, sys
+stages = [("python", time.time())]
+def stage(name): stages.append((name, time.time()))
+import torch, torchvision; stage("import of torch and torchvision")
+import main, data; stage("other imports")
+load, monitor, train = data.load, main.monitor, main.train
+def timed_load(*a):
+    stage("network"); found = load(*a); stage("images"); return found
+def timed_monitor(*a):
+    stage("Params and FLOPs, optimizer"); found = monitor(*a); stage("kNN, untrained encoder")
+    return found
+def first_step(*a):
+    stage("kNN, raw pixels; first checkpoint")
+    def stop(step):
+        stage("first step")
+        for name, when in stages: print(f"STAGE {when} {name}")
+        sys.exit()
+    train(*a[:9], stop)
+data.load, main.monitor, main.train = timed_load, timed_monitor, first_step
+main.main(["--data_name", "textures", "--out", sys.argv[1]])
+"""
+
+
+def bench_start() -> Iterator[Row]:
+    """From the command to the first training step on textures, and what it is spent on."""
+    runs = []
+    for _ in range(5):
+        with tempfile.TemporaryDirectory() as place:
+            command = [sys.executable, "-c", STAGES, place]
+            before = begun = time.time()
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        stages = {}
+        for line in out.splitlines():
+            if line.startswith("STAGE "):
+                _, when, name = line.split(maxsplit=2)
+                stages[name], before = float(when) - before, float(when)
+        runs.append(stages | {"in all": before - begun})
+    for name in runs[0]:
+        yield f"start: {name}", statistics.median(run[name] for run in runs), None, None, "s"
+
+
 def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -66,10 +322,21 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-BENCHMARKS = {"linear": bench_linear}
+BENCHMARKS = {
+    "views": bench_views,
+    "train": bench_train,
+    "epoch": bench_epoch,
+    "knn": bench_knn,
+    "linear": bench_linear,
+    "start": bench_start,
+}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items()),
+        allow_abbrev=False,
+    )
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=", ".join(BENCHMARKS))
     parser.add_argument("--csv", default="results/benchmarks.csv", help="(results/benchmarks.csv)")
     args, rest = parser.parse_known_args()  # what is left are linear.py's flags
@@ -77,18 +344,26 @@ if __name__ == "__main__":
     for name in names:
         if name not in BENCHMARKS:
             parser.error(f"{name}: choose from {', '.join(BENCHMARKS)}")
+    if rest and names != ["linear"]:
+        parser.error(f"{rest[0]}: `linear` alone takes more flags, linear.py's")
     for name in names:
+        rows = []
         for what, ours, peer, peer_name, unit in BENCHMARKS[name](*rest):
-            ratio = peer / ours  # of seconds: above 1 where ours is the better
-            print(f"{what}: ours {ours:.4g} {unit}, {peer_name} {peer:.4g}: ratio {ratio:.2f}")
+            ratio = None
+            if peer is None:
+                print(f"{what}: {ours:.4g} {unit}", flush=True)
+            else:  # above 1 where ours is the better: of seconds the fewer
+                ratio = peer / ours if unit == "s" else ours / peer
+                print(
+                    f"{what}: ours {ours:.4g} {unit}, {peer_name} {peer:.4g}: ratio {ratio:.2f}",
+                    flush=True,
+                )
             machine = (torch.get_num_threads(), cpu_name(), str(torch.__version__))
             values = (what, ours, peer, peer_name, ratio, unit, *machine, datetime.date.today())
-            row = dict(zip(COLUMNS, values, strict=True))
-            rows = []
-            if Path(args.csv).is_file():
-                rows = pandas.read_csv(args.csv, dtype=str, keep_default_na=False).to_dict(
-                    "records"
-                )
-            same = (what, peer_name)
-            rows = [old for old in rows if (old["benchmark"], old["peer_name"]) != same]
-            utils.write_csv(args.csv, [*rows, row], COLUMNS)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+        old = []
+        if Path(args.csv).is_file():
+            old = pandas.read_csv(args.csv, dtype=str, keep_default_na=False).to_dict("records")
+        new = {(row["benchmark"], row["peer_name"] or "") for row in rows}
+        old = [row for row in old if (row["benchmark"], row["peer_name"]) not in new]
+        utils.write_csv(args.csv, [*old, *rows], COLUMNS)
