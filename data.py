@@ -1,13 +1,16 @@
 """The pixels: data sets, batched two-view augmentation, the loader.
 
-Images are bytes (uint8, N x 3 x H x W) held on the device; views are made there, a batch at a time.
+Images are bytes (uint8, N x 3 x H x W) held on the device, or files whose crops workers cut; views
+are made on the device, a batch at a time.
 Nothing is drawn from a global RNG: what a step sees is a function of (seed, epoch, step, sample).
 """
 
 import csv
 import dataclasses
 import os
+import signal
 import warnings
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,20 +26,29 @@ from tqdm import tqdm
 # Images of so many pixels that PIL warns are refused here, and PIL need not say it too.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-DATA_NAMES = ("cifar10", "cifar100", "stl10", "svhn", "fashion_mnist", "folder", "textures")
+DATA_NAMES = (
+    "cifar10",
+    "cifar100",
+    "stl10",
+    "svhn",
+    "fashion_mnist",
+    "folder",
+    "imagenet",
+    "textures",
+)
 
 
 @dataclasses.dataclass
 class Data:
-    """A data set in memory. Images: uint8, N x 3 x H x W. Labels: int64, N; -1 is "no label".
+    """A data set. Images: uint8, N x 3 x H x W, or `Files`. Labels: int64, N; -1 is "no label".
 
     Without test images (or without labels) there is nothing to score: `test_images` is None.
     `bad`: the files that could not be read and were left out, each with the reason.
     """
 
-    train_images: Tensor
+    train_images: "Tensor | Files"
     train_labels: Tensor
-    test_images: Tensor | None
+    test_images: "Tensor | Files | None"
     test_labels: Tensor | None
     classes: list[str]
     bad: list[str] = dataclasses.field(default_factory=list)
@@ -49,7 +61,7 @@ class Data:
 
     def subset(self, size: int, seed: int) -> "Data":
         """`size` of the training images, class-balanced and seeded; all test images."""
-        chosen = subset(self.train_labels, size, seed)
+        chosen = subset(self.train_labels.cpu(), size, seed).to(self.train_labels.device)
         return dataclasses.replace(
             self,
             train_images=self.train_images[chosen],
@@ -67,15 +79,17 @@ def load(
 ) -> Data:
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
-    `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads.
+    `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads;
+    `imagenet` too, but keeps them as `Files`, which each epoch decodes again.
 
     Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
     folder that cannot be used, ConnectionError where a download fails.
     """
     if name == "textures":
         return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
-    if name == "folder":
-        return load_folder(Path(root), image_size, workers, bad_images, test_only)
+    if name in ("folder", "imagenet"):
+        in_memory = name == "folder"
+        return load_folder(Path(root), image_size, workers, bad_images, test_only, in_memory)
     if name not in DATA_NAMES:
         raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
     return load_torchvision(name, Path(root))
@@ -136,8 +150,9 @@ def load_folder(
     workers: int = 2,
     bad_images: str = "error",
     test_only: bool = False,
+    in_memory: bool = True,
 ) -> Data:
-    """The user's own images, each decoded once; if `test_only`, no training image.
+    """The user's own images, decoded once or left as `Files`; if `test_only`, no training image.
 
     `root` is one of
     - a folder with `train/<class>/*` and, to score with, `test/<class>/*` or `val/<class>/*`;
@@ -185,8 +200,13 @@ def load_folder(
         image_size = usual_size(files[:: max(1, len(files) // 100)], bad_images)
     bad: list[str] = []
 
-    def part(files: list[Path], names: list[str | None]) -> tuple[Tensor, Tensor]:
-        images, found = decode(files, image_size, workers, bad_images)
+    def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | Files, Tensor]:
+        if in_memory:
+            images, found = decode(files, image_size, workers, bad_images)
+        else:  # what is to be skipped must be known before the first epoch
+            found = decode(files, 1, workers, "skip")[1] if bad_images == "skip" else {}
+            good = [str(path) for i, path in enumerate(files) if i not in found]
+            images = Files(good, image_size, workers)
         bad.extend(found.values())
         good = [name for i, name in enumerate(names) if i not in found]
         return images, torch.tensor([number[name] for name in good], dtype=torch.int64)
@@ -259,10 +279,44 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def shorter_side(name: str, size: int) -> int:
+    """What the test transform of the data set `name` resizes to before its centre crop of `size`.
+
+    ImageNet's custom is 256 for a crop of 224; elsewhere no margin is cut off.
+    """
+    return round(size * 256 / 224) if name == "imagenet" else size
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """A file's image in RGB, decoded. Raises ValueError naming the file."""
+    try:
+        return to_rgb(open_image(path))
+    except Exception as error:  # a decoder fed with junk may raise anything
+        reason = str(error)
+        if not reason.startswith(str(path)):
+            reason = f"{path}: cannot be read ({reason}); mend or remove it"
+        raise ValueError(reason) from error
+
+
+def centre(image: Image.Image, size: int, shorter: int) -> np.ndarray:
+    """Shorter side resized to `shorter`, then the centre cropped: uint8, size x size x 3."""
+    width, height = image.size
+    if min(width, height) != shorter:
+        scale = shorter / min(width, height)
+        width, height = max(shorter, round(width * scale)), max(shorter, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
 def decode(
-    files: list[Path], size: int, workers: int = 2, bad_images: str = "error"
+    files: list[Path],
+    size: int,
+    workers: int = 2,
+    bad_images: str = "error",
+    shorter: int | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """Image files -> uint8, N x 3 x size x size: shorter side resized to `size`, centre cropped.
+    """Image files -> uint8, N x 3 x size x size, cut by `centre` (`shorter`: by default size).
 
     If `bad_images` is "skip", a file that cannot be read is left out, and the second result names
     it: its place in `files`, and why. Else it raises ValueError naming it.
@@ -271,21 +325,11 @@ def decode(
 
     def one(i: int) -> str | None:
         try:
-            image = to_rgb(open_image(files[i]))
-        except Exception as error:  # a decoder fed with junk may raise anything
-            reason = str(error)
-            if not reason.startswith(str(files[i])):
-                reason = f"{files[i]}: cannot be read ({reason}); mend or remove it"
+            images[i] = centre(read_image(files[i]), size, shorter or size)
+        except ValueError as error:
             if bad_images == "error":
-                raise ValueError(reason) from error
-            return reason
-        width, height = image.size
-        if min(width, height) != size:
-            scale = size / min(width, height)
-            width, height = max(size, round(width * scale)), max(size, round(height * scale))
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
-        images[i] = np.asarray(image.crop((left, top, left + size, top + size)))
+                raise
+            return str(error)
         return None
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -316,6 +360,135 @@ def subset(labels: Tensor, size: int, seed: int) -> Tensor:
     for label in np.unique(shuffled):
         turn[shuffled == label] = np.arange((shuffled == label).sum())
     return torch.from_numpy(np.sort(order[np.argsort(turn, kind="stable")[:size]]))
+
+
+# ---- images that stay in their files ------------------------------------------------------------
+
+
+class BadImage(Exception):
+    """A file that could not be decoded in the middle of a run; says which, and what to do."""
+
+
+class Cutter(torch.utils.data.Dataset):
+    """What a loader's worker makes of a file: uint8, looks x size x size x 3, or why it cannot.
+
+    An item is (epoch, i): `looks` random crops of file i, decoded once; their boxes are a function
+    of (seed, epoch, i). Without looks: the centre, as the test transform has it.
+    """
+
+    def __init__(self, files: "Files", looks: int, crop_scale: tuple[float, float], seed: int):
+        self.files, self.looks, self.crop_scale, self.seed = files, looks, crop_scale, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> np.ndarray | str:
+        epoch, i = item
+        size = self.files.size
+        try:
+            image = read_image(self.files.paths[i])
+        except ValueError as error:
+            return str(error)
+        if not self.looks:
+            return centre(image, size, shorter_side("imagenet", size))[None]
+        rng = np.random.default_rng([self.seed, epoch, i])
+        boxes = crop_boxes(rng, self.looks, image.height, image.width, self.crop_scale)
+        # Cropped first: PIL's resize of a box would mix in pixels from outside of it.
+        crops = (image.crop((x, y, x + w, y + h)) for y, x, h, w in boxes.tolist())
+        bilinear = Image.Resampling.BILINEAR
+        return np.stack([np.asarray(crop.resize((size, size), bilinear)) for crop in crops])
+
+
+def stack(items: list[np.ndarray | str]) -> Tensor | str:
+    """A worker's batch; of one with a bad file only the reason."""
+    bad = [item for item in items if isinstance(item, str)]
+    return bad[0] if bad else torch.from_numpy(np.stack(items))
+
+
+class Batches:
+    """The items of a DataLoader, a batch at a time; others in each epoch."""
+
+    def __init__(self):
+        self.epoch, self.parts = 0, ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for part in self.parts:
+            yield [(self.epoch, i) for i in part.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def heed_no_signals(worker: int) -> None:
+    """A worker leaves Ctrl-C to the run, which ends its step first, and a SIGTERM ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@dataclasses.dataclass
+class Files:
+    """Image files in the place of a uint8 tensor of images, N x 3 x size x size.
+
+    They are decoded when needed, by `workers` processes, and what those cut goes to the device.
+    """
+
+    paths: list[str]
+    size: int
+    workers: int = 2
+    device: torch.device | str = "cpu"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.paths), 3, self.size, self.size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, chosen: Tensor) -> "Files":
+        """A part of the files: indices or a mask, as of a tensor."""
+        paths = np.array(self.paths, dtype=object)[chosen.cpu().numpy()].tolist()
+        return dataclasses.replace(self, paths=paths)
+
+    def to(self, device: torch.device) -> "Files":
+        """The same, to be brought to `device`."""
+        return dataclasses.replace(self, device=device)
+
+    def split(self, number: int) -> Iterator[Tensor]:
+        """As of a tensor: chunks under the test transform, uint8, `number` x 3 x size x size."""
+        loader = self.loader(0, (1.0, 1.0), 0)
+        loader.batch_sampler.parts = torch.arange(len(self)).split(number)
+        for images in self.read(loader):
+            yield images[:, 0]
+
+    def loader(
+        self, looks: int, crop_scale: tuple[float, float], seed: int
+    ) -> torch.utils.data.DataLoader:
+        """A DataLoader, whose batch_sampler is a `Batches`; its workers stay between epochs."""
+        return torch.utils.data.DataLoader(
+            Cutter(self, looks, crop_scale, seed),
+            batch_sampler=Batches(),
+            num_workers=self.workers,
+            collate_fn=stack,
+            pin_memory=torch.device(self.device).type == "cuda",
+            worker_init_fn=heed_no_signals,
+            persistent_workers=self.workers > 0 and looks > 0,
+        )
+
+    def read(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
+        """What the workers cut, on the device: uint8, n x looks x 3 x size x size."""
+        for found in loader:
+            if isinstance(found, str):
+                raise BadImage(f"{found}, or leave out what cannot be read: --bad_images skip")
+            found = found.to(self.device, non_blocking=True)
+            yield found.permute(0, 1, 4, 2, 3)
+
+
+def crc(images: Tensor | Files) -> int:
+    """A checksum of the training images: a run goes on with those that it began with.
+
+    Of files, the names below their common folder (which may have moved) are taken.
+    """
+    if isinstance(images, Files):
+        common = os.path.commonpath(images.paths)
+        return zlib.crc32("\n".join(os.path.relpath(p, common) for p in images.paths).encode())
+    return zlib.crc32(images.contiguous().numpy())
 
 
 # ---- textures, the embedded data set ------------------------------------------------------------
@@ -481,13 +654,19 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     The result is fp32, and in memory channel by channel: each one's N x h x w numbers lie
     together, which the colour operations below run through several times faster.
     """
-    n, channels, height, width = images.shape
-    planes = torch.empty(channels, n, height, width, device=images.device)
-    planes.copy_(images.transpose(0, 1))
-    found = planes.new_empty(channels, n, rows.shape[1], columns.shape[1])
-    for plane, out in zip(planes, found, strict=True):
+    n, channels = images.shape[:2]
+    x = by_channel(images)
+    found = x.new_empty(channels, n, rows.shape[1], columns.shape[1])
+    for plane, out in zip(x.unbind(1), found, strict=True):
         torch.bmm(rows, plane @ columns.mT, out=out)
     return found.transpose(0, 1)
+
+
+def by_channel(images: Tensor) -> Tensor:
+    """N x 3 x H x W -> the same in fp32, laid out in memory as by `resample`."""
+    n, channels, *size = images.shape
+    found = torch.empty(channels, n, *size, device=images.device)
+    return found.copy_(images.transpose(0, 1)).transpose(0, 1)
 
 
 def to_gray(x: Tensor) -> Tensor:
@@ -574,10 +753,16 @@ class Views:
 
     def seed(self, epoch: int, step: int) -> None:
         """The next two calls make the two views of this step."""
-        self.rng = np.random.default_rng([self.base_seed, epoch, step])
+        self.rng, self.look = np.random.default_rng([self.base_seed, epoch, step]), 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """A view an image: uint8, N x 3 x H x W -> normalised float32, N x 3 x size x size."""
+        """A view an image: uint8, N x 3 x H x W -> normalised float32, N x 3 x size x size.
+
+        Or of N x looks x 3 x size x size crops that a loader's workers cut: of the next look.
+        """
+        cut = images.dim() == 5
+        if cut:
+            images, self.look = images[:, self.look], self.look + 1
         n, _, height, width = images.shape
         rng = self.rng
         boxes = crop_boxes(rng, n, height, width, self.crop_scale)
@@ -600,10 +785,15 @@ class Views:
             images.device, non_blocking=True
         ).unbind(1)
 
-        rows = resize_weights(top, tall, height, self.size)
-        columns = resize_weights(left, wide, width, self.size)
-        columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
-        x = resample(images, rows / 255, columns)
+        flip = flip[:, None, None] > 0
+        if cut:
+            x = by_channel(images).div_(255)
+            x = torch.where(flip[..., None], x.flip(-1), x)
+        else:
+            rows = resize_weights(top, tall, height, self.size)
+            columns = resize_weights(left, wide, width, self.size)
+            columns = torch.where(flip, columns.flip(1), columns)
+            x = resample(images, rows / 255, columns)
         if self.jitter_p:
             for i in order:
                 x = COLOUR[i](x, factors[i].view(n, 1, 1, 1))
@@ -634,13 +824,20 @@ class Views:
 
 
 class Loader:
-    """Shuffled batches of tensors that live on a device: images, and labels if you like.
+    """Shuffled batches of images, and of labels if you like, on the images' device.
 
     The last, incomplete batch is left out unless `keep_last`. `len(loader)`: the steps an epoch.
+    Of `Files` a batch is their crops, as the `views` have them, N x `looks` x 3 x size x size.
     """
 
     def __init__(
-        self, tensors: list[Tensor], batch_size: int, seed: int = 0, keep_last: bool = False
+        self,
+        tensors: list[Tensor | Files],
+        batch_size: int,
+        seed: int = 0,
+        keep_last: bool = False,
+        views: Views | None = None,
+        looks: int = 2,
     ):
         number = len(tensors[0])
         if not 0 < batch_size <= number:
@@ -650,6 +847,8 @@ class Loader:
         self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
         self.device = tensors[0].device
         self.steps = -(-number // batch_size) if keep_last else number // batch_size
+        if isinstance(tensors[0], Files):
+            self.files = tensors[0].loader(looks, views.crop_scale, seed)
 
     def __len__(self) -> int:
         return self.steps
@@ -657,7 +856,14 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
         """(step, batch) from step `start` on; the order is a function of (seed, epoch)."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tensors[0]))
-        order = torch.from_numpy(order).to(self.device)
-        for step in range(start, len(self)):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield step, [tensor[batch] for tensor in self.tensors]
+        order = torch.from_numpy(order[: self.steps * self.batch_size])
+        batches = order.to(self.device).split(self.batch_size)[start:]
+        images, *others = self.tensors
+        if isinstance(images, Files):
+            self.files.batch_sampler.epoch = epoch
+            self.files.batch_sampler.parts = order.split(self.batch_size)[start:]
+            found = images.read(self.files)
+        else:
+            found = (images[batch] for batch in batches)
+        for step, (batch, chosen) in enumerate(zip(batches, found, strict=True), start):
+            yield step, [chosen, *(tensor[batch] for tensor in others)]

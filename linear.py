@@ -183,7 +183,7 @@ def fit(heads, optimizer, loader, embed, args) -> None:
 SHOWN = ("loss", "acc"), "the same command with --cached"
 
 
-def best_on_held_out(lrs, head, inputs, labels, embed, plain_features, args) -> float:
+def best_on_held_out(lrs, head, inputs, labels, embed, plain_features, args, views) -> float:
     """The lr whose head does best on a held-out tenth of the training set, trained on the rest."""
     kept = data.subset(labels.cpu(), len(labels) - max(1, len(labels) // 10), args.seed)
     kept = kept.to(labels.device)
@@ -191,7 +191,7 @@ def best_on_held_out(lrs, head, inputs, labels, embed, plain_features, args) -> 
     out[kept] = False
     heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
     optimizer = make_optimizer(args, heads, lrs)
-    loader = make_loader(inputs[kept], labels[kept], args)
+    loader = make_loader(inputs[kept], labels[kept], args, views)
     fit(heads, optimizer, loader, embed, args)
     features = plain_features(inputs[out])
     scores = [evaluate(head, features, labels[out])[1] for head in heads]
@@ -216,9 +216,9 @@ def pixels_baseline(images: data.Data, views, amp, args) -> float:
     return max(evaluate(head, test, images.test_labels)[1] for head in heads)
 
 
-def make_loader(inputs: Tensor, labels: Tensor, args) -> data.Loader:
+def make_loader(inputs: Tensor | data.Files, labels: Tensor, args, views=None) -> data.Loader:
     batch_size = min(args.batch_size, len(labels))
-    return data.Loader([inputs, labels], batch_size, args.seed, keep_last=True)
+    return data.Loader([inputs, labels], batch_size, args.seed, True, views, looks=1)
 
 
 # ---- the frozen encoder -------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
         if args.label_fraction < 1:
             number = max(1, round(args.label_fraction * len(images.train_labels)))
             images = images.subset(number, args.seed)
-        images_crc = utils.crc(images.train_images)
+        images_crc = data.crc(images.train_images)
         torch.manual_seed(args.seed)
         width = simsiam.projector[0].in_features
         net = model.Classifier(simsiam.backbone, width, len(images.classes))
@@ -403,7 +403,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
         inputs = plain_features(images.train_images)
         embed, held_out_features = (lambda x, *when: x), (lambda x: x)
     extraction = time.perf_counter() - extraction  # the first epoch's seconds include it
-    loader = make_loader(inputs, images.train_labels, args)
+    loader = make_loader(inputs, images.train_labels, args, views)
     keeper = utils.Keeper(args.checkpoint_minutes, good=found and path == f"{run}_model.pth")
 
     def save(epoch: int, step: int = 0) -> None:
@@ -445,7 +445,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
         utils.say(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
         if len(args.lr) > 1:
             lr = best_on_held_out(
-                args.lr, net.fc, inputs, images.train_labels, embed, held_out_features, args
+                args.lr, net.fc, inputs, images.train_labels, embed, held_out_features, args, views
             )
             optimizer = make_optimizer(args, heads, [lr])
             utils.say(f"chosen: --lr {lr:g}; fitted again on the whole training set")
@@ -583,7 +583,9 @@ def predict(args, parser) -> None:
         for path in map(Path, args.predict):
             files += data.list_folder(path, labelled=False)[0] if path.is_dir() else [path]
         encoder, classes = state["args"]["encoder"], state["classes"]
-        images, bad = data.decode(files, encoder["image_size"], args.num_workers, args.bad_images)
+        size = encoder["image_size"]
+        shorter = data.shorter_side(state["args"].get("data_name"), size)
+        images, bad = data.decode(files, size, args.num_workers, args.bad_images, shorter)
         files = [path for i, path in enumerate(files) if i not in bad]
     for line in bad.values():
         print(line, file=sys.stderr)
@@ -622,4 +624,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    utils.run_command(main, data.BadImage)

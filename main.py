@@ -99,7 +99,10 @@ def parse_args(
     flag(group, "projector_layers", number(int, 1, 8), "linear layers of the projector")
     group = parser.add_argument_group("optimization")
     flag(
-        group, "recipe", str, "defaults: cifar, imagenet or short (textures: short, others: cifar)"
+        group,
+        "recipe",
+        str,
+        "defaults: cifar, imagenet or short (textures: short, imagenet: imagenet, others: cifar)",
     )
     flag(group, "batch_size", number(int, 2), "images a step")
     flag(group, "epochs", count, "sweeps over the training set")
@@ -115,6 +118,9 @@ def parse_args(
     group = parser.add_argument_group("monitor")
     flag(group, "k", count, "neighbours that vote in the kNN", 200)
     flag(group, "temperature", positive, "of the kNN's vote", 0.1)
+    flag(
+        group, "bank_size", count, "images of the kNN's bank, class-balanced and seeded; None: all"
+    )
     flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
     utils.run_flags(parser)
     flag = parser.add_argument
@@ -123,7 +129,8 @@ def parse_args(
     args, given = parser.parse(argv)
     if args.data_name not in data.DATA_NAMES:
         parser.error(f"--data_name {args.data_name}: choose one of {', '.join(data.DATA_NAMES)}")
-    args.recipe = args.recipe or ("short" if args.data_name == "textures" else "cifar")
+    usual = {"textures": "short", "imagenet": "imagenet"}
+    args.recipe = args.recipe or usual.get(args.data_name, "cifar")
     if args.recipe not in RECIPES:
         parser.error(f"--recipe {args.recipe}: choose one of {', '.join(RECIPES)}")
     for name, value in RECIPES[args.recipe].items():
@@ -205,7 +212,7 @@ def monitor(net, views, images: data.Data, args, amp) -> dict:
 
 
 def knn_accuracy(bank, queries, images: data.Data, args) -> tuple[float, float]:
-    """The bank is the whole training set, and all test images are scored."""
+    """The bank is the training set, or --bank_size of it; all test images are scored."""
     voters = images.train_labels >= 0  # STL-10's unlabelled images cannot vote
     ranking = utils.knn(
         bank[voters], images.train_labels[voters], queries, args.k, args.temperature
@@ -256,12 +263,16 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         )
         if args.train_size is not None:
             images = images.subset(args.train_size, args.seed)
-        images_crc = utils.crc(images.train_images)
+        images_crc = data.crc(images.train_images)
         if found and checkpoint.get("images_crc", images_crc) != images_crc:
             raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
         images = images.to(device)
-        loader = data.Loader([images.train_images], args.batch_size, args.seed)
         args.image_size = args.image_size or images.train_images.shape[-1]
+        views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
+        loader = data.Loader([images.train_images], args.batch_size, args.seed, views=views)
+        watched = images
+        if args.bank_size is not None:
+            watched = images.subset(min(args.bank_size, len(images.train_labels)), args.seed)
         params, flops = model.params_and_flops(net, args.image_size)
         net.to(device, memory_format=torch.channels_last)
         optimizer = optimizer_of(net, args)
@@ -269,7 +280,6 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             with utils.about(path):
                 utils.restore(optimizer, checkpoint, net)
         utils.list_bad_images(run, images.bad)
-    views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
     utils.say(
         f"{run}: SimSiam {args.arch}, d = {args.feature_dim}: {params / 1e6:.2f}M parameters, "
         f"{flops / 1e6:.2f}M multiply-adds an image (thop's FLOPs), on {device}\n"
@@ -326,11 +336,11 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             + ": the run is finished" * (len(history) > args.epochs)
         )
     else:
-        history = [{"epoch": 0} | monitor(net, views, images, args, amp)]
+        history = [{"epoch": 0} | monitor(net, views, watched, args, amp)]
         if images.test_images is None:
             utils.say("no labelled test images: no kNN; std and rank are watched")
         else:
-            raw = history[0]["raw_acc@1"] = raw_pixels_accuracy(views, images, args, amp)
+            raw = history[0]["raw_acc@1"] = raw_pixels_accuracy(views, watched, args, amp)
             utils.say(
                 f"kNN top-1 before training: raw pixels {raw:.1f} %, "
                 f"untrained encoder {history[0]['test_acc@1']:.1f} %"
@@ -355,7 +365,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             }
             if (epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs:
                 with keeper.breaking_off(save, epoch, len(loader)):
-                    row |= monitor(net, views, images, args, amp)
+                    row |= monitor(net, views, watched, args, amp)
                 mark("monitor")
             row["seconds"] = time.perf_counter() - begun
             history.append(row)
@@ -419,7 +429,7 @@ def report(run: str, args, history: list[dict], params: int, flops: int, device)
         utils.add_result(
             os.path.join(args.out, "results.csv"),
             {
-                "protocol": "KNN",
+                "protocol": "KNN" + (f", bank of {args.bank_size}" if args.bank_size else ""),
                 "data": utils.data_label(args),
                 "arch": args.arch,
                 "params_m": params / 1e6,
@@ -444,4 +454,4 @@ def report(run: str, args, history: list[dict], params: int, flops: int, device)
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    utils.run_command(main, data.BadImage)

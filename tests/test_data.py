@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +187,96 @@ def test_loader_visits_every_image_once_in_a_reproducible_order():
     assert len(whole) == 4
     with pytest.raises(ValueError, match="--batch_size 11"):
         data.Loader([images], 11)
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    """JPEG files of several sizes and modes."""
+    root = tmp_path_factory.mktemp("jpegs")
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate([(64, 32), (48, 96), (80, 80), (32, 56), (96, 64)]):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        mode = ("RGB", "L", "CMYK")[i % 3]
+        coarse.resize((width, height)).convert(mode).save(root / f"{i}.jpg", quality=95)
+    return sorted(map(str, root.iterdir()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_of_files_equal_torchvision_bit_for_bit(jpegs, workers):
+    views = make_views(crop_scale=(0.3, 0.9))
+    loader = data.Loader([data.Files(jpegs, 32, workers), torch.arange(5)], 2, 1, True, views)
+    seen = []
+    for _, (crops, labels) in loader.epoch(4):
+        assert crops.shape == (len(labels), 2, 3, 32, 32)
+        for looks, i in zip(crops, labels.tolist(), strict=True):
+            image = Image.open(jpegs[i]).convert("RGB")
+            rng = np.random.default_rng([1, 4, i])  # of the sample: not of step, batch or worker
+            boxes = data.crop_boxes(rng, 2, image.height, image.width, (0.3, 0.9))
+            for look, box in zip(looks, boxes.tolist(), strict=True):
+                theirs = T.resized_crop(image, *box, [32, 32])
+                assert torch.equal(look, T.pil_to_tensor(theirs))
+        seen += labels.tolist()
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    resumed = list(loader.epoch(4, start=2))
+    assert [step for step, _ in resumed] == [2]
+    assert torch.equal(resumed[0][1][0], crops)
+    assert not torch.equal(next(iter(loader.epoch(5)))[1][0], crops)
+
+
+def test_files_under_the_test_transform_equal_torchvision(jpegs):
+    files = data.Files(jpegs, 28, workers=1)  # resized to 32, so that margins are whole pixels
+    images = torch.cat(list(files.split(2)))
+    assert images.shape == files.shape == (5, 3, 28, 28)
+    for path, ours in zip(jpegs, images, strict=True):
+        image = Image.open(path).convert("RGB")
+        theirs = T.center_crop(T.resize(image, [32]), [28])
+        assert (ours.int() - T.pil_to_tensor(theirs).int()).abs().max() <= 1
+    assert torch.equal(next(files[torch.tensor([3, 1])].split(2)), images[[3, 1]])
+    decoded = data.decode(jpegs, 28, shorter=data.shorter_side("imagenet", 28))[0]
+    assert torch.equal(decoded, images)
+
+
+def test_views_of_crops_take_one_look_after_the_other():
+    crops = torch.stack([bytes_of(8, seed=1), bytes_of(8, seed=2)], dim=1)
+    views = make_views(jitter_p=0, gray_p=0, flip_p=0)
+    for _ in range(2):  # each step anew
+        views.seed(0, 0)
+        assert torch.equal(views(crops), views.plain(crops[:, 0]))
+        assert torch.equal(views(crops), views.plain(crops[:, 1]))
+    views = make_views(jitter_p=0, gray_p=0, flip_p=1)
+    assert torch.equal(views(crops), views.plain(crops[:, 0].flip(-1)))
+
+
+def test_a_bad_file_in_a_run_is_named(jpegs, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(Path(jpegs[0]).read_bytes()[:-200])
+    files = data.Files([*jpegs, str(bad)], 16, workers=1)
+    with pytest.raises(data.BadImage, match=r"bad\.jpg: cannot be read"):
+        list(files.split(2))
+    with pytest.raises(data.BadImage, match=r"bad\.jpg: cannot be read"):
+        list(data.Loader([files], 3, views=make_views()).epoch(0))
+
+
+def test_imagenet_is_a_folder_left_in_its_files(tmp_path):
+    for split, number in [("train", 6), ("val", 4)]:
+        for i in range(number):
+            write_image(tmp_path / split / ("cat", "dog")[i % 2] / f"{i}.png", (i, 0, 0))
+    found = data.load("imagenet", tmp_path, 8)
+    assert found.train_images.shape == (6, 3, 8, 8)
+    assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.cat(list(found.test_images.split(3)))[:, 0, 0, 0].tolist() == [0, 2, 1, 3]
+    half = found.subset(2, seed=0)
+    assert len(half.train_images) == 2
+    assert half.train_labels.tolist() == [0, 1]
+    (tmp_path / "train" / "cat" / "2.png").write_bytes(b"no image")
+    with pytest.raises(data.BadImage, match="2.png"):
+        list(data.load("imagenet", tmp_path, 8).train_images.split(9))
+    found = data.load("imagenet", tmp_path, 8, bad_images="skip")
+    assert found.train_labels.tolist() == [0, 0, 1, 1, 1]
+    assert len(next(iter(found.train_images.split(9)))) == 5
+    assert len(found.bad) == 1
+    other = data.load("imagenet", tmp_path, 8)
+    assert data.crc(other.train_images) != data.crc(found.train_images)
 
 
 def test_textures_are_the_same_bytes_everywhere():

@@ -149,6 +149,67 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
     assert "projector.7.running_mean" in state["model"]  # three layers
 
 
+def test_imagenet_from_files_to_a_judged_head(tmp_path, capsys, monkeypatch):
+    """Whole, and stopped within an epoch and resumed with other workers: the same bits."""
+    for split, number, seed in [("train", 120, 1), ("val", 40, 2)]:
+        images, labels = data.textures(number, seed)
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            path = tmp_path / split / data.TEXTURES[label] / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((40 + i % 9, 40))
+            image.convert(("RGB", "L", "CMYK")[i % 3]).save(path)
+    flags = (
+        f"--data_name imagenet --data_root {tmp_path} --arch resnet8 --stem cifar --image_size 32 "
+        f"--feature_dim 16 --batch_size 32 --epochs 2 --bank_size 60 --k 5 --out {tmp_path} --name"
+    ).split()
+    main.main([*flags, "whole", "--profile"])
+    out = capsys.readouterr().out
+    assert "imagenet: 120 training images, 40 test images, 10 classes, 32 pixels" in out
+    parts = "loading views forward backward optimizer monitor checkpoint all".split()
+    shares = {
+        part: float(line.split()[-1].rstrip("%"))
+        for part in parts
+        for line in out.splitlines()
+        if line.startswith(f"{part} ")
+    }
+    assert list(shares) == parts
+    assert sum(shares.values()) == pytest.approx(200, abs=0.5)
+    assert shares["backward"] > 10 * shares["optimizer"] > 0
+    results = pandas.read_csv(tmp_path / "results.csv")
+    assert results["protocol"].tolist() == ["KNN, bank of 60"]
+
+    class Stop(Exception):
+        pass
+
+    real = main.utils.save_checkpoint
+
+    def save_and_stop(*args, **state):
+        real(*args, **state)
+        if (state["epoch"], state["step"]) == (1, 2):
+            raise Stop
+
+    monkeypatch.setattr(main.utils, "save_checkpoint", save_and_stop)
+    with pytest.raises(Stop):
+        main.main([*flags, "cut", "--checkpoint_minutes", "0"])
+    monkeypatch.undo()
+    main.main([*flags, "cut", "--resume", "--num_workers", "0"])
+    assert "and step 2 of 3" in capsys.readouterr().out
+    whole, cut = (torch.load(tmp_path / f"{name}_model.pth")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+    judge = f"--model_path {tmp_path}/whole_model.pth --out {tmp_path} --epochs 1 --batch_size 32"
+    linear.main([*judge.split(), "--lr", "1", "0.1"])
+    table = pandas.read_csv(tmp_path / "whole_linear_statistics.csv")
+    capsys.readouterr()
+    judged = f"--model_path {tmp_path}/whole_linear_model.pth"
+    linear.main([*judged.split(), "--evaluate_only", "--out", str(tmp_path)])
+    assert f"top-1 {table['test_acc@1'].iloc[-1]:.2f} %" in capsys.readouterr().out
+    linear.main([*judged.split(), "--predict", f"{tmp_path}/val", "--out_csv", f"{tmp_path}/p.csv"])
+    found = pandas.read_csv(tmp_path / "p.csv")
+    right = found["class"] == found["file"].map(lambda path: path.split("/")[-2])
+    assert 100 * right.mean() == pytest.approx(table["test_acc@1"].iloc[-1], abs=1e-3)
+
+
 def test_fix_pred_lr_keeps_the_predictors_lr(tmp_path):
     for name, fixed in [("fixed", "--fix_pred_lr"), ("free", "--no-fix_pred_lr")]:
         run(tmp_path, f"--epochs 2 --name {name} {fixed}")

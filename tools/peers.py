@@ -5,10 +5,12 @@ that prepares what its users keep, and returns the function to be timed.
 """
 
 import multiprocessing
+import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,36 +34,39 @@ class Peer:
         return self
 
     def __exit__(self, *error) -> None:
-        self.pipe.close()
+        self.pipe.send(None)
         self.process.join()
 
 
 def serve(pipe, peer: Callable, args: tuple) -> None:
-    """The other end of a Peer: until the pipe is closed."""
+    """The other end of a Peer."""
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as Linux has it
     run = peer(*args)
     pipe.send("ready")
-    while True:
-        try:
-            args = pipe.recv()
-        except EOFError:
-            return
+    while (args := pipe.recv()) is not None:
         pipe.send(run(*args))
 
 
+class PilBlur:
+    """The authors' Gaussian blur, PIL's."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
 class PilViews(Dataset):
-    """`number` views of each PIL image by torchvision's transforms, in Python, one at a time."""
+    """`number` views of each PIL image, or file, by torchvision's transforms, one at a time."""
 
     def __init__(self, images: list, number: int, recipe: dict, size: int):
         from torchvision import transforms as t
 
-        blur = t.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))
         self.images, self.number = images, number
         self.transform = t.Compose(
             [
                 t.RandomResizedCrop(size, scale=(0.2, 1.0)),
                 t.RandomApply([t.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
                 t.RandomGrayscale(p=0.2),
-                *([t.RandomApply([blur], p=recipe["blur_p"])] if recipe["blur_p"] else []),
+                *([t.RandomApply([PilBlur()], p=recipe["blur_p"])] if recipe["blur_p"] else []),
                 t.RandomHorizontalFlip(),
                 t.ToTensor(),
                 t.Normalize(recipe["mean"], recipe["std"]),
@@ -72,13 +77,14 @@ class PilViews(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        return tuple(self.transform(self.images[i]) for _ in range(self.number))
+        image = self.images[i]
+        if isinstance(image, str):
+            image = Image.open(image).convert("RGB")
+        return tuple(self.transform(image) for _ in range(self.number))
 
 
 def pil(images: Tensor) -> list:
     """uint8, N x 3 x H x W -> N PIL images."""
-    from PIL import Image
-
     return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
@@ -87,6 +93,13 @@ def torchvision_views(images: Tensor, recipe: dict, batch: int) -> Callable:
     views = PilViews(pil(images), 1, recipe, images.shape[-1])
     loader = DataLoader(views, batch, num_workers=2, persistent_workers=True)
     return lambda: sum(len(x) for (x,) in loader)
+
+
+def torchvision_files(paths: list[str], recipe: dict, batch: int) -> Callable:
+    """Two views of each file: the transforms of the authors' code, in one DataLoader worker."""
+    views = PilViews(paths, 2, recipe, recipe["image_size"])
+    loader = DataLoader(views, batch, num_workers=1, persistent_workers=True)
+    return lambda: sum(len(x) for x, _ in loader)
 
 
 def kornia_views(images: Tensor, recipe: dict, batch: int) -> Callable:
@@ -127,6 +140,19 @@ def plain_training(images: Tensor, recipe: dict, batch: int) -> Callable:
     return run
 
 
+class Labelled(Dataset):
+    """PIL images and their labels."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable):
+        self.images, self.labels, self.transform = pil(images), labels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int):
+        return self.transform(self.images[i]), self.labels[i]
+
+
 def lightly_training(images, args) -> Callable:
     """Lightly's SimSiam example: its transform, heads, loss and `knn_predict`; an epoch a call.
 
@@ -141,16 +167,6 @@ def lightly_training(images, args) -> Callable:
 
     import model
     import utils
-
-    class Labelled(Dataset):
-        def __init__(self, images: Tensor, labels: Tensor, transform: Callable):
-            self.images, self.labels, self.transform = pil(images), labels, transform
-
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def __getitem__(self, i: int):
-            return self.transform(self.images[i]), self.labels[i]
 
     torch.manual_seed(args.seed)
     d = args.feature_dim
