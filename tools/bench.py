@@ -238,7 +238,13 @@ def bench_knn() -> Iterator[Row]:
     yield "knn", fast, scikits, scikit_name, "s"
     rate = 4 * 2 * SGEMM / products / 1e9
     gflop = 2 * 50_000 * 10_000 * 512 / 1e9
-    yield "knn, its products over its whole time", gflop / fast, rate, "this machine's sgemm", "GFLOP/s"
+    yield (
+        "knn, its products over its whole time",
+        gflop / fast,
+        rate,
+        "this machine's sgemm",
+        "GFLOP/s",
+    )
     with Peer(knn_memory, bank, bank_labels, queries) as memory:
         yield "knn, memory", memory(), None, None, "MB"
     for size in (10_000, 50_000, 200_000, 1_000_000):
@@ -384,15 +390,15 @@ if __name__ == "__main__":
     for name in names:
         rows = []
         for what, ours, peer, peer_name, unit in BENCHMARKS[name](*rest):
-            ratio = None
-            if peer is None:
-                print(f"{what}: {ours:.4g} {unit}", flush=True)
-            else:  # above 1 where ours is the better: of seconds the fewer
+            ratio, text = None, f"{what}: {ours:.4g} {unit}"
+            if peer is not None:
+                text += f", {peer_name} {peer:.4g}"
+            if peer is not None and unit != "%":  # above 1 where ours is the better
                 ratio = peer / ours if unit == "s" else ours / peer
-                print(
-                    f"{what}: ours {ours:.4g} {unit}, {peer_name} {peer:.4g}: ratio {ratio:.2f}",
-                    flush=True,
-                )
+                text += f": ratio {ratio:.2f}"
+            print(text, flush=True)
+            numbers = [None if x is None else f"{x:.6g}" for x in (ours, peer, ratio)]
+            ours, peer, ratio = numbers
             machine = (torch.get_num_threads(), cpu_name(), str(torch.__version__))
             values = (what, ours, peer, peer_name, ratio, unit, *machine, datetime.date.today())
             rows.append(dict(zip(COLUMNS, values, strict=True)))
