@@ -417,9 +417,9 @@ class Batches:
 
 
 def heed_no_signals(worker: int) -> None:
-    """A worker leaves Ctrl-C to the run, which ends its step first, and a SIGTERM ends it."""
+    """A worker leaves signals to the run, which needs it to the end of its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclasses.dataclass
@@ -468,6 +468,7 @@ class Files:
             collate_fn=stack,
             pin_memory=torch.device(self.device).type == "cuda",
             worker_init_fn=heed_no_signals,
+            generator=torch.Generator(),  # else it would draw from the global one
             persistent_workers=self.workers > 0 and looks > 0,
         )
 

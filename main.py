@@ -347,6 +347,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             )
         save(0)
         Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
+        begun = time.perf_counter()
     with keeper:
         mark("set-up")
         for epoch in range(len(history) - 1, args.epochs):

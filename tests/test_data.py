@@ -1,7 +1,10 @@
 """The views against torchvision, their chance, the data sets, the loader."""
 
 import hashlib
+import multiprocessing
+import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -255,6 +258,17 @@ def test_a_bad_file_in_a_run_is_named(jpegs, tmp_path):
         list(files.split(2))
     with pytest.raises(data.BadImage, match=r"bad\.jpg: cannot be read"):
         list(data.Loader([files], 3, views=make_views()).epoch(0))
+
+
+def test_workers_leave_signals_to_the_run(jpegs):
+    """Ctrl-C and a scheduler's SIGTERM go to all of a run's processes; its step is still to end."""
+    loader = data.Loader([data.Files(20 * jpegs, 16, workers=2)], 5, views=make_views())
+    batches = loader.epoch(0)
+    next(batches), next(batches)  # of one worker each: both are at work
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == 18
 
 
 def test_imagenet_is_a_folder_left_in_its_files(tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import socket
 import sys
+import time
 
 import pandas
 import pytest
@@ -211,6 +212,19 @@ def test_imagenet_from_files_to_a_judged_head(tmp_path, capsys, monkeypatch):
     found = pandas.read_csv(tmp_path / "p.csv")
     right = found["class"] == found["file"].map(lambda path: path.split("/")[-2])
     assert 100 * right.mean() == pytest.approx(table["test_acc@1"].iloc[-1], abs=1e-3)
+
+
+def test_the_first_epochs_seconds_are_its_own(tmp_path, monkeypatch):
+    real, calls = main.monitor, []
+
+    def slow_at_first(*args):
+        calls.append(args)
+        time.sleep(3 if len(calls) == 1 else 0)  # before the training
+        return real(*args)
+
+    monkeypatch.setattr(main, "monitor", slow_at_first)
+    run(tmp_path, "--epochs 1 --name a")
+    assert 0 < pandas.read_csv(tmp_path / "a_statistics.csv")["seconds"][1] < 3
 
 
 def test_fix_pred_lr_keeps_the_predictors_lr(tmp_path):

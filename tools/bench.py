@@ -117,8 +117,7 @@ def bench_train() -> Iterator[Row]:
 
     (fp32, net), (bf16, _) = training("off"), training("bf16")
     with Peer(peers.plain_training, images, main.CIFAR, 128) as plain:
-        # Four products take as long as one step of the two, so that they meet the same machine.
-        product = sgemm()
+        product = sgemm()  # four a turn: about as long as a turn of the others
         fast, faster, slow, products = in_turns(
             fp32, bf16, plain, lambda: [product() for _ in range(4)], rounds=7
         )
