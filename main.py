@@ -82,7 +82,13 @@ def parse_args(
     count, positive = number(int, 1, 2**31), number(float, 1e-12)
     group = parser.add_argument_group("data")
     flag(group, "data_name", str, "one of " + ", ".join(data.DATA_NAMES), "cifar10")
-    flag(group, "data_root", str, "downloads go here; the images of `folder` are here", "data")
+    flag(
+        group,
+        "data_root",
+        str,
+        "of downloads, and the images of `folder`, `imagenet`",
+        "data",
+    )
     flag(group, "train_size", count, "train on a class-balanced, seeded subset of this size")
     flag(
         group,
@@ -122,9 +128,10 @@ def parse_args(
         group, "bank_size", count, "images of the kNN's bank, class-balanced and seeded; None: all"
     )
     flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
+    group.add_argument(
+        "--profile", action="store_true", help="say at the end where the time of the epochs went"
+    )
     utils.run_flags(parser)
-    flag = parser.add_argument
-    flag("--profile", action="store_true", help="say at the end where the time of the epochs went")
 
     args, given = parser.parse(argv)
     if args.data_name not in data.DATA_NAMES:

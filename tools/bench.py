@@ -7,7 +7,6 @@ What is timed are the functions of the rooms and the commands themselves, never 
 Results are added to results/benchmarks.csv.
 """
 
-import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -372,7 +371,8 @@ BENCHMARKS = {
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
+    parser = utils.Parser(
+        prog="tools.bench",
         description=__doc__.splitlines()[0],
         epilog="; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items()),
         allow_abbrev=False,
