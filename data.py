@@ -59,9 +59,9 @@ class Data:
         moved = (t if t is None else t.to(device) for t in tensors)
         return Data(*moved, self.classes, self.bad)
 
-    def subset(self, size: int, seed: int) -> "Data":
+    def subset(self, size: int, seed: int, flag: str = "--train_size") -> "Data":
         """`size` of the training images, class-balanced and seeded; all test images."""
-        chosen = subset(self.train_labels.cpu(), size, seed).to(self.train_labels.device)
+        chosen = subset(self.train_labels.cpu(), size, seed, flag).to(self.train_labels.device)
         return dataclasses.replace(
             self,
             train_images=self.train_images[chosen],
@@ -347,13 +347,14 @@ def decode(
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), bad
 
 
-def subset(labels: Tensor, size: int, seed: int) -> Tensor:
+def subset(labels: Tensor, size: int, seed: int, flag: str = "--train_size") -> Tensor:
     """Sorted indices of `size` samples, class-balanced as far as the classes reach, seeded.
 
-    Images without a label count as one class. Raises ValueError for a size out of range.
+    Images without a label count as one class. Raises ValueError for a size out of range,
+    naming the `flag` that it is of.
     """
     if not 0 < size <= len(labels):
-        raise ValueError(f"--train_size {size}: must be from 1 to {len(labels)}, the images there")
+        raise ValueError(f"{flag} {size}: must be from 1 to {len(labels)}, the images there")
     order = np.random.default_rng([seed, 0]).permutation(len(labels))
     shuffled = labels.numpy()[order]
     turn = np.empty(len(labels), int)  # a sample's place within its class
@@ -411,9 +412,6 @@ class Batches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for part in self.parts:
             yield [(self.epoch, i) for i in part.tolist()]
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
 
 def heed_no_signals(worker: int) -> None:
@@ -664,10 +662,9 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def by_channel(images: Tensor) -> Tensor:
-    """N x 3 x H x W -> the same in fp32, laid out in memory as by `resample`."""
-    n, channels, *size = images.shape
-    found = torch.empty(channels, n, *size, device=images.device)
-    return found.copy_(images.transpose(0, 1)).transpose(0, 1)
+    """N x 3 x H x W -> the same in fp32, laid out in memory as by `resample`; copied if need be."""
+    planes = images.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.contiguous().transpose(0, 1)
 
 
 def to_gray(x: Tensor) -> Tensor:
@@ -766,7 +763,7 @@ class Views:
             images, self.look = images[:, self.look], self.look + 1
         n, _, height, width = images.shape
         rng = self.rng
-        boxes = crop_boxes(rng, n, height, width, self.crop_scale)
+        boxes = np.zeros((n, 4)) if cut else crop_boxes(rng, n, height, width, self.crop_scale)
         strength = np.asarray(self.jitter)
         factors = rng.uniform(-strength, strength, (n, 4)) + np.array([1, 1, 1, 0])
         order = rng.permutation(4)

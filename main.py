@@ -82,13 +82,7 @@ def parse_args(
     count, positive = number(int, 1, 2**31), number(float, 1e-12)
     group = parser.add_argument_group("data")
     flag(group, "data_name", str, "one of " + ", ".join(data.DATA_NAMES), "cifar10")
-    flag(
-        group,
-        "data_root",
-        str,
-        "of downloads, and the images of `folder`, `imagenet`",
-        "data",
-    )
+    flag(group, "data_root", str, "of downloads, and of images of one's own", "data")
     flag(group, "train_size", count, "train on a class-balanced, seeded subset of this size")
     flag(
         group,
@@ -279,7 +273,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         loader = data.Loader([images.train_images], args.batch_size, args.seed, views=views)
         watched = images
         if args.bank_size is not None:
-            watched = images.subset(min(args.bank_size, len(images.train_labels)), args.seed)
+            watched = images.subset(args.bank_size, args.seed, "--bank_size")
         params, flops = model.params_and_flops(net, args.image_size)
         net.to(device, memory_format=torch.channels_last)
         optimizer = optimizer_of(net, args)
@@ -332,7 +326,6 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
     trained = torch.compile(net) if args.compile else net  # shares net's parameters
     keeper = utils.Keeper(args.checkpoint_minutes, good=found and path == f"{run}_model.pth")
     sums, begun, start = torch.zeros(3, device=device), time.perf_counter(), 0
-    mark = utils.Marks(device) if args.profile else utils.unmarked
     if found:
         history, start = checkpoint["history"], checkpoint["step"]
         if start:
@@ -355,8 +348,8 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         save(0)
         Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
         begun = time.perf_counter()
+    mark = utils.Marks(device) if args.profile else utils.unmarked
     with keeper:
-        mark("set-up")
         for epoch in range(len(history) - 1, args.epochs):
             with utils.Progress(
                 epoch, args, len(loader), ("loss", "std"), smaller, start

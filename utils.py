@@ -69,12 +69,13 @@ class RunError(Exception):
     """What ends a run that was going well: said in one line, with exit code 1."""
 
 
-def run_command(main: Callable[[], None], *errors: type[Exception]) -> None:
-    """A command's `main`, its ends said in one line each: by RunError, and by `errors`."""
+def run_command(main: Callable[[], None], *bad_input: type[Exception]) -> None:
+    """A command's `main`, its ends said in one line each; `bad_input`: what a run may meet late."""
     try:
         main()
-    except (RunError, *errors) as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    except (RunError, *bad_input) as error:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunError) else 2)
     except KeyboardInterrupt:  # outside of the epochs, where `Keeper` listens
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -120,7 +121,12 @@ def run_flags(parser: Parser) -> None:
     )
     add("--compile", action="store_true", help="torch.compile the network")
     add("--deterministic", action="store_true", help="PyTorch's deterministic algorithms, for cuda")
-    add("--num_workers", type=number(int, 0, 256), default=2, help="that decode files (2)")
+    add(
+        "--num_workers",
+        type=number(int, 0, 256),
+        default=2,
+        help="threads or processes that decode files (2)",
+    )
     add(
         "--bad_images",
         default="error",
@@ -256,11 +262,10 @@ class Marks:
         self.last = now
 
     def table(self) -> str:
-        """Seconds and shares of the parts in the epochs; the set-up is before them."""
-        parts = {part: seconds for part, seconds in self.seconds.items() if part != "set-up"}
-        whole = sum(parts.values())
+        """Seconds and shares of the parts."""
+        whole = sum(self.seconds.values())
         lines = [f"{'part':12} seconds  share"]
-        for part, seconds in (parts | {"all": whole}).items():
+        for part, seconds in (self.seconds | {"all": whole}).items():
             lines.append(f"{part:12} {seconds:7.1f} {100 * seconds / max(whole, 1e-9):5.1f}%")
         return "\n".join(lines)
 
@@ -314,8 +319,8 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.autocast]:
 def keep_memory() -> None:
     """Let malloc keep what is freed, for a step needs the same memory as the one before.
 
-    By default glibc gives large blocks back to the system, whose page faults then take a tenth of a
-    training step's time (tools/bench.py). Elsewhere than on glibc nothing happens.
+    By default glibc gives large blocks back to the system, whose page faults then took a tenth of
+    the time of a ResNet-18 step on two cores. Elsewhere than on glibc nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -414,9 +419,9 @@ def knn(
 
 
 def similarities(queries: Tensor, bank: Tensor) -> Tensor:
-    """`queries @ bank.T`, M x N: on x86 as a 1x1 convolution, which is the faster product there.
+    """`queries @ bank.T`, M x N: on CPUs as a 1x1 convolution, since that goes to oneDNN.
 
-    oneDNN's against MKL's: 1.2 times as fast on an AMD EPYC with AVX512, for M = 1024, d = 512.
+    Against MKL's product 1.2 times as fast on an AMD EPYC with AVX512, for M = 1024, d = 512.
     """
     if queries.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return queries @ bank.T
