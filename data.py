@@ -11,7 +11,7 @@ import os
 import signal
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +67,10 @@ class Data:
             train_images=self.train_images[chosen],
             train_labels=self.train_labels[chosen],
         )
+
+    def at_most(self, size: int, seed: int) -> "Data":
+        """A `subset` of `size`, or all if they are fewer."""
+        return self.subset(size, seed) if len(self.train_images) > size else self
 
 
 def load(
@@ -439,9 +443,10 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, chosen: Tensor) -> "Files":
-        """A part of the files: indices or a mask, as of a tensor."""
-        paths = np.array(self.paths, dtype=object)[chosen.cpu().numpy()].tolist()
+    def __getitem__(self, chosen: Tensor | slice) -> "Files":
+        """A part of the files: indices, a mask or a slice, as of a tensor."""
+        chosen = chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen
+        paths = np.array(self.paths, dtype=object)[chosen].tolist()
         return dataclasses.replace(self, paths=paths)
 
     def to(self, device: torch.device) -> "Files":
@@ -582,6 +587,11 @@ def texture(name: str, u: np.ndarray, corners: np.ndarray) -> np.ndarray:
 
 
 # ---- views --------------------------------------------------------------------------------------
+
+
+def whole(number: int) -> slice:
+    """Which of `number` images of a batch a process gets that is alone: all."""
+    return slice(0, number)
 
 
 def crop_boxes(
@@ -725,7 +735,8 @@ class Views:
     Random resized crop to `size`, flip, colour jitter, grayscale, Gaussian blur, normalise: what
     the authors' torchvision pipeline does an image at a time (paper, sec. 4 "Baseline settings";
     App. D: no blur on CIFAR). Parameters are drawn an image, with torchvision's distributions;
-    the order of the four jitter operations is drawn a batch.
+    the order of the four jitter operations is drawn a batch. All is drawn for the global batch,
+    of which `share(number)` are this rank's.
     `jitter`: the strengths for brightness, contrast, saturation, hue.
     """
 
@@ -742,16 +753,18 @@ class Views:
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         flip_p: float = 0.5,
         seed: int = 0,
+        share: Callable[[int], slice] = whole,
     ):
         self.size, self.mean, self.std = size, mean, std
         self.crop_scale, self.jitter, self.jitter_p = crop_scale, jitter, jitter_p
         self.gray_p, self.blur_p, self.blur_sigma, self.flip_p = gray_p, blur_p, blur_sigma, flip_p
-        self.base_seed = seed
+        self.base_seed, self.share = seed, share
         self.seed(0, 0)
 
-    def seed(self, epoch: int, step: int) -> None:
-        """The next two calls make the two views of this step."""
+    def seed(self, epoch: int, step: int, number: int | None = None) -> None:
+        """The next two calls make the two views of this step, of a global batch of `number`."""
         self.rng, self.look = np.random.default_rng([self.base_seed, epoch, step]), 0
+        self.number = number
 
     def __call__(self, images: Tensor) -> Tensor:
         """A view an image: uint8, N x 3 x H x W -> normalised float32, N x 3 x size x size.
@@ -761,7 +774,8 @@ class Views:
         cut = images.dim() == 5
         if cut:
             images, self.look = images[:, self.look], self.look + 1
-        n, _, height, width = images.shape
+        _, _, height, width = images.shape
+        n = self.number or len(images)
         rng = self.rng
         boxes = np.zeros((n, 4)) if cut else crop_boxes(rng, n, height, width, self.crop_scale)
         strength = np.asarray(self.jitter)
@@ -775,8 +789,9 @@ class Views:
         drawn = np.column_stack(
             [boxes, flip, factors, 1 - gray, np.where(blur, sigma, 1e-3)]
         ).astype(np.float32)
+        n = len(images)
         # One transfer a view, and an asynchronous one: the device is never waited for.
-        table = torch.from_numpy(drawn)
+        table = torch.from_numpy(drawn[self.share(self.number or n)])
         if images.device.type == "cuda":
             table = table.pin_memory()
         top, left, tall, wide, flip, *factors, colour, sigma = table.to(
@@ -826,6 +841,8 @@ class Loader:
 
     The last, incomplete batch is left out unless `keep_last`. `len(loader)`: the steps an epoch.
     Of `Files` a batch is their crops, as the `views` have them, N x `looks` x 3 x size x size.
+    `batch_size` is that of all ranks together: of a batch's n images `share(n)` are this rank's,
+    while labels come whole.
     """
 
     def __init__(
@@ -836,13 +853,14 @@ class Loader:
         keep_last: bool = False,
         views: Views | None = None,
         looks: int = 2,
+        share: Callable[[int], slice] = whole,
     ):
         number = len(tensors[0])
         if not 0 < batch_size <= number:
             raise ValueError(
                 f"--batch_size {batch_size}: must be from 1 to {number}, the training images"
             )
-        self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
+        self.tensors, self.batch_size, self.seed, self.share = tensors, batch_size, seed, share
         self.device = tensors[0].device
         self.steps = -(-number // batch_size) if keep_last else number // batch_size
         if isinstance(tensors[0], Files):
@@ -851,6 +869,10 @@ class Loader:
     def __len__(self) -> int:
         return self.steps
 
+    def number(self, step: int) -> int:
+        """Images in the global batch of a step: only the last one's may be fewer."""
+        return min(self.batch_size, len(self.tensors[0]) - step * self.batch_size)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
         """(step, batch) from step `start` on; the order is a function of (seed, epoch)."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tensors[0]))
@@ -858,10 +880,11 @@ class Loader:
         batches = order.to(self.device).split(self.batch_size)[start:]
         images, *others = self.tensors
         if isinstance(images, Files):
+            parts = order.split(self.batch_size)[start:]
             self.files.batch_sampler.epoch = epoch
-            self.files.batch_sampler.parts = order.split(self.batch_size)[start:]
+            self.files.batch_sampler.parts = [part[self.share(len(part))] for part in parts]
             found = images.read(self.files)
         else:
-            found = (images[batch] for batch in batches)
+            found = (images[batch[self.share(len(batch))]] for batch in batches)
         for step, (batch, chosen) in enumerate(zip(batches, found, strict=True), start):
             yield step, [chosen, *(tensor[batch] for tensor in others)]

@@ -3,6 +3,7 @@
 python linear.py --model_path results/2048_200_512_800_model.pth
 python linear.py --model_path results/..._linear_model.pth --evaluate_only
 python linear.py --model_path results/..._linear_model.pth --predict a.jpg my_images/
+torchrun --nproc_per_node 8 linear.py --ddp --model_path results/..._model.pth --optimizer lars
 """
 
 import argparse
@@ -103,7 +104,7 @@ def parse_args(
         parser.error("--out_csv: goes with --predict")
     fitting = ("model_path", "device", "amp", "deterministic", "num_workers", "bad_images")
     for mode, also in [
-        ("evaluate_only", ("data_name", "data_root", "out", "name")),
+        ("evaluate_only", ("data_name", "data_root", "out", "name", "ddp")),
         ("predict", ("out_csv",)),
     ]:
         for name in given.keys() - {mode, *fitting, *also} if getattr(args, mode) else ():
@@ -138,12 +139,13 @@ def make_optimizer(args, heads: nn.ModuleList, lrs: list[float]) -> torch.optim.
 def train(heads, optimizer, loader, embed, epoch, start, sums, epochs, after):
     """One epoch of all heads side by side, from step `start` on; `after(step, means)` each step.
 
-    `embed(images, epoch, step)` gives the frozen features, N x features. The heads do not touch
-    one another: the sum of their losses has for each head the gradient of its own.
+    `embed(images, epoch, step, N)` gives the frozen features, N x features, also where ranks share
+    the images: each rank fits the heads to all of a batch's features. The heads do not touch one
+    another: the sum of their losses has for each head the gradient of its own.
     Adds to `sums` (heads x 3), image by image: loss, top-1 and top-5.
     """
     for step, (inputs, labels) in loader.epoch(epoch, start):
-        features = embed(inputs, epoch, step)
+        features = embed(inputs, epoch, step, len(labels))
         share = utils.schedule(epoch + step / len(loader), epochs)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
@@ -206,6 +208,7 @@ def pixels_baseline(images: data.Data, views, amp, args) -> float:
     The best on the test set, which favours the baseline: pixels have another scale than features.
     """
     pixels = utils.raw_pixels(views.size)
+    images = images.at_most(utils.PIXELS_OF, args.seed)
     parts = (images.train_images, images.test_images)
     inputs, test = (utils.features(pixels, views.plain, part, amp, False) for part in parts)
     lrs = [args.lr[0] * share for share in (1, 0.1, 0.01, 0.001)]
@@ -217,8 +220,10 @@ def pixels_baseline(images: data.Data, views, amp, args) -> float:
 
 
 def make_loader(inputs: Tensor | data.Files, labels: Tensor, args, views=None) -> data.Loader:
+    """Of images a rank gets its share; features are at hand on every rank, and stay whole."""
     batch_size = min(args.batch_size, len(labels))
-    return data.Loader([inputs, labels], batch_size, args.seed, True, views, looks=1)
+    share = utils.share if len(inputs.shape) == 4 else data.whole
+    return data.Loader([inputs, labels], batch_size, args.seed, True, views, 1, share)
 
 
 # ---- the frozen encoder -------------------------------------------------------------------------
@@ -256,14 +261,8 @@ def load_images(args, source: dict, test_only: bool = False) -> data.Data:
     if args.data_root is None:
         args.data_root = source["data_root"] if same else "data"
     args.data_name = args.data_name or source["data_name"]
-    images = data.load(
-        args.data_name,
-        args.data_root,
-        source["encoder"]["image_size"],
-        args.num_workers,
-        args.bad_images,
-        test_only,
-    )
+    size, rest = source["encoder"]["image_size"], (args.num_workers, args.bad_images, test_only)
+    images = utils.from_first(lambda: data.load(args.data_name, args.data_root, size, *rest))
     if images.test_images is None:
         raise ValueError(f"--data_root {args.data_root}: has no labelled test images to score with")
     if same and source.get("train_size") is not None and not test_only:
@@ -284,12 +283,13 @@ def make_views(encoder: dict, seed: int = 0) -> data.Views:
         jitter_p=0,
         gray_p=0,
         seed=seed,
+        share=utils.share,
     )
 
 
 def load_pretrained(args) -> dict:
     """The checkpoint of main.py in --model_path, its arguments with the encoder's own added."""
-    pretrained = utils.load_checkpoint(args.model_path)
+    pretrained = utils.from_first(lambda: utils.load_checkpoint(args.model_path))
     if "encoder" in pretrained["args"]:
         raise ValueError(
             f"--model_path {args.model_path}: is a linear model; give the pre-trained one, or "
@@ -333,7 +333,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
     """Fit a linear head on the frozen encoder of --model_path."""
     run = os.path.join(args.out, args.name)
     with parser.bad_input():
-        found = utils.earlier(run, args)
+        found = utils.from_first(lambda: utils.earlier(run, args))
         if found:
             path, checkpoint = found
             args = resumed(path, checkpoint, args, parser, given)
@@ -390,11 +390,12 @@ def linear_evaluation(args, parser, given: dict) -> None:
     encoder = torch.compile(net.backbone) if args.compile else net.backbone
 
     @torch.no_grad()
-    def augmented_features(part: Tensor, epoch: int, step: int) -> Tensor:
-        views.seed(epoch, step)
+    def augmented_features(part: Tensor, epoch: int, step: int, number: int) -> Tensor:
+        views.seed(epoch, step, number)
         x = views(part)
         with amp:
-            return encoder(x).float()
+            mine = encoder(x).float()
+        return utils.gathered(mine, number)
 
     test_features = plain_features(images.test_images)  # of a frozen encoder: once for all epochs
     inputs, embed, held_out_features = images.train_images, augmented_features, plain_features
@@ -451,10 +452,10 @@ def linear_evaluation(args, parser, given: dict) -> None:
             utils.say(f"chosen: --lr {lr:g}; fitted again on the whole training set")
         begun = time.perf_counter() - extraction
         save(0)
-        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
+        utils.remove(f"{run}_model.prev.pth")  # --overwrite: another run's
 
     peak = lr * args.batch_size / 256
-    saved = said = time.perf_counter()
+    said = time.perf_counter()
     with keeper:
         for epoch in range(len(history), args.epochs):
             with utils.Progress(epoch, args, len(loader), *SHOWN, start) as progress:
@@ -489,8 +490,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
                     f"epoch {epoch + 1}/{args.epochs} loss {loss:.3f} train {100 * top1:.2f} % "
                     f"test {test[1]:.2f} %"
                 )
-            if last or now - saved > 10:  # nor saved
-                saved = now
+            if keeper.due(10) or last:  # nor saved
                 with utils.tried_again():
                     utils.write_csv(f"{run}_statistics.csv", history, STATISTICS)
                 save(epoch + 1)
@@ -515,7 +515,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
                 "run": args.name,
             },
         )
-        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # the run is complete
+        utils.remove(f"{run}_model.prev.pth")  # the run is complete
     knn = pretrained["history"][-1].get("test_acc@1")
     utils.say(
         f"linear top-1 {history[-1]['test_acc@1']:.2f} % (best epoch {best:.2f} %), top-5 "
@@ -527,7 +527,7 @@ def linear_evaluation(args, parser, given: dict) -> None:
 
 def load_linear_model(args, device) -> tuple[model.Classifier, dict]:
     """The classifier in --model_path, on the device in eval mode, and the checkpoint's content."""
-    state = utils.load_checkpoint(args.model_path)
+    state = utils.from_first(lambda: utils.load_checkpoint(args.model_path))
     if "encoder" not in state["args"]:
         raise ValueError(
             f"--model_path {args.model_path}: is not a linear model; make one with "
@@ -568,8 +568,9 @@ def evaluate_only(args, parser) -> None:
             share = 100 * matrix[i, i] / matrix[i].sum()
             utils.say(f"{name}: {share:.1f} % of {matrix[i].sum()}")
     picture = os.path.join(args.out, f"{args.name or state['args']['name']}_confusion.png")
-    with utils.whole_file(picture) as file:
-        figures.confusion(matrix.tolist(), classes, f"top-1 {top1:.2f} %", file)
+    if utils.rank() == 0:
+        with utils.whole_file(picture) as file:
+            figures.confusion(matrix.tolist(), classes, f"top-1 {top1:.2f} %", file)
     utils.say(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}; wrote {picture}")
 
 
@@ -611,16 +612,17 @@ def predict(args, parser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args, parser, given = parse_args(argv)
-    if args.predict:
-        predict(args, parser)
-    elif args.evaluate_only:
-        evaluate_only(args, parser)
-    else:
-        if args.name is None:
-            with parser.bad_input():
-                args.name = utils.file_name(run_name(args, load_pretrained(args)["args"]))
-        with utils.one_writer(os.path.join(args.out, args.name), parser):
-            linear_evaluation(args, parser, given)
+    with utils.joined(args, parser):
+        if args.predict:
+            predict(args, parser)
+        elif args.evaluate_only:
+            evaluate_only(args, parser)
+        else:
+            if args.name is None:
+                with parser.bad_input():
+                    args.name = utils.file_name(run_name(args, load_pretrained(args)["args"]))
+            with utils.one_writer(os.path.join(args.out, args.name), parser):
+                linear_evaluation(args, parser, given)
 
 
 if __name__ == "__main__":

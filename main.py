@@ -2,12 +2,12 @@
 
 python main.py --data_name textures          # minutes on a laptop CPU, no download
 python main.py --batch_size 256 --epochs 800 # CIFAR-10, ResNet-18, one GPU
+torchrun --nproc_per_node 8 main.py --ddp --data_name imagenet --data_root DIR
 """
 
 import argparse
 import os
 import time
-from pathlib import Path
 
 import torch
 
@@ -104,7 +104,7 @@ def parse_args(
         str,
         "defaults: cifar, imagenet or short (textures: short, imagenet: imagenet, others: cifar)",
     )
-    flag(group, "batch_size", number(int, 2), "images a step")
+    flag(group, "batch_size", number(int, 2), "images a step, of all ranks together")
     flag(group, "epochs", count, "sweeps over the training set")
     flag(group, "lr", positive, "base learning rate: lr = base * batch_size / 256")
     flag(group, "momentum", number(float, 0, 1), "of SGD")
@@ -174,14 +174,15 @@ def optimizer_of(net: model.SimSiam, args) -> torch.optim.SGD:
 def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after, mark=utils.unmarked):
     """One epoch (paper, Algorithm 1) from step `start` on; `after(step)` each step.
 
-    Adds to `sums`: the loss, the std of z, and 1 a step while all losses were finite.
+    Adds to `sums`: the loss, the std of z (of each rank's images), and 1 a step while all losses
+    were finite.
     `mark` is told what was just done, for --profile.
     """
     net.train()
     peak = args.lr * args.batch_size / 256
     for step, (images,) in loader.epoch(epoch, start):
         mark("loading")
-        views.seed(epoch, step)
+        views.seed(epoch, step, loader.number(step))
         x1, x2 = views(images), views(images)  # the same pixels, two looks
         mark("views")
         lr = rate(args, epoch + step / len(loader))
@@ -193,7 +194,8 @@ def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after, m
         optimizer.zero_grad()
         loss.backward()
         mark("backward")
-        sums[:2] += torch.stack([loss.detach(), utils.collapse_std(z)])  # no sync a step
+        both = torch.stack([loss.detach(), utils.collapse_std(z)])
+        sums[:2] += utils.mean_of_ranks(both)  # stays on the device: no sync a step
         finite = sums[0].isfinite().float()
         sums[2] += finite
         optimizer.found_inf = 1 - finite  # the fused step leaves a loss that is not finite out
@@ -204,6 +206,7 @@ def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after, m
 
 def monitor(net, views, images: data.Data, args, amp) -> dict:
     """Columns of the statistics: effective rank of the bank and, with labels, kNN accuracy."""
+    utils.buffers_of_first(net)
     bank = utils.features(net.backbone, views.plain, images.train_images, amp)
     row = {"rank": utils.effective_rank(bank)}
     if images.test_images is not None:
@@ -215,15 +218,16 @@ def monitor(net, views, images: data.Data, args, amp) -> dict:
 def knn_accuracy(bank, queries, images: data.Data, args) -> tuple[float, float]:
     """The bank is the training set, or --bank_size of it; all test images are scored."""
     voters = images.train_labels >= 0  # STL-10's unlabelled images cannot vote
-    ranking = utils.knn(
-        bank[voters], images.train_labels[voters], queries, args.k, args.temperature
-    )
-    return utils.accuracy(ranking, images.test_labels)
+    bank, labels = bank[voters], images.train_labels[voters]
+    mine = queries[utils.share(len(queries))]
+    ranking = utils.knn(bank, labels, mine, args.k, args.temperature)
+    return utils.accuracy(utils.gathered(ranking, len(queries)), images.test_labels)
 
 
 def raw_pixels_accuracy(views, images: data.Data, args, amp) -> float:
     """kNN top-1 without any encoder."""
     pixels = utils.raw_pixels(args.image_size)
+    images = images.at_most(utils.PIXELS_OF, args.seed)
     parts = (images.train_images, images.test_images)
     bank, queries = (utils.features(pixels, views.plain, part, amp) for part in parts)
     return knn_accuracy(bank, queries, images, args)[0]
@@ -239,7 +243,10 @@ COLLAPSE_ADVICE = (
 
 def main(argv: list[str] | None = None) -> None:
     args, parser, given = parse_args(argv)
-    with utils.one_writer(os.path.join(args.out, args.name), parser):
+    with (
+        utils.joined(args, parser),
+        utils.one_writer(os.path.join(args.out, args.name), parser),
+    ):
         pretrain(args, parser, given)
 
 
@@ -247,10 +254,16 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
     """A run from its set-up to its last file."""
     run = os.path.join(args.out, args.name)
     with parser.bad_input():
-        found = utils.earlier(run, args)
+        found = utils.from_first(lambda: utils.earlier(run, args))
         if found:
             path, checkpoint = found
             args = resumed(path, checkpoint, args, parser, given)
+        each, rest = divmod(args.batch_size, utils.ranks())
+        if rest or each < 2:
+            raise ValueError(
+                f"--batch_size {args.batch_size}: is cut among {utils.ranks()} ranks: give a "
+                "multiple of it, of two images a rank at least"
+            )
         device, amp = utils.set_up(args)
         if found:
             with utils.about(path):
@@ -259,9 +272,8 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             torch.manual_seed(args.seed)
             names = ("arch", "stem", "feature_dim", "projector_layers", "width")
             net = model.SimSiam(*(getattr(args, name) for name in names))
-        images = data.load(
-            args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images
-        )
+        load = (args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images)
+        images = utils.from_first(lambda: data.load(*load))
         if args.train_size is not None:
             images = images.subset(args.train_size, args.seed)
         images_crc = data.crc(images.train_images)
@@ -269,8 +281,9 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
         images = images.to(device)
         args.image_size = args.image_size or images.train_images.shape[-1]
-        views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, seed=args.seed)
-        loader = data.Loader([images.train_images], args.batch_size, args.seed, views=views)
+        cut = {"seed": args.seed, "share": utils.share}
+        views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, **cut)
+        loader = data.Loader([images.train_images], args.batch_size, views=views, **cut)
         watched = images
         if args.bank_size is not None:
             watched = images.subset(args.bank_size, args.seed, "--bank_size")
@@ -288,6 +301,11 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         f"{0 if images.test_images is None else len(images.test_images)} test images, "
         f"{len(images.classes)} classes, {args.image_size} pixels"
     )
+    if args.ddp:
+        utils.say(
+            f"{utils.ranks()} ranks, {each} images each a step; lr {args.lr:g} x {args.batch_size} "
+            f"/ 256 = {rate(args, args.warmup_epochs):g}, whatever the number of ranks"
+        )
 
     def save(epoch: int, step: int = 0) -> None:
         utils.save_checkpoint(
@@ -323,7 +341,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         f"python main.py --data_name {args.data_name} --data_root {args.data_root} --recipe short"
         " --epochs 5"
     )
-    trained = torch.compile(net) if args.compile else net  # shares net's parameters
+    trained = utils.for_training(net, args.compile, args.image_size)
     keeper = utils.Keeper(args.checkpoint_minutes, good=found and path == f"{run}_model.pth")
     sums, begun, start = torch.zeros(3, device=device), time.perf_counter(), 0
     if found:
@@ -346,7 +364,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
                 f"untrained encoder {history[0]['test_acc@1']:.1f} %"
             )
         save(0)
-        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # --overwrite: another run's
+        utils.remove(f"{run}_model.prev.pth")  # --overwrite: another run's
         begun = time.perf_counter()
     mark = utils.Marks(device) if args.profile else utils.unmarked
     with keeper:
@@ -387,7 +405,7 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         utils.say(mark.table())
     with utils.last_try():
         report(run, args, history, params, flops, device)
-        Path(f"{run}_model.prev.pth").unlink(missing_ok=True)  # the run is complete
+        utils.remove(f"{run}_model.prev.pth")  # the run is complete
 
 
 def resumed(path: str, checkpoint: dict, args, parser, given: dict) -> argparse.Namespace:
@@ -423,8 +441,9 @@ def resumed(path: str, checkpoint: dict, args, parser, given: dict) -> argparse.
 def report(run: str, args, history: list[dict], params: int, flops: int, device) -> None:
     """What a run leaves for people: the table, the curves, a row among the results."""
     utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
-    with utils.whole_file(f"{run}_curves.png") as file:
-        figures.curves(history, args.name, file)
+    if utils.rank() == 0:
+        with utils.whole_file(f"{run}_curves.png") as file:
+            figures.curves(history, args.name, file)
     scored = [row["test_acc@1"] for row in history[1:] if "test_acc@1" in row]
     if scored:
         utils.add_result(

@@ -1,8 +1,9 @@
-"""The run: command line, device, schedule, features, kNN, collapse, files."""
+"""The run: command line, device and ranks, schedule, features, kNN, collapse, files."""
 
 import argparse
 import contextlib
 import ctypes
+import datetime
 import io
 import math
 import os
@@ -18,6 +19,7 @@ from typing import IO, NoReturn
 import filelock
 import pandas
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,7 +31,9 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr and exit code 2, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        """Of what all ranks meet alike, the first speaks."""
+        first = not under_torchrun() or os.environ["RANK"] == "0"
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n" if first else None)
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         """All flags, and only those that the command line gives."""
@@ -43,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         argv = []
         for name, default in self.defaults.items():
             value = saved.get(name)
-            if value is None or value is default or name in ("resume", "overwrite"):
+            if value is None or value is default or name in ("resume", "overwrite", "ddp"):
                 continue
             if isinstance(value, bool):
                 argv.append(f"--{name}" if value else f"--no-{name}")
@@ -58,11 +62,20 @@ class Parser(argparse.ArgumentParser):
         """Around a run's set-up: ValueError and OSError are the user's to mend, said in one line.
 
         Our own mistakes show in other exceptions, and in the loop, and keep their traceback.
+        An error on one rank, even if on that one alone, ends all, and the first such rank says it.
         """
+        found = None
         try:
             yield
         except (ValueError, OSError, argparse.ArgumentTypeError) as error:
-            self.error(str(error))
+            found = " ".join(str(error).split())
+        errors = [found]
+        if grouped():
+            errors *= ranks()
+            dist.all_gather_object(errors, found)
+        for i, error in enumerate(errors):
+            if error is not None:
+                self.exit(2, f"{self.prog}: {on_rank(i)}{error}\n" if i == rank() else None)
 
 
 class RunError(Exception):
@@ -73,9 +86,18 @@ def run_command(main: Callable[[], None], *bad_input: type[Exception]) -> None:
     """A command's `main`, its ends said in one line each; `bad_input`: what a run may meet late."""
     try:
         main()
-    except (RunError, *bad_input) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, RunError) else 2)
+    except RunError as error:
+        if rank() == 0:  # all ranks meet it alike, or the first alone does
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except bad_input as error:
+        print(f"{os.path.basename(sys.argv[0])}: {on_rank(rank())}{error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        print(f"{on_rank(rank())}another rank is gone", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:  # outside of the epochs, where `Keeper` listens
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -119,6 +141,7 @@ def run_flags(parser: Parser) -> None:
         choices=("auto", "bf16", "off"),
         help="auto: bf16 on cuda when supported, off elsewhere (auto)",
     )
+    add("--ddp", action="store_true", help="share the work among the processes of torchrun")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--deterministic", action="store_true", help="PyTorch's deterministic algorithms, for cuda")
     add(
@@ -176,9 +199,10 @@ def data_label(args: argparse.Namespace) -> str:
 
 
 def say(text: str) -> None:
-    """A line on stdout, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """A line on stdout, above a progress bar if there is one. Of the ranks the first speaks."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Progress:
@@ -186,7 +210,7 @@ class Progress:
 
     Called each step with the step and the sums so far of what `labels` names; the sums are read
     from the device at most once a second, and then their means returned. `smaller` is the command
-    for who has no days.
+    for who has no days. Ranks other than the first show nothing.
     """
 
     def __init__(
@@ -200,7 +224,7 @@ class Progress:
     ):
         self.epoch, self.args, self.steps, self.start = epoch, args, steps, start
         self.labels, self.smaller = labels, smaller
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and rank() == 0
         self.bar = tqdm(
             total=steps, leave=False, disable=not self.terminal, bar_format="{desc} |{bar}|"
         )
@@ -215,6 +239,8 @@ class Progress:
 
     def __call__(self, step: int, sums: Tensor) -> list[float] | None:
         now = time.perf_counter()
+        if rank() > 0:
+            return None
         if self.first_step is None:  # it holds the warm-up of kernels, or a compilation
             self.first_step = now
             return None
@@ -302,9 +328,19 @@ def pick_device(name: str) -> torch.device:
 def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.autocast]:
     """The device of the flags and its autocast; `args.amp` auto is settled: bf16 or off.
 
-    Raises ValueError for a device that is not there.
+    Each rank of a machine has a device of its own. Raises ValueError for one that is not there.
     """
     device = pick_device(args.device)
+    if grouped() and device.type != "cpu":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        there = 0 if device.type == "mps" else torch.accelerator.device_count()
+        if local >= there:
+            raise ValueError(
+                f"--ddp: this machine has {there} {device.type} devices that can take part: "
+                f"--nproc_per_node {there}, or --device cpu"
+            )
+        device = torch.device(device.type, local)
+        torch.accelerator.set_device_index(local)
     if args.amp == "auto":
         on = device.type == "cuda" and torch.cuda.is_bf16_supported()
         args.amp = "bf16" if on else "off"
@@ -331,6 +367,155 @@ def keep_memory() -> None:
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """bf16 autocast if `amp` is bf16."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
+
+
+# ---- ranks --------------------------------------------------------------------------------------
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or what sets its environment, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def grouped() -> bool:
+    """Whether this process is one of the ranks of --ddp."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number among the ranks, from 0 on; 0 without --ddp."""
+    return dist.get_rank() if grouped() else 0
+
+
+def ranks() -> int:
+    """How many ranks there are; 1 without --ddp."""
+    return dist.get_world_size() if grouped() else 1
+
+
+def on_rank(number: int) -> str:
+    """How the lines of a rank begin."""
+    return f"rank {number}: " if ranks() > 1 else ""
+
+
+def restarts() -> int:
+    """How many times torchrun has started the ranks again, after one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if grouped() else 0
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone, whose own message tells why."""
+    return grouped() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+@contextlib.contextmanager
+def joined(args: argparse.Namespace, parser: Parser) -> Iterator[None]:
+    """Around a command: with --ddp this process is one of torchrun's ranks.
+
+    Tensors on the CPU go by gloo, those of an accelerator by its own backend (NCCL on CUDA).
+    """
+    if not args.ddp:
+        if under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
+            parser.error(f"torchrun started {os.environ['WORLD_SIZE']} of it: add --ddp")
+        yield
+        return
+    if not (dist.is_available() and under_torchrun()):
+        command = " ".join(["torchrun --standalone --nproc_per_node 2", *sys.argv])
+        parser.error(f"--ddp: is to be started by torchrun: {command}")
+    if args.overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        parser.error(
+            "--overwrite: a restart by torchrun could not tell the files to replace from its own: "
+            "remove them yourself, or leave out --max_restarts"
+        )
+    backend = "gloo"
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        if kind != "mps":
+            backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    # As long as one rank may need for what the others wait for: to look through all the files.
+    timeout = datetime.timedelta(hours=2)
+    # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, None, timeout, ranks, rank, store)
+    yield
+    dist.destroy_process_group()
+
+
+def cut(number: int, rank: int, ranks: int) -> slice:
+    """Which of `number` rows one of the ranks gets: runs of rows, as equal as can be."""
+    return slice(number * rank // ranks, number * (rank + 1) // ranks)
+
+
+def share(number: int) -> slice:
+    """This rank's rows of `number`; a row at least, for who has none works on the next one's."""
+    mine = cut(number, rank(), ranks())
+    return slice(mine.start, max(mine.stop, mine.start + 1))
+
+
+def gathered(rows: Tensor, number: int) -> Tensor:
+    """On every rank all `number` rows, in order, of which each rank brings its `share`."""
+    if not grouped():
+        return rows
+    sizes = [len(range(number)[cut(number, i, ranks())]) for i in range(ranks())]
+    sent = rows.new_zeros(max(sizes), *rows.shape[1:])  # as long on all ranks
+    sent[: len(rows)] = rows[: len(sent)]
+    received = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(received, sent)
+    return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+
+def mean_of_ranks(x: Tensor) -> Tensor:
+    """The mean over the ranks of a tensor that each has one of."""
+    if grouped():
+        dist.all_reduce(x)
+        x /= ranks()
+    return x
+
+
+def from_first(make: Callable[[], object]) -> object:
+    """What `make` gives on the first rank, on all of them; also its ValueError or OSError."""
+    if not grouped():
+        return make()
+    found = [None, None]
+    if rank() == 0:
+        try:
+            found = [make(), None]
+        except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+            found = [None, error]
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
+    """The SimSiam `net` as the loop needs it, with the same parameters: compiled, distributed.
+
+    Under --ddp gradients are means over the ranks, and BN's statistics are of the global batch
+    (SyncBatchNorm), on CPUs of each rank's part: PyTorch's needs an accelerator.
+    """
+    device = next(net.parameters()).device
+    if ranks() > 1 and device.type != "cpu":
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
+    elif ranks() > 1:
+        say("note: on CPUs BN's statistics are of each rank's part of the batch (no SyncBatchNorm)")
+    trained = torch.compile(net) if compiled else net
+    if grouped():
+        trained = nn.parallel.DistributedDataParallel(trained)
+        # The first backward pass tells DDP in which order to pack gradients for sending, and from
+        # three ranks on their sums' last bits depend on it. So that a run that goes on packs them
+        # like one that was never stopped, here is a pass before the first step; it changes nothing.
+        nothing = torch.zeros(2, 3, image_size, image_size, device=device)
+        trained.eval()(nothing, nothing)[0].backward()
+        net.zero_grad()
+    return trained
+
+
+def buffers_of_first(net: nn.Module) -> None:
+    """Give all ranks the first one's buffers: BN's running statistics, which checkpoints hold."""
+    for buffer in net.buffers() if grouped() else ():
+        dist.broadcast(buffer, 0)
 
 
 # ---- schedule -----------------------------------------------------------------------------------
@@ -363,18 +548,21 @@ def features(
     """Features of all `images`, in eval mode: N x 3 x H x W -> fp32, N x features.
 
     L2-normalised, as the kNN needs them, or as they are. The backbone is left in the mode it was
-    in; no parameter or buffer of it changes.
+    in; no parameter or buffer of it changes. Ranks share the images, and each gets all features.
     """
     training = backbone.training
     backbone.eval()
     rows = []
-    for chunk in images.split(512):
+    for chunk in images[share(len(images))].split(512):
         x = transform(chunk)
         with amp:
             rows.append(backbone(x).float())
     backbone.train(training)
-    found = torch.cat(rows)
+    found = gathered(torch.cat(rows), len(images))
     return F.normalize(found, dim=1) if normalise else found
+
+
+PIXELS_OF = 100_000  # training images for the baseline of raw pixels at most: 1.2 GB of them
 
 
 def raw_pixels(image_size: int) -> nn.Module:
@@ -469,9 +657,12 @@ def effective_rank(bank: Tensor) -> float:
     """RankMe (Garrido et al. 2023, arXiv 2210.02885, Eq. 1): N x d -> from 1 to min(N, d).
 
     The exponential of the entropy of the normalised singular values, which are the roots of the
-    d x d Gram matrix's eigenvalues. In fp64, on the CPU (mps has no fp64).
+    d x d Gram matrix's eigenvalues. In fp64, on the CPU (mps has no fp64). Ranks share the work.
     """
-    gram = sum(chunk.double().T @ chunk.double() for chunk in bank.cpu().split(4096))
+    mine = bank[cut(len(bank), rank(), ranks())].cpu()
+    gram = sum(chunk.double().T @ chunk.double() for chunk in mine.split(4096))
+    if grouped():
+        dist.all_reduce(gram)
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = singular / singular.sum()
     return torch.special.entr(share).sum().exp().item()
@@ -483,7 +674,8 @@ def effective_rank(bank: Tensor) -> float:
 class Keeper:
     """When to write a checkpoint: every `minutes`, and when SIGTERM or SIGINT arrives.
 
-    A signal lets the step in flight end; a second one ends the process at once.
+    A signal lets the step in flight end; a second one ends the process at once. Ranks agree on the
+    step: a signal to one of them is one to all, and the first one's clock is everybody's.
     `good`: whether the run's newest checkpoint is one to fall back to, once there is a newer one.
     """
 
@@ -496,6 +688,7 @@ class Keeper:
         self.seconds, self.good = 60 * minutes, good
         self.written = time.monotonic()
         self.signal: int | None = None
+        self.ending: int | None = None  # the signal after which the next checkpoint is the last
         self.breakable = False
 
     def __enter__(self) -> "Keeper":
@@ -513,16 +706,22 @@ class Keeper:
         if self.breakable:
             raise self.Stop
 
-    def due(self) -> bool:
-        """Whether to write a checkpoint after this step."""
-        return self.signal is not None or time.monotonic() - self.written >= self.seconds
+    def due(self, seconds: float | None = None) -> bool:
+        """Whether to write a checkpoint now: for its age in `seconds` (`minutes`), or a signal."""
+        age = time.monotonic() - self.written
+        late = rank() == 0 and age >= (self.seconds if seconds is None else seconds)
+        both = torch.tensor([self.signal or 0, late], dtype=torch.int64)
+        if grouped():
+            dist.all_reduce(both, dist.ReduceOp.MAX)
+        self.ending, late = both[0].item() or None, bool(both[1])
+        return late or self.ending is not None
 
     def kept(self) -> None:
         """To be called when a checkpoint was written: after a signal, the process ends here."""
         self.written, self.good = time.monotonic(), True
-        if self.signal is not None:
+        if self.ending is not None:
             say("stopped; the same command and --resume go on after this step")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + self.ending)
 
     @contextlib.contextmanager
     def breaking_off(self, save: Callable[..., None], *when: int) -> Iterator[None]:
@@ -533,8 +732,12 @@ class Keeper:
                 raise self.Stop
             yield
             self.breakable = False
-        except self.Stop:
+        except (self.Stop, RuntimeError) as error:
             self.breakable = False
+            self.ending = self.signal
+            # Another rank that has got the signal too may already be gone.
+            if self.ending is None or not (isinstance(error, self.Stop) or lost(error)):
+                raise
             save(*when)
 
 
@@ -547,9 +750,15 @@ def one_writer(run: str, parser: Parser) -> Iterator[None]:
 
     The lock is the operating system's, which takes it back from a process that dies; what such a
     process left half-written is removed. The folder is made, and removed if nothing came into it.
+    Of the ranks the first one writes, and has the lock.
     """
     folder, name = os.path.split(run)
     path = Path(folder, f".{name}.lock")
+    if rank() > 0:
+        with parser.bad_input():
+            pass  # the first rank's are this one's too
+        yield
+        return
     with parser.bad_input():
         made = not os.path.isdir(folder)
         os.makedirs(folder or ".", exist_ok=True)
@@ -579,8 +788,12 @@ def one_writer(run: str, parser: Parser) -> Iterator[None]:
 def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
     """A file that appears under `path` whole, and on the disk, or not at all.
 
-    The file that it replaces is kept as `previous`. An OSError names `path`.
+    The file that it replaces is kept as `previous`. An OSError names `path`. Of the ranks only the
+    first one writes.
     """
+    if rank() > 0:
+        yield io.BytesIO()
+        return
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -601,6 +814,12 @@ def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file, if it is there; of the ranks the first one does it."""
+    if rank() == 0:
+        Path(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -635,6 +854,8 @@ def save_checkpoint(
     Plain tensors and Python types only, so that `weights_only=True` loads them. Raises RunError
     where the file cannot be written or the weights are not finite: the one before stays.
     """
+    if rank() > 0:
+        return
     path = f"{run}_model.pth"
     weights = net.state_dict()
     if not all(value.isfinite().all() for value in weights.values()):
@@ -668,7 +889,7 @@ def machine(net: nn.Module) -> dict:
         "device": next(net.parameters()).device.type,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-    }
+    } | ({"ranks": ranks()} if ranks() > 1 else {})
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -746,10 +967,14 @@ def run_of(path: str) -> tuple[str, str]:
 def earlier(run: str, args: argparse.Namespace) -> tuple[str, dict] | None:
     """The checkpoint to go on from, and its path, if --resume; refuses to replace a run unasked.
 
-    Where the newest is missing or damaged, the one before it. Raises ValueError, FileNotFoundError.
+    Where the newest is missing or damaged, the one before it. Where torchrun has started the ranks
+    again, what they have written is gone on from unasked. Raises ValueError, FileNotFoundError.
     """
     newest, previous = f"{run}_model.pth", f"{run}_model.prev.pth"
     path = newest if args.resume is True else args.resume
+    if restarts() and (os.path.exists(newest) or os.path.exists(previous)):
+        say(f"started again by torchrun (restart {restarts()})")
+        path = newest
     for file in (newest, previous):
         if path and os.path.abspath(path) == os.path.abspath(file):
             path = file
@@ -783,7 +1008,7 @@ def merged(
     changed = []
     for name, now in given.items():
         before = getattr(saved, name)
-        if now in (before, "auto") or name in ("resume", "overwrite", "out", "name"):
+        if now in (before, "auto") or name in ("resume", "overwrite", "out", "name", "ddp"):
             continue
         if name not in FREE and not (name == "epochs" and warming):
             cosine = "; the cosine schedule depends on it" if name == "epochs" else ""
@@ -793,7 +1018,9 @@ def merged(
             )
         changed.append(f"--{name} {now} (was {before})")
         setattr(saved, name, now)
-    saved.out, saved.name, saved.resume, saved.overwrite = args.out, args.name, args.resume, False
+    for name in ("out", "name", "resume", "ddp"):
+        setattr(saved, name, getattr(args, name))
+    saved.overwrite = False
     if changed:
         say(f"resumed with {', '.join(changed)}")
     return saved
@@ -874,6 +1101,8 @@ def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> N
 
 def add_result(path: str | Path, row: dict) -> None:
     """Put a finished evaluation into the table; it replaces a row of its run and protocol."""
+    if rank() > 0:
+        return
     row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}  # as the others
     same = (row["protocol"], row["run"])
     path = Path(path)
