@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 # Images of so many pixels that PIL warns are refused here, and PIL need not say it too.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Nor that the notes beside the pixels, which are not read here, are damaged.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 DATA_NAMES = (
     "cifar10",
