@@ -7,13 +7,18 @@ Nothing is drawn from a global RNG: what a step sees is a function of (seed, epo
 
 import csv
 import dataclasses
+import io
+import itertools
 import os
+import random
 import signal
+import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +41,7 @@ DATA_NAMES = (
     "fashion_mnist",
     "folder",
     "imagenet",
+    "webdataset",
     "textures",
 )
 
@@ -86,7 +92,8 @@ def load(
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
     `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads;
-    `imagenet` too, but keeps them as `Files`, which each epoch decodes again.
+    `imagenet` too, but keeps them as `Files`, which each epoch decodes again, and `webdataset`
+    (see `load_shards`) as `Shards`.
 
     Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
     folder that cannot be used, ConnectionError where a download fails.
@@ -96,6 +103,8 @@ def load(
     if name in ("folder", "imagenet"):
         in_memory = name == "folder"
         return load_folder(Path(root), image_size, workers, bad_images, test_only, in_memory)
+    if name == "webdataset":
+        return load_shards(str(root), image_size, workers, bad_images, test_only)
     if name not in DATA_NAMES:
         raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
     return load_torchvision(name, Path(root))
@@ -209,9 +218,8 @@ def load_folder(
     def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | Files, Tensor]:
         if in_memory:
             images, found = decode(files, image_size, workers, bad_images)
-        else:  # what is to be skipped must be known before the first epoch
-            found = decode(files, 1, workers, "skip")[1] if bad_images == "skip" else {}
-            good = [str(path) for i, path in enumerate(files) if i not in found]
+        else:
+            good, found = readable([str(path) for path in files], workers, bad_images)
             images = Files(good, image_size, workers)
         bad.extend(found.values())
         good = [name for i, name in enumerate(names) if i not in found]
@@ -219,6 +227,18 @@ def load_folder(
 
     train = ([], []) if test_only and test else train
     return Data(*part(*train), *(part(*test) if test else (None, None)), classes, bad)
+
+
+def readable(
+    files: "list[str | Member]", workers: int, bad_images: str
+) -> "tuple[list[str | Member], dict[int, str]]":
+    """Those of `files` that can be decoded, and the others as `decode` names them.
+
+    All are taken for good unless `bad_images` is "skip": what is to be skipped must be known
+    before the first epoch, so that all files are decoded once.
+    """
+    bad = decode(files, 1, workers, "skip")[1] if bad_images == "skip" else {}
+    return [path for i, path in enumerate(files) if i not in bad], bad
 
 
 def usual_size(files: list[Path], bad_images: str) -> int:
@@ -258,13 +278,13 @@ def list_csv(path: Path) -> tuple[list[Path], list[str | None]]:
     return [path.parent / row["path"] for row in rows], [row.get("label") or None for row in rows]
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: "str | Path | Member | Sample") -> Image.Image:
     """PIL's image, not decoded yet.
 
     Raises ValueError naming the file; also for one of so many pixels that PIL warns of a bomb.
     """
     try:
-        image = Image.open(path)
+        image = Image.open(path.content() if isinstance(path, Member | Sample) else path)
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         return image
@@ -290,10 +310,10 @@ def shorter_side(name: str, size: int) -> int:
 
     ImageNet's custom is 256 for a crop of 224; elsewhere no margin is cut off.
     """
-    return round(size * 256 / 224) if name == "imagenet" else size
+    return round(size * 256 / 224) if name in ("imagenet", "webdataset") else size
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: "str | Path | Member | Sample") -> Image.Image:
     """A file's image in RGB, decoded. Raises ValueError naming the file."""
     try:
         return to_rgb(open_image(path))
@@ -316,7 +336,7 @@ def centre(image: Image.Image, size: int, shorter: int) -> np.ndarray:
 
 
 def decode(
-    files: list[Path],
+    files: "list[str] | list[Path] | list[Member]",
     size: int,
     workers: int = 2,
     bad_images: str = "error",
@@ -388,14 +408,17 @@ class Cutter(torch.utils.data.Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> np.ndarray | str:
         epoch, i = item
-        size = self.files.size
         try:
-            image = read_image(self.files.paths[i])
+            return self.cut(read_image(self.files.paths[i]), [self.seed, epoch, i])
         except ValueError as error:
             return str(error)
+
+    def cut(self, image: Image.Image, chance: list[int]) -> np.ndarray:
+        """The crops of an image, their boxes a function of `chance`."""
+        size = self.files.size
         if not self.looks:
             return centre(image, size, shorter_side("imagenet", size))[None]
-        rng = np.random.default_rng([self.seed, epoch, i])
+        rng = np.random.default_rng(chance)
         boxes = crop_boxes(rng, self.looks, image.height, image.width, self.crop_scale)
         # Cropped first: PIL's resize of a box would mix in pixels from outside of it.
         crops = (image.crop((x, y, x + w, y + h)) for y, x, h, w in boxes.tolist())
@@ -433,7 +456,7 @@ class Files:
     They are decoded when needed, by `workers` processes, and what those cut goes to the device.
     """
 
-    paths: list[str]
+    paths: "list[str] | list[Member]"
     size: int
     workers: int = 2
     device: torch.device | str = "cpu"
@@ -448,8 +471,8 @@ class Files:
     def __getitem__(self, chosen: Tensor | slice) -> "Files":
         """A part of the files: indices, a mask or a slice, as of a tensor."""
         chosen = chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen
-        paths = np.array(self.paths, dtype=object)[chosen].tolist()
-        return dataclasses.replace(self, paths=paths)
+        chosen = np.arange(len(self))[chosen].tolist()
+        return dataclasses.replace(self, paths=[self.paths[i] for i in chosen])
 
     def to(self, device: torch.device) -> "Files":
         """The same, to be brought to `device`."""
@@ -466,15 +489,24 @@ class Files:
         self, looks: int, crop_scale: tuple[float, float], seed: int
     ) -> torch.utils.data.DataLoader:
         """A DataLoader, whose batch_sampler is a `Batches`; its workers stay between epochs."""
-        return torch.utils.data.DataLoader(
+        return self.started(
             Cutter(self, looks, crop_scale, seed),
             batch_sampler=Batches(),
-            num_workers=self.workers,
             collate_fn=stack,
+            persistent_workers=self.workers > 0 and looks > 0,
+        )
+
+    def started(
+        self, dataset: torch.utils.data.Dataset, **settings: object
+    ) -> torch.utils.data.DataLoader:
+        """A DataLoader with the settings that all of ours share."""
+        return torch.utils.data.DataLoader(
+            dataset,
+            num_workers=self.workers,
             pin_memory=torch.device(self.device).type == "cuda",
             worker_init_fn=heed_no_signals,
             generator=torch.Generator(),  # else it would draw from the global one
-            persistent_workers=self.workers > 0 and looks > 0,
+            **settings,
         )
 
     def read(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
@@ -486,15 +518,212 @@ class Files:
             yield found.permute(0, 1, 4, 2, 3)
 
 
+def room_between_processes(batch: int, workers: int) -> None:
+    """Whether the shared memory holds the batches, of so many bytes, that wait in it.
+
+    Raises ValueError, where else a worker would die of a bus error in the middle of a run.
+    """
+    if os.path.isdir("/dev/shm") and workers:
+        there = os.statvfs("/dev/shm")
+        free, needed = there.f_bavail * there.f_frsize, 2 * workers * batch  # each prepares two
+        if free < needed:
+            raise ValueError(
+                f"--num_workers {workers}: their batches need {needed / 1e6:.0f} MB in /dev/shm, "
+                f"which has {free / 1e6:.0f}: docker run --shm-size gives more; or fewer workers"
+            )
+
+
 def crc(images: Tensor | Files) -> int:
     """A checksum of the training images: a run goes on with those that it began with.
 
     Of files, the names below their common folder (which may have moved) are taken.
     """
     if isinstance(images, Files):
-        common = os.path.commonpath(images.paths)
-        return zlib.crc32("\n".join(os.path.relpath(p, common) for p in images.paths).encode())
+        names = [str(path) for path in images.paths]
+        common = os.path.commonpath(names)
+        return zlib.crc32("\n".join(os.path.relpath(name, common) for name in names).encode())
     return zlib.crc32(images.contiguous().numpy())
+
+
+# ---- images in shards ---------------------------------------------------------------------------
+
+# Images that a worker keeps, as the bytes of their files, to draw the next one from.
+SHUFFLED = 1000
+
+
+class Member(NamedTuple):
+    """An image file within a tar file; printed as a path."""
+
+    shard: str
+    key: str  # webdataset's: the name as far as its first dot
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.key}"
+
+    def content(self) -> io.BytesIO:
+        """The file's bytes."""
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return io.BytesIO(file.read(self.size))
+
+
+class Sample(NamedTuple):
+    """An image file that is already read; printed as a path."""
+
+    name: str
+    bytes: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    def content(self) -> io.BytesIO:
+        """The file's bytes."""
+        return io.BytesIO(self.bytes)
+
+
+@dataclasses.dataclass
+class Shards(Files):
+    """`Files` within tar files, which pre-training reads from their beginnings to their ends.
+
+    All else (test images, the kNN's bank, linear evaluation) goes to single members, as if they
+    were files. `number`: the images in all of the tar files, of which `paths` may be a part.
+    """
+
+    number: int = 0
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """The batches of one rank in an epoch, from step `start` on, `size` images each.
+
+    The order of the shards is drawn an epoch, and they are dealt out to the ranks, then to a rank's
+    workers, whose batches take turns; a worker draws each image from `SHUFFLED` ones. One that has
+    come to its last shard's end, before the others, begins with its first again.
+
+    All of it is a function of (seed, epoch, step) and of the numbers of ranks and workers.
+    """
+
+    def __init__(self, cutter: Cutter, size: int, rank: int, ranks: int):
+        self.cutter, self.size, self.rank, self.ranks = cutter, size, rank, ranks
+        self.shards = sorted({member.shard for member in cutter.files.paths})
+        self.epoch, self.steps = 0, range(0)
+
+    def __iter__(self) -> Iterator[Tensor | str]:
+        import webdataset
+
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker = (worker + self.steps.start) % workers  # whose turn it is at the first of the steps
+        files, chance = self.cutter.files, [self.cutter.seed, self.epoch]
+        order = np.random.default_rng(chance).permutation(len(self.shards))
+        order = order[self.rank :: self.ranks][worker::workers]
+        rng = random.Random(repr([*chance, self.rank, worker]))
+        part = None  # where not all of the shards' images are wanted
+        if len(files) < files.number:
+            part = {(path.shard, path.key) for path in files.paths}
+
+        def wanted(sample: dict) -> bool:
+            named = part is None or (sample["__url__"], sample["__key__"]) in part
+            return named and image_of(sample) is not None
+
+        samples = webdataset.DataPipeline(
+            webdataset.SimpleShardList([self.shards[i] for i in order]),
+            webdataset.tarfile_to_samples(),
+            webdataset.select(wanted),
+            webdataset.shuffle(SHUFFLED, initial=SHUFFLED, rng=rng),
+        ).repeat()
+        before = len(range(worker, self.steps.start, workers))  # its batches before the first step
+        samples = itertools.islice(samples, before * self.size, None)
+        for _ in range(worker + before * workers, self.steps.stop, workers):
+            yield stack([self.cut(sample) for sample in itertools.islice(samples, self.size)])
+
+    def cut(self, sample: dict) -> np.ndarray | str:
+        """What the cutter makes of one of webdataset's samples."""
+        name = f"{sample['__url__']}/{sample['__key__']}"
+        chance = zlib.crc32("/".join(Path(name).parts[-2:]).encode())
+        try:
+            image = read_image(Sample(name, sample[image_of(sample)]))
+        except ValueError as error:
+            return str(error)
+        return self.cutter.cut(image, [self.cutter.seed, self.epoch, chance])
+
+
+def image_of(sample: dict) -> str | None:
+    """Which of a sample's parts is its image."""
+    return next((end[1:] for end in IMG_EXTENSIONS if end[1:] in sample), None)
+
+
+def load_shards(
+    root: str, image_size: int | None, workers: int, bad_images: str, test_only: bool
+) -> Data:
+    """Tar files in webdataset's layout: `<key>.jpg` (or another image) and, of labels, `<key>.cls`.
+
+    `root` is a pattern of the training set's, as `shard-{000000..000099}.tar`, or a folder of
+    `*train*.tar` and, to score with, `*val*.tar` or `*test*.tar`. They must be files: what is in
+    them is listed before the first epoch. Raises FileNotFoundError or ValueError, naming the file.
+    """
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise ValueError("--data_name webdataset: pip install webdataset") from error
+    folder, test = Path(root), []
+    if folder.is_dir():
+        train, val, test = (
+            sorted(map(str, folder.glob(f"*{split}*.tar"))) for split in ("train", "val", "test")
+        )
+        test = test or val
+    else:
+        train = expand_urls(root)
+    if not train:
+        raise FileNotFoundError(f"--data_root {root}: there is no *train*.tar")
+    numbers: dict[str, int] = {}
+    bad: list[str] = []
+
+    def part(shards: list[str]) -> tuple[Shards, Tensor]:
+        members, labels = [], []
+        for shard in shards:
+            found = list_shard(shard)
+            members += found
+            labels += found.values()
+        good, found = readable(members, workers, bad_images)
+        bad.extend(found.values())
+        if not numbers:  # the training set's classes, where it is listed
+            classes = sorted(set(labels) - {None}, key=lambda text: (len(text), text))
+            numbers.update({name: i for i, name in enumerate(classes)})
+        for member, label in zip(members, labels, strict=True):
+            if label is not None and label not in numbers:
+                raise ValueError(f"{member}: its class {label} is not among the training classes")
+        labels = [-1 if name is None else numbers[name] for name in labels]
+        kept = torch.tensor([i not in found for i in range(len(members))], dtype=torch.bool)
+        images = Shards(good, image_size or 224, workers, number=len(members))
+        return images, torch.tensor(labels, dtype=torch.int64)[kept]
+
+    train_part = part([] if test_only and test else train)
+    test_part = part(test) if test and numbers else (None, None)
+    return Data(*train_part, *test_part, list(numbers), bad)
+
+
+def list_shard(shard: str) -> dict[Member, str | None]:
+    """The images of a tar file, each with its label."""
+    try:
+        found, labels = {}, {}
+        with tarfile.open(shard, "r:") as archive:
+            for info in archive:
+                end = info.name.rpartition("/")[2].partition(".")[2]
+                key = info.name[: len(info.name) - len(end) - 1]
+                if info.isreg() and f".{end.lower()}" in IMG_EXTENSIONS:
+                    found.setdefault(key, Member(shard, key, info.offset_data, info.size))
+                elif info.isreg() and end.lower() == "cls":
+                    labels[key] = archive.extractfile(info).read().decode().strip()
+                archive.members = []
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--data_root {shard}: there is no such file") from error
+    except (tarfile.TarError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shard}: is no tar file of images ({error})") from error
+    if not found:
+        raise ValueError(f"{shard}: there are no images in it")
+    return {member: labels.get(key) for key, member in found.items()}
 
 
 # ---- textures, the embedded data set ------------------------------------------------------------
@@ -865,8 +1094,24 @@ class Loader:
         self.tensors, self.batch_size, self.seed, self.share = tensors, batch_size, seed, share
         self.device = tensors[0].device
         self.steps = -(-number // batch_size) if keep_last else number // batch_size
-        if isinstance(tensors[0], Files):
-            self.files = tensors[0].loader(looks, views.crop_scale, seed)
+        images, *others = tensors
+        if isinstance(images, Files):
+            room_between_processes(looks * 3 * images.size**2 * batch_size, images.workers)
+        # Labels are looked up by an image's place in the list, which a stream does not tell.
+        self.streaming = isinstance(images, Shards) and not others
+        if self.streaming:
+            mine = share(batch_size)  # of equal parts
+            size = mine.stop - mine.start
+            rank, ranks = mine.start // size, batch_size // size
+            stream = Stream(Cutter(images, looks, views.crop_scale, seed), size, rank, ranks)
+            if ranks * max(1, images.workers) > len(stream.shards):
+                raise ValueError(
+                    f"--num_workers {images.workers}: on {ranks} ranks these would be more than "
+                    f"the {len(stream.shards)} shards, each of which one worker reads"
+                )
+            self.files = images.started(stream, batch_size=None)
+        elif isinstance(images, Files):
+            self.files = images.loader(looks, views.crop_scale, seed)
 
     def __len__(self) -> int:
         return self.steps
@@ -877,6 +1122,12 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
         """(step, batch) from step `start` on; the order is a function of (seed, epoch)."""
+        if self.streaming:
+            self.files.dataset.epoch = epoch
+            self.files.dataset.steps = range(start, self.steps)
+            for step, images in enumerate(self.tensors[0].read(self.files), start):
+                yield step, [images]
+            return
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tensors[0]))
         order = torch.from_numpy(order[: self.steps * self.batch_size])
         batches = order.to(self.device).split(self.batch_size)[start:]

@@ -102,7 +102,8 @@ def parse_args(
         group,
         "recipe",
         str,
-        "defaults: cifar, imagenet or short (textures: short, imagenet: imagenet, others: cifar)",
+        "defaults: cifar, imagenet or short (imagenet and webdataset: imagenet; textures: short; "
+        "others: cifar)",
     )
     flag(group, "batch_size", number(int, 2), "images a step, of all ranks together")
     flag(group, "epochs", count, "sweeps over the training set")
@@ -130,7 +131,7 @@ def parse_args(
     args, given = parser.parse(argv)
     if args.data_name not in data.DATA_NAMES:
         parser.error(f"--data_name {args.data_name}: choose one of {', '.join(data.DATA_NAMES)}")
-    usual = {"textures": "short", "imagenet": "imagenet"}
+    usual = {"textures": "short", "imagenet": "imagenet", "webdataset": "imagenet"}
     args.recipe = args.recipe or usual.get(args.data_name, "cifar")
     if args.recipe not in RECIPES:
         parser.error(f"--recipe {args.recipe}: choose one of {', '.join(RECIPES)}")

@@ -192,9 +192,9 @@ def file_path(text: str) -> str:
 
 
 def data_label(args: argparse.Namespace) -> str:
-    """The data set's name in the results; for a folder with whose images they are."""
-    if args.data_name == "folder":
-        return f"folder:{Path(args.data_root).resolve().name}"
+    """The data set's name in the results; for the user's own with whose images they are."""
+    if args.data_name in ("folder", "webdataset"):
+        return f"{args.data_name}:{Path(args.data_root).resolve().name}"
     return args.data_name
 
 

@@ -352,6 +352,25 @@ def bench_start() -> Iterator[Row]:
         yield f"start: {name}", statistics.median(run[name] for run in runs), None, None, "s"
 
 
+def bench_ddp() -> Iterator[Row]:
+    """resnet20 on textures by main.py: two ranks of one thread, and a process of two threads."""
+    flags = "--data_name textures --arch resnet20 --train_size 1280 --batch_size 128 --epochs 3"
+    flags += " --device cpu --name bench --out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    commands = ([*launch, "main.py", "--ddp"], 1), ([sys.executable, "main.py"], 2)
+    speeds = ([], [])
+    for _ in range(5):
+        for (command, threads), found in zip(commands, speeds, strict=True):
+            with tempfile.TemporaryDirectory() as place:
+                env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                whole = [*command, *flags.split(), place]
+                subprocess.run(whole, env=env, check=True, capture_output=True)
+                table = pandas.read_csv(f"{place}/bench_statistics.csv")
+            found += table["images_per_sec"][2:].tolist()  # the first epoch holds the warm-up
+    ranks, threads = map(statistics.median, speeds)
+    yield "ddp", ranks, threads, "one process of two threads", "images/s"
+
+
 def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -368,6 +387,7 @@ BENCHMARKS = {
     "linear": bench_linear,
     "jpeg": bench_jpeg,
     "start": bench_start,
+    "ddp": bench_ddp,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,357 @@
+"""Many processes, one run: what ranks share, what they agree on, what one of them lost costs."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from PIL import Image
+
+import data
+import linear
+import main
+import utils
+from tests import crash
+from tests.test_safety import ROOT, refused
+
+TINY = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32".split()
+
+
+def torchrun(ranks, *command, restarts=0, code=0):
+    """What the ranks say; each has one thread, as torchrun sets it."""
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", str(ranks), "--max_restarts", str(restarts)),
+            *map(str, command),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert ended.returncode == code, ended.stdout
+    return ended.stdout
+
+
+def image_files(root, number=240, side=64):
+    """JPEG files of textures in an ImageFolder: mixed sizes, some gray, CMYK, with damaged EXIF."""
+    rng = np.random.default_rng(0)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03junk"
+    for split, many, seed in (("train", number, 1), ("val", 61, 2)):
+        for i, (image, label) in enumerate(zip(*data.textures(many, seed), strict=True)):
+            file = io.BytesIO()
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+            image = image.resize(tuple(rng.integers(side, 2 * side, 2).tolist()))
+            image = image.convert({3: "L", 5: "CMYK"}.get(i % 10, "RGB"))
+            image.save(file, "jpeg")
+            content = file.getvalue()
+            if i % 10 == 7:
+                content = content[:2] + b"\xff\xe1" + struct_size(exif) + exif + content[2:]
+            path = Path(root, split, data.TEXTURES[label], f"{i}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return root
+
+
+def struct_size(segment):
+    return (len(segment) + 2).to_bytes(2, "big")
+
+
+def shard_files(folder, root, each=30):
+    """The same images in tar files."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        files = sorted(Path(root, split).rglob("*.jpg"), key=lambda path: int(path.stem))
+        for first in range(0, len(files), each):
+            with tarfile.open(folder / f"{split}-{first // each:06d}.tar", "w") as archive:
+                for path in files[first : first + each]:
+                    label = str(data.TEXTURES.index(path.parent.name)).encode()
+                    for end, content in (("cls", label), ("jpg", path.read_bytes())):
+                        info = tarfile.TarInfo(f"images/{path.stem}.{end}")
+                        info.size = len(content)
+                        archive.addfile(info, io.BytesIO(content))
+    return folder
+
+
+# ---- the work is shared -------------------------------------------------------------------------
+
+
+def test_every_row_has_one_rank():
+    for number in range(1, 40):
+        for ranks in (1, 2, 3, 4, 7):
+            parts = [range(number)[utils.cut(number, i, ranks)] for i in range(ranks)]
+            assert [row for part in parts for row in part] == list(range(number))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+@pytest.mark.parametrize("files", [False, True])
+def test_views_and_order_do_not_depend_on_ranks_and_workers(tmp_path, monkeypatch, files, looks):
+    images, labels = data.textures(50, seed=1)
+    found = []
+    if files:
+        paths = sorted(map(str, image_files(tmp_path, 50).rglob("train/*/*.jpg")))
+    for ranks, workers in [(1, 0), (2, 1), (4, 0), (1, 2)]:
+        steps = []
+        for rank in range(ranks):
+            monkeypatch.setattr(utils, "rank", lambda: rank)  # noqa: B023
+            monkeypatch.setattr(utils, "ranks", lambda: ranks)  # noqa: B023
+            cut = {"seed": 3, "share": utils.share}
+            views = data.Views(24, (0.5,) * 3, (0.2,) * 3, blur_p=0.5, **cut)
+            source = data.Files(paths, 24, workers) if files else images
+            loader = data.Loader(
+                [source, labels], 16, keep_last=True, views=views, looks=looks, **cut
+            )
+            parts = []
+            for step, (batch, answers) in loader.epoch(1, 1):
+                number = loader.number(step)
+                views.seed(1, step, number)
+                mine = len(range(number)[utils.cut(number, rank, ranks)])
+                parts.append([views(batch)[:mine] for _ in range(looks)])
+                assert len(answers) == number  # labels come whole
+            steps.append(parts)
+        assert [len(parts) for parts in steps] == [3] * ranks  # of 16, 16 and 2, after the first
+        found.append([torch.cat(look) for step in zip(*steps) for look in zip(*step)])  # noqa: B905
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_gradients_of_two_ranks_are_one_process_s():
+    out = torchrun(2, "-m", "tests.ranks", "gradients")
+    largest, difference, steps, equal = re.search(
+        r"largest (\S+) difference (\S+) after (\d+) steps (\w+)", out
+    ).groups()
+    assert float(largest) > 0.01
+    assert 0 < float(difference) < 1e-6  # 0 would be: of the same sums
+    assert (steps, equal) == ("20", "True")
+    assert out.count("BN's statistics are of each rank's part") == 1
+
+
+def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
+    """Accuracies, here of 61 test images, are those of one process; the linear head to the bit."""
+    root = image_files(tmp_path / "images", 128)
+    train = f"--data_name imagenet --data_root {root} --arch resnet18 --image_size 32 --epochs 1 "
+    train += f"--feature_dim 64 --batch_size 24 --bank_size 100 --num_workers 1 --out {tmp_path}"
+    fit = f"--model_path {tmp_path}/2_model.pth --optimizer lars --batch_size 50 --epochs 3 "
+    fit += f"--lr 0.1 1 --num_workers 1 --out {tmp_path}"
+    untrained, heads = [], []
+    for ranks in (2, 1, 3):
+        commands = [(main, train.split(), ranks), (linear, fit.split(), f"linear{ranks}")]
+        for command, flags, name in commands:
+            flags = [*flags, "--name", str(name)]
+            if ranks == 1:
+                torch.set_num_threads(1)
+                command.main(flags)
+                torch.set_num_threads(2)
+            else:
+                out = torchrun(ranks, f"{command.__name__}.py", "--ddp", *flags)
+                assert "Warning" not in out
+                assert len(re.findall("^epoch", out, re.M)) in (1, 2)  # one rank speaks
+                if command is main:
+                    each = f"{ranks} ranks, {24 // ranks} images each a step; lr 0.05 x 24 / 256"
+                    assert each in out
+        untrained.append(torch.load(tmp_path / f"{ranks}_model.pth")["history"][0])
+        heads.append(torch.load(tmp_path / f"linear{ranks}_model.pth"))
+    one, head = untrained[0], heads[0]
+    assert round(one["test_acc@1"] * 61 / 100, 3) % 1 == 0
+    for row, other in zip(untrained, heads, strict=True):
+        assert row == pytest.approx(one, rel=1e-6)  # rank adds up in another order
+        assert [row[key] for key in row if "acc" in key] == [
+            one[key] for key in one if "acc" in key
+        ]
+        assert all(torch.equal(value, head["model"][key]) for key, value in other["model"].items())
+        for row, same in zip(other["history"], head["history"], strict=True):
+            assert row | {"seconds": 0} == same | {"seconds": 0}
+    results = pandas.read_csv(tmp_path / "results.csv").set_index("run")
+    assert set(results["protocol"]) == {"KNN, bank of 100", "Linear"}
+    flags = f"--model_path {tmp_path}/linear2_model.pth --evaluate_only --out {tmp_path}".split()
+    capsys.readouterr()
+    linear.main(flags)
+    alone = capsys.readouterr().out
+    assert f"top-1 {results['top1']['linear2']:.2f} %" in alone
+    assert sum(int(n) for n in re.findall(r"% of (\d+)$", alone, re.M)) == 61
+    assert alone in torchrun(3, "linear.py", "--ddp", *flags)
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---- ranks that are lost ------------------------------------------------------------------------
+
+
+def test_a_killed_rank_costs_no_bit(tmp_path):
+    """The second of two is killed in the second epoch's third step; torchrun starts them again."""
+    flags = [*TINY, "--epochs", 3, "--out", tmp_path, "--checkpoint_minutes", 0, "--name"]
+    torchrun(2, "main.py", "--ddp", *flags, "whole")
+    out = torchrun(
+        *(2, "-m", "tests.ranks", "signal", 1, 9, int(signal.SIGKILL)),
+        *("--ddp", *flags, "cut"),
+        restarts=3,
+    )
+    assert "started again by torchrun (restart 1)" in out
+    assert "resumed after epoch 1 of 3 and step 2 of 6" in out
+    assert "Traceback (most" not in out.split("started again")[0].replace("torchrun", "")
+    assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_a_signal_to_one_rank_ends_all_and_others_go_on(tmp_path, capsys):
+    flags = [*TINY, "--epochs", 2, "--out", tmp_path, "--name", "a"]
+    out = torchrun(
+        *(2, "-m", "tests.ranks", "signal", 1, 3, int(signal.SIGTERM), "--ddp", *flags), code=1
+    )
+    assert out.count("--resume go on after this step") == 1
+    state = utils.load_checkpoint(tmp_path / "a_model.pth")
+    assert (state["epoch"], state["step"]) == (0, 3)
+    out = torchrun(4, "main.py", "--ddp", *flags[:-1], "b", "--resume", tmp_path / "a_model.pth")
+    assert "4 ranks, 8 images each a step" in out
+    assert "resumed after epoch 0 of 2 and step 3 of 6" in out
+    assert "epoch 2/2" in out
+    main.main([str(word) for word in (*flags, "--resume")])
+    out = capsys.readouterr().out
+    assert "resumed after epoch 0 of 2 and step 3 of 6" in out
+    assert "'ranks': 2" in out  # where the checkpoint was made
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path):
+    flags = ["--ddp", *TINY, "--epochs", 2, "--out", tmp_path]
+    out = torchrun(2, "-m", "tests.ranks", "fail", 1, 3, *flags, code=1)
+    assert "ZeroDivisionError: a mistake of ours" in out
+    assert "rank 0: another rank is gone" in out
+
+
+# ---- what cannot be -----------------------------------------------------------------------------
+
+
+def test_ddp_and_torchrun_need_each_other(tmp_path, capsys, monkeypatch):
+    flags = [*TINY, "--out", tmp_path]
+    for command in (main, linear):
+        line = refused(capsys, command, *(flags if command is main else ()), "--ddp")
+        assert "torchrun --standalone --nproc_per_node 2" in line
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun started 2 of it: add --ddp" in refused(capsys, main, *flags)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "--overwrite" in refused(capsys, main, *flags, "--ddp", "--overwrite")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        main.main([*map(str, flags), "--epochs", "none"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ""  # the first rank says it
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(utils, "ranks", lambda: 3)
+    for size in (32, 3):
+        line = refused(capsys, main, *TINY, "--batch_size", size, "--out", tmp_path / "none")
+        assert f"--batch_size {size}: is cut among 3 ranks" in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_too_little_shared_memory_is_said_before_the_run(tmp_path, capsys, monkeypatch):
+    root = image_files(tmp_path / "images", 64)
+    there = SimpleNamespace(f_bavail=64, f_frsize=2**20)  # what docker gives
+    monkeypatch.setattr(os, "statvfs", lambda path: there)
+    flags = ["--data_name", "imagenet", "--data_root", root, "--out", tmp_path, "--batch_size", 64]
+    line = refused(capsys, main, *flags, "--num_workers", 2, "--arch", "resnet18")
+    assert "--num_workers 2" in line
+    assert "77 MB in /dev/shm" in line  # 2 workers x 2 batches x 64 x 2 crops x 3 x 224 x 224
+    assert "has 67" in line
+
+
+# ---- shards -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    return shard_files(root / "tars", image_files(root / "images"))
+
+
+def streams(shards, ranks, workers, epoch, start=0, whole=False, size=None):
+    """Each rank's batches of an epoch, as bytes of the single images."""
+    images = data.load("webdataset", shards, 32, workers)
+    images = images.subset(size, 0) if size else images
+    scale = (1.0, 1.0) if whole else (0.2, 1.0)
+    found = []
+    for rank in range(ranks):
+        share = partial(utils.cut, rank=rank, ranks=ranks)
+        views = data.Views(32, (0,) * 3, (1,) * 3, crop_scale=scale)
+        loader = data.Loader([images.train_images], 24, views=views, share=share)
+        steps = [batch for _, (batch,) in loader.epoch(epoch, start)]
+        assert len(steps) == len(loader) - start
+        found.append([[image.numpy().tobytes() for image in batch] for batch in steps])
+    return found
+
+
+def test_an_epoch_of_shards_has_each_image_once(shards):
+    for ranks, workers in [(1, 0), (2, 2)]:
+        found = streams(shards, ranks, workers, 0, whole=True)
+        images = [image for steps in found for batch in steps for image in batch]
+        assert len(images) == len(set(images)) == 240
+    one, other = (streams(shards, 1, 0, epoch, whole=True)[0] for epoch in (0, 1))
+    assert one != other
+    (some,) = streams(shards, 1, 2, 0, whole=True, size=48)
+    assert len({image for batch in some for image in batch}) <= 48
+
+
+def test_shards_go_on_after_any_step(shards):
+    for workers, start in [(0, 4), (2, 3), (3, 5)]:
+        whole = streams(shards, 2, workers, 3)
+        assert [steps[start:] for steps in whole] == streams(shards, 2, workers, 3, start)
+
+
+def test_shards_are_judged_like_files(shards):
+    """Their labels and pixels, each by its own name, are those of the files in them."""
+    found = data.load("webdataset", shards, 32, 0)
+    files = data.load("imagenet", shards.parent / "images", 32, 0)
+    assert len(found.train_images) == 240
+    names = [member.key.split("/")[-1] for member in found.train_images.paths]
+    order = {Path(path).stem: i for i, path in enumerate(files.train_images.paths)}
+    where = torch.tensor([order[name] for name in names])
+    assert [int(found.classes[i]) for i in found.train_labels] == [
+        data.TEXTURES.index(files.classes[i]) for i in files.train_labels[where]
+    ]
+    for part in (slice(0, 3), slice(100, 103)):
+        mine, theirs = (
+            next(images.split(3))
+            for images in (found.train_images[part], files.train_images[where][part])
+        )
+        assert torch.equal(mine, theirs)
+    assert len(found.test_images) == 61
+
+
+def test_a_run_on_shards(shards, tmp_path, capsys):
+    flags = (
+        f"--data_name webdataset --data_root {shards} --image_size 32 --arch resnet8 --stem cifar"
+    )
+    flags += f" --width 4 --feature_dim 16 --batch_size 48 --epochs 2 --out {tmp_path} --name"
+    main.main([*flags.split(), "whole"])
+    state = utils.load_checkpoint(tmp_path / "whole_model.pth")
+    assert state["args"]["recipe"] == "imagenet"
+    row = pandas.read_csv(tmp_path / "results.csv").iloc[0]
+    assert (row["data"], row["protocol"]) == ("webdataset:tars", "KNN")
+    linear.main(f"--model_path {tmp_path}/whole_model.pth --epochs 1 --out {tmp_path}".split())
+    pattern = f"{shards}/train-{{000000..000003}}.tar"
+    main.main([*flags.split(), "some", "--data_root", pattern])
+    assert "120 training images, 0 test images" in capsys.readouterr().out
+    line = refused(capsys, main, *flags.split(), "none", "--data_root", pattern.replace("3", "9"))
+    assert "train-000008.tar: there is no such file" in line
+    line = refused(capsys, main, *flags.split(), "none", "--num_workers", 9)
+    assert "--num_workers 9" in line
+    assert "8 shards" in line
+    junk = tmp_path / "junk.tar"
+    junk.write_bytes(b"junk" * 1000)
+    line = refused(capsys, main, *flags.split(), "none", "--data_root", junk)
+    assert "junk.tar: is no tar file" in line
