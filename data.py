@@ -5,10 +5,12 @@ are made on the device, a batch at a time.
 Nothing is drawn from a global RNG: what a step sees is a function of (seed, epoch, step, sample).
 """
 
+import atexit
 import csv
 import dataclasses
 import io
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -449,6 +451,13 @@ def heed_no_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def end_workers() -> None:
+    """At the process's exit, which would wait forever for workers that heed no SIGTERM."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 @dataclasses.dataclass
 class Files:
     """Image files in the place of a uint8 tensor of images, N x 3 x size x size.
@@ -511,7 +520,10 @@ class Files:
 
     def read(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
         """What the workers cut, on the device: uint8, n x looks x 3 x size x size."""
-        for found in loader:
+        batches = iter(loader)
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)  # the last one to be registered is the first to be called
+        for found in batches:
             if isinstance(found, str):
                 raise BadImage(f"{found}, or leave out what cannot be read: --bad_images skip")
             found = found.to(self.device, non_blocking=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,6 +269,23 @@ def test_too_little_shared_memory_is_said_before_the_run(tmp_path, capsys, monke
     assert "--num_workers 2" in line
     assert "77 MB in /dev/shm" in line  # 2 workers x 2 batches x 64 x 2 crops x 3 x 224 x 224
     assert "has 67" in line
+
+
+def test_workers_do_not_outlive_an_error(tmp_path):
+    """They heed no SIGTERM, by which multiprocessing would end them."""
+    root = image_files(tmp_path, 40)
+    script = f"""
+import data
+files = data.load("imagenet", {str(root)!r}, 32).train_images
+loader = data.Loader([files], 8, views=data.Views(32, (0,) * 3, (1,) * 3))
+batches = loader.epoch(0)
+next(batches)
+raise SystemExit(3)
+"""
+    begun = time.perf_counter()
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
+    assert ended.returncode == 3
+    assert time.perf_counter() - begun < 20
 
 
 # ---- shards -------------------------------------------------------------------------------------
