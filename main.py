@@ -304,8 +304,8 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
     )
     if args.ddp:
         utils.say(
-            f"{utils.ranks()} ranks, {each} images each a step; lr {args.lr:g} x {args.batch_size} "
-            f"/ 256 = {rate(args, args.warmup_epochs):g}, whatever the number of ranks"
+            f"ranks: {utils.ranks()}, {each} images each a step; whatever their number, lr is "
+            f"{args.lr:g} x {args.batch_size} / 256 = {rate(args, args.warmup_epochs):g}"
         )
 
     def save(epoch: int, step: int = 0) -> None:
