@@ -537,7 +537,8 @@ def room_between_processes(batch: int, workers: int) -> None:
     """
     if os.path.isdir("/dev/shm") and workers:
         there = os.statvfs("/dev/shm")
-        free, needed = there.f_bavail * there.f_frsize, 2 * workers * batch  # each prepares two
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+        free, needed = there.f_bavail * there.f_frsize, 2 * workers * ranks * batch  # two in work
         if free < needed:
             raise ValueError(
                 f"--num_workers {workers}: their batches need {needed / 1e6:.0f} MB in /dev/shm, "
@@ -1108,7 +1109,8 @@ class Loader:
         self.steps = -(-number // batch_size) if keep_last else number // batch_size
         images, *others = tensors
         if isinstance(images, Files):
-            room_between_processes(looks * 3 * images.size**2 * batch_size, images.workers)
+            mine = len(range(batch_size)[share(batch_size)])
+            room_between_processes(looks * 3 * images.size**2 * mine, images.workers)
         # Labels are looked up by an image's place in the list, which a stream does not tell.
         self.streaming = isinstance(images, Shards) and not others
         if self.streaming:
