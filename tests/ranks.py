@@ -1,6 +1,6 @@
 """What tests do on torchrun's ranks: torchrun --nproc_per_node N -m tests.ranks MODE ...
 
-gradients: compare those of all ranks with one process's, and the ranks' weights after 20 steps.
+gradients: compare those of all ranks with one process's; weights, loss and std after 20 steps.
 signal RANK STEP NUMBER FLAGS: main.py, whose RANK gets signal NUMBER in its STEP, the first time.
 fail RANK STEP FLAGS: main.py, whose RANK meets an error of ours in its STEP.
 """
@@ -44,7 +44,7 @@ def gradients() -> None:
         optimizer = main.optimizer_of(net, args)
         sums = torch.zeros(3)
         main.train(trained, optimizer, loader, views, 0, 0, sums, args, amp, lambda step: None)
-        weights = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+        weights = torch.cat([sums, *(p.detach().flatten() for p in net.parameters())])
         everyones = [torch.empty_like(weights) for _ in range(utils.ranks())]
         dist.all_gather(everyones, weights)
         equal = all(torch.equal(weights, others) for others in everyones)

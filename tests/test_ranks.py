@@ -321,15 +321,24 @@ def streams(shards, ranks, workers, epoch, start=0, whole=False, size=None):
     return found
 
 
-def test_an_epoch_of_shards_has_each_image_once(shards):
+def test_an_epoch_of_shards_has_each_image_once(shards, monkeypatch):
     for ranks, workers in [(1, 0), (2, 2)]:
         found = streams(shards, ranks, workers, 0, whole=True)
         images = [image for steps in found for batch in steps for image in batch]
         assert len(images) == len(set(images)) == 240
     one, other = (streams(shards, 1, 0, epoch, whole=True)[0] for epoch in (0, 1))
     assert one != other
-    (some,) = streams(shards, 1, 2, 0, whole=True, size=48)
-    assert len({image for batch in some for image in batch}) <= 48
+    seen, cut = [], data.Stream.cut
+    monkeypatch.setattr(data.Stream, "cut", lambda self, s: (seen.append(s), cut(self, s))[1])
+    for epoch in range(3):
+        streams(shards, 1, 0, epoch, size=48)
+    assert len(seen) == 3 * 48
+    assert len({sample["__key__"] for sample in seen}) == 48
+    for shuffled, several in [(1000, True), (1, False)]:
+        monkeypatch.setattr(data, "SHUFFLED", shuffled)
+        seen.clear()
+        streams(shards, 1, 0, 0)
+        assert (len({sample["__url__"] for sample in seen[:24]}) > 1) == several  # shards have 30
 
 
 def test_shards_go_on_after_any_step(shards):
