@@ -1,17 +1,25 @@
-"""What tests do on torchrun's ranks: torchrun --nproc_per_node N -m tests.ranks MODE ...
+"""What tests do on ranks: python -m tests.ranks N MODE ... [then N MODE ...]
 
+main FLAGS, linear FLAGS: the commands.
 gradients: compare those of all ranks with one process's; weights, loss and std after 20 steps.
 signal RANK STEP NUMBER FLAGS: main.py, whose RANK gets signal NUMBER in its STEP, the first time.
 fail RANK STEP FLAGS: main.py, whose RANK meets an error of ours in its STEP.
+
+The N processes are forked with all imports done, in seconds less than torchrun takes, which does no
+more than to set their environment, and to start them again. Started by it, this is one of them.
 """
 
 import os
+import socket
 import sys
+import traceback
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 import data
+import linear
 import main
 import model
 import utils
@@ -51,15 +59,15 @@ def gradients() -> None:
         utils.say(f"largest {largest} difference {difference} after {len(loader)} steps {equal}")
 
 
-def at_step(rank: int, step: int, then) -> None:
+def at_step(rank: str, step: str, then: Callable[[], None]) -> None:
     """Calls `then` in a step of a rank, unless torchrun has started the ranks again."""
-    if os.environ["RANK"] != str(rank) or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    if os.environ["RANK"] != rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     std, steps = utils.collapse_std, []
 
     def counting(z: torch.Tensor) -> torch.Tensor:
         steps.append(0)
-        if len(steps) == step:
+        if len(steps) == int(step):
             then()
         return std(z)
 
@@ -70,15 +78,53 @@ def fail() -> None:
     raise ZeroDivisionError("a mistake of ours")
 
 
-if __name__ == "__main__":
-    mode, *rest = sys.argv[1:]
+def work(mode: str, rest: list[str]) -> None:
+    """What a rank does."""
     if mode == "gradients":
         gradients()
-    elif mode == "signal":
-        rank, step, number, *flags = rest
-        at_step(int(rank), int(step), lambda: os.kill(os.getpid(), int(number)))
-        utils.run_command(lambda: main.main(flags))
+        return
+    if mode == "signal":
+        rank, step, number, *rest = rest
+        at_step(rank, step, lambda: os.kill(os.getpid(), int(number)))
     elif mode == "fail":
-        rank, step, *flags = rest
-        at_step(int(rank), int(step), fail)
-        utils.run_command(lambda: main.main(flags))
+        rank, step, *rest = rest
+        at_step(rank, step, fail)
+    command = linear if mode == "linear" else main
+    utils.run_command(lambda: command.main(rest), data.BadImage)
+
+
+def launch(ranks: int, mode: str, rest: list[str]) -> list[int]:
+    """The exit codes of the ranks."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    pids = []
+    for rank in range(ranks):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            status = 1
+            try:
+                work(mode, rest)
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                data.end_workers()
+                sys.stdout.flush()
+                os._exit(status)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+if __name__ == "__main__":
+    if utils.under_torchrun():
+        work(sys.argv[2], sys.argv[3:])
+        sys.exit()
+    torch.set_num_threads(1)  # a forked process has no threads of its parent's
+    for command in " ".join(sys.argv[1:]).split(" then "):
+        ranks, mode, *rest = command.split(" ")
+        codes = launch(int(ranks), mode, rest)
+        print("exit codes", *codes, flush=True)
