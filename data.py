@@ -47,6 +47,11 @@ DATA_NAMES = (
     "textures",
 )
 
+NORMALISATION = {  # mean and std of each channel
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
 
 @dataclasses.dataclass
 class Data:

@@ -55,7 +55,8 @@ def parse_args(
     add(
         "--model_path",
         default="results/2048_200_512_800_model.pth",
-        help="a checkpoint of main.py; with --evaluate_only and --predict, one of linear.py",
+        help="a checkpoint of main.py, or another project's (see the README); with "
+        "--evaluate_only and --predict, one of linear.py",
     )
     add(
         "--evaluate_only",
@@ -288,8 +289,13 @@ def make_views(encoder: dict, seed: int = 0) -> data.Views:
 
 
 def load_pretrained(args) -> dict:
-    """The checkpoint of main.py in --model_path, its arguments with the encoder's own added."""
-    pretrained = utils.from_first(lambda: utils.load_checkpoint(args.model_path))
+    """The checkpoint in --model_path, its arguments with the encoder's own added.
+
+    It is of main.py, or has the network of another project's as its `net`.
+    """
+    pretrained = utils.from_first(lambda: ours_or_others(args))
+    if "net" in pretrained:
+        return pretrained
     if "encoder" in pretrained["args"]:
         raise ValueError(
             f"--model_path {args.model_path}: is a linear model; give the pre-trained one, or "
@@ -300,6 +306,29 @@ def load_pretrained(args) -> dict:
     if not pretrained["history"]:
         raise ValueError(f"--model_path {args.model_path}: has no history")
     return pretrained
+
+
+def ours_or_others(args) -> dict:
+    """What is in --model_path. Raises FileNotFoundError or ValueError."""
+    try:
+        return utils.load_checkpoint(args.model_path)
+    except ValueError as error:
+        try:
+            net, encoder, notes = model.foreign(args.model_path)
+        except ValueError as others:
+            raise ValueError(f"{error}; nor one of another that is known: {others}") from others
+    if args.data_name is None:
+        raise ValueError(
+            f"--model_path {args.model_path}: another project's checkpoint ({notes[0]}) names no "
+            "data set: add --data_name, and --data_root"
+        )
+    kind, size = ("imagenet", 224) if encoder["stem"] == "imagenet" else ("cifar", 32)
+    mean, std = data.NORMALISATION[kind]
+    encoder |= {"image_size": size, "mean": mean, "std": std}
+    notes.append(f"taken to see {size} pixels, normalised by {kind}'s mean and std")
+    source = {"name": Path(args.model_path).stem, "data_name": args.data_name, "data_root": "data"}
+    source |= {"seed": 0, "train_size": None, "encoder": encoder}
+    return {"args": source, "history": [{}], "net": net, "notes": notes}
 
 
 def run_name(args, source: dict) -> str:
@@ -342,15 +371,16 @@ def linear_evaluation(args, parser, given: dict) -> None:
         source = pretrained["args"]
         args.encoder = source["encoder"]
         with utils.about(f"--model_path {args.model_path}"):
-            simsiam = model.pretrained(pretrained)
+            simsiam = pretrained.get("net") or model.pretrained(pretrained)
+        for note in pretrained.get("notes", ()):
+            utils.say(f"{args.model_path}: {note}")
         images = load_images(args, source)
         if args.label_fraction < 1:
             number = max(1, round(args.label_fraction * len(images.train_labels)))
             images = images.subset(number, args.seed)
         images_crc = data.crc(images.train_images)
         torch.manual_seed(args.seed)
-        width = simsiam.projector[0].in_features
-        net = model.Classifier(simsiam.backbone, width, len(images.classes))
+        net = model.Classifier(simsiam.backbone, simsiam.features, len(images.classes))
         if found:
             same = (checkpoint.get("images_crc"), checkpoint.get("classes"))
             if same != (images_crc, images.classes):

@@ -31,8 +31,8 @@ CIFAR = {  # paper, App. D
     "warmup_epochs": 0,
     "fix_pred_lr": False,
     "blur_p": 0.0,
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2470, 0.2435, 0.2616),
+    "mean": data.NORMALISATION["cifar"][0],
+    "std": data.NORMALISATION["cifar"][1],
 }
 IMAGENET = CIFAR | {  # paper, sec. 3 and 4; authors' code
     "arch": "resnet50",
@@ -43,8 +43,8 @@ IMAGENET = CIFAR | {  # paper, sec. 3 and 4; authors' code
     "lr": 0.05,
     "weight_decay": 1e-4,
     "blur_p": 0.5,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
+    "mean": data.NORMALISATION["imagenet"][0],
+    "std": data.NORMALISATION["imagenet"][1],
 }
 # Ours, for minutes to hours on a CPU: see the README's results.
 SHORT = CIFAR | {
@@ -92,11 +92,12 @@ def parse_args(
     )
     group = parser.add_argument_group("network")
     flag(group, "arch", str, f"{', '.join(model.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)")
-    flag(group, "stem", str, "first layers of resnet18 to resnet152: cifar or imagenet")
+    flag(group, "stem", str, f"first layers of resnet18 to resnet152: {', '.join(model.STEMS)}")
     width = number(int, 1, 1024)
     flag(group, "width", width, "channels of the first stage of resnet8, resnet14, ... (16)")
     flag(group, "feature_dim", number(int, 4, 16384), "d, the width of projector and output z")
     flag(group, "projector_layers", number(int, 1, 8), "linear layers of the projector")
+    flag(group, "init", utils.file_path, "start from a checkpoint's weights, ours or others'")
     group = parser.add_argument_group("optimization")
     flag(
         group,
@@ -273,6 +274,10 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             torch.manual_seed(args.seed)
             names = ("arch", "stem", "feature_dim", "projector_layers", "width")
             net = model.SimSiam(*(getattr(args, name) for name in names))
+            if args.init:
+                with utils.about(f"--init {args.init}"):
+                    for note in model.initialise(net, args.init):
+                        utils.say(f"{args.init}: {note}")
         load = (args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images)
         images = utils.from_first(lambda: data.load(*load))
         if args.train_size is not None:

@@ -1,4 +1,4 @@
-"""The network and its names: backbones, heads, loss, Params/FLOPs.
+"""The network and its names: backbones, heads, loss, Params/FLOPs, others' checkpoints.
 
 The symbols are the paper's: x a view, z = projector(backbone(x)), p = predictor(z).
 Chen & He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
@@ -6,8 +6,13 @@ Chen & He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
 
 import copy
 import math
+import pickle
 import re
+import types
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import thop
 import torch
 import torch.nn.functional as F
@@ -16,6 +21,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 IMAGENET_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# First layers of those. For CIFAR: conv1 of 3x3, no max-pool (paper, App. D); in solo-learn's conv1
+# has a padding of 2, in lightly's benchmark there is no ReLU after bn1.
+STEMS = ("cifar", "imagenet", "cifar_pad2", "cifar_no_relu")
 
 
 class PadShortcut(nn.Module):
@@ -65,16 +73,15 @@ class CifarResNet(nn.Module):
 def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[nn.Module, int]:
     """A randomly initialised ResNet that ends in its pooled features, and their number.
 
-    `arch` is one of torchvision's ResNets, `resnet18` to `resnet152`, with the `stem` "cifar"
-    (conv1 3x3 stride 1, no max-pool; the paper's App. D) or "imagenet" (torchvision's own); or
+    `arch` is one of torchvision's ResNets, `resnet18` to `resnet152`, with one of `STEMS`; or
     `resnet{6n+2}` (`resnet8`, `resnet14`, `resnet20`, ...) of He et al. 2016, sec. 4.2, `width`
     (16) channels wide at its start, which always has the CIFAR stem. (`resnet50` and `resnet152`
     would fit both families: they are torchvision's.)
 
     Raises ValueError for an unknown `arch` or `stem`, or one that does not go with the other flags.
     """
-    if stem not in ("cifar", "imagenet"):
-        raise ValueError(f"--stem {stem}: choose cifar or imagenet")
+    if stem not in STEMS:
+        raise ValueError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
     if arch in IMAGENET_ARCHS:
         if width is not None:
             raise ValueError(
@@ -83,10 +90,13 @@ def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[
         net = getattr(torchvision.models, arch)(zero_init_residual=True)
         features = net.fc.in_features
         net.fc = nn.Identity()
-        if stem == "cifar":
-            net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        if stem != "imagenet":
+            padding = 2 if stem == "cifar_pad2" else 1
+            net.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
+        if stem == "cifar_no_relu":
+            net.relu = nn.Identity()  # that of the stem: blocks have their own
         return net, features
     depth = re.fullmatch(r"resnet(\d{1,4})", arch)
     if not depth or int(depth[1]) < 8 or int(depth[1]) % 6 != 2:
@@ -94,8 +104,8 @@ def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[
             f"--arch {arch}: choose one of {', '.join(IMAGENET_ARCHS)}, or a CIFAR ResNet "
             "resnet8, resnet14, resnet20, ... (depth 6n+2)"
         )
-    if stem == "imagenet":
-        raise ValueError(f"--stem imagenet: {arch} has the CIFAR stem only; use --stem cifar")
+    if stem != "cifar":
+        raise ValueError(f"--stem {stem}: {arch} has the CIFAR stem only; use --stem cifar")
     net = CifarResNet(int(depth[1]), width or 16)
     return net, 4 * net.conv1.out_channels
 
@@ -129,7 +139,8 @@ class SimSiam(nn.Module):
         if feature_dim < 4:
             raise ValueError(f"--feature_dim {feature_dim}: must be at least 4")
         d = feature_dim
-        self.backbone, previous = backbone(arch, stem, width)
+        self.backbone, self.features = backbone(arch, stem, width)
+        previous = self.features
         layers: list[nn.Module] = []
         for _ in range(projector_layers - 1):
             layers += [nn.Linear(previous, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
@@ -261,3 +272,289 @@ def encoder_arguments(args: object) -> dict:
     if type(size) is not int or not 1 <= size <= 1024 or len(triples) < 2 or min(std) <= 0:
         raise ValueError("its image size or normalisation is not main.py's")
     return {name: args[name] for name in names}
+
+
+# ---- others' checkpoints ------------------------------------------------------------------------
+
+# The names in other projects' checkpoints, as regular expressions, and ours; None: of no use here.
+T = r"((?:conv1|bn1|layer[1-4])\..+)"  # torchvision's of a ResNet without its fc
+MLP = r"(\d\..+)"
+Names = tuple[tuple[str, str | Callable[[re.Match], str] | None], ...]
+LAYOUTS: dict[str, Names] = {
+    "torchvision": ((T, r"backbone.\1"), (r"(fc\..+)", r"\1")),
+    "ours": (
+        (rf"backbone\.{T}", r"backbone.\1"),
+        (r"(projector\.(?:[036]\.weight|[147]\..+))", r"\1"),
+        (r"((?:predictor|fc)\..+)", r"\1"),
+    ),
+    "the authors'": (
+        (rf"module\.encoder\.{T}", r"backbone.\1"),
+        (rf"module\.encoder\.fc\.{MLP}", r"projector.\1"),
+        (rf"module\.predictor\.{MLP}", r"predictor.\1"),
+    ),
+    "the authors' linear": ((rf"module\.{T}", r"backbone.\1"), (r"module\.(fc\..+)", r"\1")),
+    "leftthomas/SimSiam": (
+        (r"f\.0\.(.+)", r"backbone.conv1.\1"),
+        (r"f\.1\.(.+)", r"backbone.bn1.\1"),
+        (r"f\.([3-6])\.(.+)", lambda m: f"backbone.layer{int(m[1]) - 2}.{m[2]}"),
+        (rf"g\.{MLP}", r"projector.\1"),
+        (rf"h\.{MLP}", r"predictor.\1"),
+        (r"(fc\..+)", r"\1"),
+    ),
+    "PatrickHua/SimSiam": (
+        (rf"backbone\.{T}", r"backbone.\1"),
+        (
+            r"projector\.layer([123])\.([01])\.(.+)",
+            lambda m: f"projector.{3 * int(m[1]) - 3 + int(m[2])}.{m[3]}",
+        ),
+        (r"predictor\.layer1\.(.+)", r"predictor.\1"),
+        (r"predictor\.layer2\.(.+)", r"predictor.3.\1"),
+        (r"encoder\.[01]\..+", None),  # backbone and projector again
+    ),
+    "lightly": (
+        (r"backbone\.0\.(.+)", r"backbone.conv1.\1"),
+        (r"backbone\.1\.(.+)", r"backbone.bn1.\1"),
+        (r"backbone\.([4-7])\.(.+)", lambda m: f"backbone.layer{int(m[1]) - 3}.{m[2]}"),
+        (rf"projection_head\.layers\.{MLP}", r"projector.\1"),
+        (rf"prediction_head\.layers\.{MLP}", r"predictor.\1"),
+    ),
+    "lightly's CIFAR benchmark": (
+        (r"backbone\.0\.(.+)", r"backbone.conv1.\1"),
+        (r"backbone\.1\.(.+)", r"backbone.bn1.\1"),
+        (
+            r"backbone\.([2-5])\.(.+)",
+            lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2].replace('shortcut', 'downsample')}",
+        ),
+        (rf"projection_head\.layers\.{MLP}", r"projector.\1"),
+        (rf"prediction_head\.layers\.{MLP}", r"predictor.\1"),
+    ),
+    "solo-learn": (
+        (rf"(?:backbone|encoder)\.{T}", r"backbone.\1"),
+        (rf"projector\.{MLP}", r"projector.\1"),
+        (rf"predictor\.{MLP}", r"predictor.\1"),
+        (r"classifier\..+", None),  # trained beside the encoder, on all of the labels
+    ),
+    "mmpretrain": (
+        (rf"backbone\.{T}", r"backbone.\1"),
+        (r"neck\.fc(\d)\.(.+)", lambda m: f"projector.{3 * int(m[1])}.{m[2]}"),
+        (r"neck\.bn(\d)\.(.+)", lambda m: f"projector.{3 * int(m[1]) + 1}.{m[2]}"),
+        (r"head\.predictor\.fc(\d)\.(.+)", lambda m: f"predictor.{3 * int(m[1])}.{m[2]}"),
+        (r"head\.predictor\.bn(\d)\.(.+)", lambda m: f"predictor.{3 * int(m[1]) + 1}.{m[2]}"),
+        (r"head\.(fc\..+)", r"\1"),
+    ),
+    "PASSL": (
+        (rf"encoder\.{T}", r"backbone.\1"),
+        (rf"encoder\.fc\.{MLP}", r"projector.\1"),
+        (rf"predictor\.(?:mlp\.)?{MLP}", r"predictor.\1"),
+    ),
+}
+BLOCKS = {  # of layer1 to layer4, and whether they are bottlenecks
+    (2, 2, 2, 2, False): "resnet18",
+    (3, 4, 6, 3, False): "resnet34",
+    (3, 4, 6, 3, True): "resnet50",
+    (3, 4, 23, 3, True): "resnet101",
+    (3, 8, 36, 3, True): "resnet152",
+}
+
+
+class Left:
+    """What stands for an object of a checkpoint that is no array, dict, list, number or text."""
+
+    def __init__(self, *args: object, **more: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, value: object) -> None:
+        """As of a list's subclass."""
+
+    def extend(self, values: object) -> None:
+        """As of a list's subclass."""
+
+
+class ArraysOnly(pickle.Unpickler):
+    """An unpickler that calls nothing but what makes tensors and NumPy arrays."""
+
+    ALLOWED = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_parameter"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),  # of NumPy's bytes in old pickles
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> object:
+        """The class or function of that name, if it is allowed."""
+        return super().find_class(module, name) if (module, name) in self.ALLOWED else Left
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of another project's checkpoint by their names there; runs no code of the file's.
+
+    PyTorch's, old ones too, with or without things around the `state_dict`, and Paddle's
+    `.pdparams`. Raises FileNotFoundError, or ValueError for a file that has none.
+    """
+    try:
+        with open(path, "rb") as file:
+            if str(path).endswith(".pdparams"):
+                state = ArraysOnly(file, encoding="latin1").load()
+            else:
+                reader = types.ModuleType("arrays_only")
+                reader.Unpickler = ArraysOnly
+                reader.load = lambda content, **how: ArraysOnly(content, **how).load()
+                state = torch.load(file, "cpu", pickle_module=reader, weights_only=False)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # an unpickler fed with junk may raise anything
+        raise ValueError("is damaged, or no checkpoint") from error
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    arrays = {}
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            value = torch.from_numpy(value)
+        if isinstance(name, str) and isinstance(value, Tensor):
+            arrays[name] = value.detach().float() if value.is_floating_point() else value.detach()
+    if not arrays:
+        raise ValueError("has no weights")
+    return arrays
+
+
+def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, list[str]]:
+    """Another project's weights under our names, an encoder's arch and stem, and what to know.
+
+    Every name is translated or is one that the layout knows to leave out. Biases before a BN are
+    folded into its running mean, which changes nothing in eval mode. Raises ValueError that names
+    what is unknown or missing.
+    """
+    if any(name.endswith("._mean") for name in weights):  # Paddle's
+        weights = {
+            name.replace("._mean", ".running_mean").replace("._variance", ".running_var"): (
+                value.T.contiguous() if value.ndim == 2 else value
+            )
+            for name, value in weights.items()
+        }
+    nearest: tuple[int, str, list[str]] | None = None
+    for layout, names in LAYOUTS.items():
+        ours, unknown = {}, []
+        for key, value in weights.items():
+            for pattern, to in names:
+                match = re.fullmatch(pattern, key)
+                if match and to is not None:
+                    ours[match.expand(to) if isinstance(to, str) else to(match)] = value
+                if match:
+                    break
+            else:
+                unknown.append(key)
+        if "backbone.conv1.weight" in ours:
+            if not unknown:
+                break
+            if nearest is None or len(unknown) < nearest[0]:
+                nearest = len(unknown), layout, unknown
+    else:
+        if nearest is None:
+            raise ValueError("its weights are not those of a ResNet in a layout that is known")
+        _, layout, unknown = nearest
+        some = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+        raise ValueError(f"its names are like those of {layout}, but for {some}")
+
+    notes = [f"layout: {layout}"]
+    dropped = len(weights) - len(ours)
+    if dropped:
+        notes.append(f"left out: {dropped} entries that repeat others or are of another head")
+    small = ours["backbone.conv1.weight"].shape[-1] == 3
+    stem = "cifar" if small else "imagenet"
+    if small and layout == "solo-learn":
+        stem = "cifar_pad2"
+        notes.append("its names cannot tell conv1's padding: taken for solo-learn's, 2")
+    if layout == "lightly's CIFAR benchmark":
+        stem = "cifar_no_relu"
+        notes.append("no ReLU after bn1, as in that benchmark")
+    if layout == "PatrickHua/SimSiam" and "projector.6.weight" in ours and small:
+        notes.append("its second projector layer is left out, as in its runs on CIFAR")
+        ours = {name: value for name, value in ours.items() if not name.startswith("projector.3.")}
+        ours = {name: value for name, value in ours.items() if not name.startswith("projector.4.")}
+        shift = {"projector.6.": "projector.3.", "projector.7.": "projector.4."}
+        ours = {shift.get(name[:12], name[:12]) + name[12:]: value for name, value in ours.items()}
+    blocks = [0] * 4
+    for name in ours:
+        match = re.match(r"backbone\.layer([1-4])\.(\d+)\.", name)
+        if match:
+            blocks[int(match[1]) - 1] = max(blocks[int(match[1]) - 1], int(match[2]) + 1)
+    arch = BLOCKS.get((*blocks, "backbone.layer1.0.conv3.weight" in ours))
+    if arch is None:
+        raise ValueError(
+            f"its backbone, of {blocks} blocks, is none of {', '.join(IMAGENET_ARCHS)}"
+        )
+    for name in [name for name in ours if name.endswith(".running_mean")]:
+        start, _, place = name.removesuffix(".running_mean").rpartition(".")
+        bias = f"{start}.{int(place) - 1}.bias" if place.isdigit() else None
+        if bias in ours and not start.startswith("backbone"):
+            ours[name] = ours[name] - ours.pop(bias)
+        ours.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    return ours, {"arch": arch, "stem": stem, "width": None}, notes
+
+
+def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
+    """A projector or predictor of the shapes of its weights; its last BN is affine if theirs is."""
+    layers: list[nn.Module] = []
+    for i in (0, 3, 6):
+        if f"{name}.{i}.weight" not in weights:
+            break
+        layers += [nn.ReLU(inplace=True)] if i else []
+        outputs, inputs = weights[f"{name}.{i}.weight"].shape
+        layers.append(nn.Linear(inputs, outputs, bias=f"{name}.{i}.bias" in weights))
+        if f"{name}.{i + 1}.running_mean" in weights:
+            layers.append(nn.BatchNorm1d(outputs, affine=f"{name}.{i + 1}.weight" in weights))
+    return nn.Sequential(*layers)
+
+
+def foreign(path: str | Path) -> tuple[SimSiam, dict, list[str]]:
+    """The network in another project's checkpoint, its arch, stem and width, and what to know.
+
+    A head that the file does not have is empty. Raises FileNotFoundError or ValueError.
+    """
+    weights, args, notes = translated(read_weights(path))
+    classifier = [weights.pop(name) for name in list(weights) if name.startswith("fc.")]
+    if classifier:
+        notes.append("left out: its classifier fc")
+    with torch.device("meta"):
+        net = SimSiam(args["arch"], args["stem"], 4)
+        net.projector, net.predictor = head(weights, "projector"), head(weights, "predictor")
+    load_strictly(net, weights)
+    return net, args, notes
+
+
+def initialise(net: SimSiam, path: str | Path) -> list[str]:
+    """Give `net` the weights of a checkpoint, of ours or another project's; what to know of it.
+
+    Heads that the file does not have stay as they are. Raises FileNotFoundError, or ValueError that
+    names what does not fit.
+    """
+    weights, notes, mine = read_weights(path), [], net.state_dict()
+    if weights.keys() != mine.keys():
+        weights, args, notes = translated(weights)
+        if args["stem"] != "imagenet":
+            notes.append(f"its --stem is {args['stem']}")
+    for part in ("backbone", "projector", "predictor"):
+        theirs = {name: weights[name] for name in weights if name.startswith(f"{part}.")}
+        ours = {name for name in mine if name.startswith(f"{part}.")}
+        if not theirs:
+            notes.append(f"it has no {part}: that starts at random")
+            continue
+        for name in sorted(ours ^ theirs.keys()) or sorted(ours):
+            if name not in ours or name not in theirs or mine[name].shape != theirs[name].shape:
+                raise ValueError(f"its {part} does not fit the flags of the network: {name}")
+        mine |= theirs
+    load_strictly(net, mine)
+    return notes

@@ -1,0 +1,364 @@
+"""Others' checkpoints, of modules with each project's own structure and names, in our model."""
+
+import argparse
+import os
+import pickle
+from collections import OrderedDict
+
+import lightly.models
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+from torch import nn
+from torchvision.models import resnet18
+
+import linear
+import main
+import model
+from tests import crash
+from tests.test_safety import refused
+
+
+def shaken(module):
+    """Nothing at its initial value: BN statistics, affine parameters, biases."""
+    torch.manual_seed(0)
+    for name, value in module.state_dict().items():
+        if "running_var" in name:
+            value.uniform_(0.5, 1.5)
+        elif "num_batches" in name:
+            value.fill_(7)
+        elif value.ndim == 1:
+            value.normal_(0.5 * ("weight" in name), 0.3)
+    return module.eval()
+
+
+def mlp(*widths, bias=False, last_bias=False, affine=True, bn=True):
+    """Linear, BN, ReLU; Linear, BN, ReLU; ..., Linear and, if `bn`, a last BN."""
+    layers = []
+    for i in range(1, len(widths)):
+        last = i + 1 == len(widths)
+        layers.append(nn.Linear(widths[i - 1], widths[i], bias=last_bias if last else bias))
+        if not last:
+            layers += [nn.BatchNorm1d(widths[i]), nn.ReLU()]
+        elif bn:
+            layers.append(nn.BatchNorm1d(widths[i], affine=affine))
+    return nn.Sequential(*layers)
+
+
+def small_stem(net, padding=1):
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+def torch_names(module, prefix=""):
+    return OrderedDict((prefix + name, value) for name, value in module.state_dict().items())
+
+
+def authors():
+    """facebookresearch/simsiam's builder.py."""
+    encoder = resnet18()
+    width = encoder.fc.in_features
+    encoder.fc = mlp(width, width, width, 64, last_bias=True, affine=False)
+    encoder, predictor = shaken(encoder), shaken(mlp(64, 16, 64, last_bias=True, bn=False))
+    state = torch_names(encoder, "module.encoder.") | torch_names(predictor, "module.predictor.")
+    backbone = nn.Sequential(*list(encoder.children())[:-1], nn.Flatten())
+    return {"epoch": 99, "arch": "resnet18", "state_dict": state}, backbone, encoder.fc, predictor
+
+
+def authors_linear():
+    net = shaken(resnet18())
+    state = {
+        "epoch": 89,
+        "best_acc1": torch.tensor(68.1),
+        "state_dict": torch_names(net, "module."),
+    }
+    return state, nn.Sequential(*list(net.children())[:-1], nn.Flatten()), None, None
+
+
+def leftthomas(linear=False):
+    parts = [
+        module
+        for module in small_stem(resnet18()).children()
+        if not isinstance(module, nn.Linear | nn.Identity)
+    ]
+    f = shaken(nn.Sequential(*parts))
+    g, h = shaken(mlp(512, 64, 64)), shaken(mlp(64, 16, 64, last_bias=True, bn=False))
+    if linear:
+        state = torch_names(f, "f.") | torch_names(nn.Linear(512, 10), "fc.")
+        return state, nn.Sequential(f, nn.Flatten()), None, None
+    state = torch_names(f, "f.") | torch_names(g, "g.") | torch_names(h, "h.")
+    return state, nn.Sequential(f, nn.Flatten()), g, h
+
+
+def patrick_hua(layers=2):
+    net = small_stem(resnet18()) if layers == 2 else resnet18()
+    net.fc = nn.Identity()
+    net = shaken(net)
+    one, two, three = (
+        shaken(nn.Sequential(nn.Linear(a, 64), nn.BatchNorm1d(64), *last))
+        for a, last in ((512, [nn.ReLU()]), (64, [nn.ReLU()]), (64, []))
+    )
+    first = shaken(nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU()))
+    second = shaken(nn.Linear(16, 64))
+    projector = OrderedDict()
+    for i, layer in enumerate((one, two, three), 1):
+        projector |= torch_names(layer, f"layer{i}.")
+    state = torch_names(net, "backbone.") | {f"projector.{k}": v for k, v in projector.items()}
+    state |= torch_names(net, "encoder.0.") | {f"encoder.1.{k}": v for k, v in projector.items()}
+    state |= torch_names(first, "predictor.layer1.") | torch_names(second, "predictor.layer2.")
+    used = (one, three) if layers == 2 else (one, two, three)
+    return (
+        {"epoch": 1, "state_dict": state},
+        net,
+        nn.Sequential(*used),
+        nn.Sequential(first, second),
+    )
+
+
+def lightly_example():
+    backbone = shaken(nn.Sequential(*list(resnet18().children())[:-1]))
+    head = shaken(SimSiamProjectionHead(512, 512, 128))
+    predictor = shaken(SimSiamPredictionHead(128, 64, 128))
+    state = torch_names(backbone, "backbone.") | torch_names(head, "projection_head.")
+    state |= torch_names(predictor, "prediction_head.")
+    return state, nn.Sequential(backbone, nn.Flatten()), head, predictor
+
+
+def lightly_cifar():
+    """The CIFAR benchmark's: two layers, of which lightly's head makes the last BN affine-free."""
+    net = lightly.models.ResNetGenerator("resnet-18")
+    backbone = shaken(nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1)))
+    blocks = [(512, 64, nn.BatchNorm1d(64), nn.ReLU()), (64, 64, nn.BatchNorm1d(64), None)]
+    head = shaken(lightly.models.modules.heads.ProjectionHead(blocks))
+    predictor = shaken(SimSiamPredictionHead(64, 16, 64))
+    state = torch_names(backbone, "backbone.") | torch_names(head, "projection_head.")
+    state |= torch_names(predictor, "prediction_head.")
+    whole = {"state_dict": state, "pytorch-lightning_version": "2.0", "callbacks": {}}
+    return whole, nn.Sequential(backbone, nn.Flatten()), head, predictor
+
+
+def solo_learn(prefix="backbone"):
+    net = small_stem(resnet18(), padding=2)
+    net.fc = nn.Identity()
+    net = shaken(net)
+    projector = shaken(mlp(512, 64, 64, 64, last_bias=True, affine=False))
+    predictor = shaken(mlp(64, 16, 64, last_bias=True, bn=False))
+    state = torch_names(net, f"{prefix}.") | torch_names(projector, "projector.")
+    state |= torch_names(predictor, "predictor.") | torch_names(nn.Linear(512, 10), "classifier.")
+    whole = {"state_dict": state, "hyper_parameters": argparse.Namespace(lr=0.5, devices=[0])}
+    return whole, net, projector, predictor
+
+
+def mmpretrain(linear=False):
+    net = resnet18()
+    net.fc = nn.Identity()
+    net = shaken(net)
+    state = torch_names(net, "backbone.")
+    if linear:
+        state |= torch_names(nn.Linear(512, 1000), "head.fc.")
+        return {"meta": {"epoch": 90}, "state_dict": state}, net, None, None
+    neck = shaken(mlp(512, 64, 64, 64, affine=False))
+    predictor = shaken(mlp(64, 16, 64, last_bias=True, bn=False))
+    for module, prefix in ((neck, "neck."), (predictor, "head.predictor.")):
+        for name, value in module.state_dict().items():
+            place, rest = name.split(".")
+            layer = f"{'bn' if int(place) % 3 else 'fc'}{int(place) // 3}"
+            state[f"{prefix}{layer}.{rest}"] = value
+    return {"meta": {"epoch": 100}, "state_dict": state}, net, neck, predictor
+
+
+def passl(mlp_name=""):
+    """Paddle's arrays: Linear weights lie the other way round, BN's statistics have other names."""
+    _, backbone, projector, predictor = authors()
+    net = resnet18()
+    for mine, theirs in zip(list(net.children())[:-1], backbone.children(), strict=False):
+        mine.load_state_dict(theirs.state_dict())
+    net.fc = nn.Identity()
+    state = torch_names(net, "encoder.") | torch_names(projector, "encoder.fc.")
+    state |= torch_names(predictor, f"predictor.{mlp_name}")
+    arrays = {"StructuredToParameterName@@": {"encoder.conv1.weight": "conv2d_0.w_0"}}
+    for name, value in state.items():
+        if "num_batches" not in name:
+            name = name.replace("running_mean", "_mean").replace("running_var", "_variance")
+            arrays[name] = (value.T if value.ndim == 2 else value).contiguous().numpy()
+    return arrays, backbone, projector, predictor
+
+
+def torchvision_s():
+    net = shaken(resnet18())
+    return net.state_dict(), nn.Sequential(*list(net.children())[:-1], nn.Flatten()), None, None
+
+
+def timm_s():
+    net = shaken(timm.create_model("resnet50"))
+    return net.state_dict(), TimmFeatures(net), None, None
+
+
+class TimmFeatures(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+
+
+FORMATS = {
+    "authors": authors,
+    "authors, linear": authors_linear,
+    "leftthomas": leftthomas,
+    "leftthomas, linear": lambda: leftthomas(linear=True),
+    "PatrickHua, CIFAR": patrick_hua,
+    "PatrickHua, ImageNet": lambda: patrick_hua(3),
+    "lightly's example": lightly_example,
+    "lightly's CIFAR benchmark": lightly_cifar,
+    "solo-learn": solo_learn,
+    "solo-learn, older": lambda: solo_learn("encoder"),
+    "mmpretrain": mmpretrain,
+    "mmpretrain, linear": lambda: mmpretrain(linear=True),
+    "PASSL": passl,
+    "PASSL 1.1": lambda: passl("mlp."),
+    "torchvision": torchvision_s,
+    "timm": timm_s,
+}
+
+
+def write(state, folder, name):
+    if name.startswith("PASSL"):
+        path = folder / "a.pdparams"
+        path.write_bytes(pickle.dumps(state, protocol=2))
+    else:
+        path = folder / "a.pth"
+        torch.save(state, path, _use_new_zipfile_serialization="older" not in name)
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_features_z_and_p_are_theirs(tmp_path, name):
+    state, *theirs = FORMATS[name]()
+    net, args, notes = model.foreign(write(state, tmp_path, name))
+    net.eval()
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 64, 64)
+    for i, part in enumerate((net.backbone, net.projector, net.predictor)):
+        if theirs[i] is None:
+            assert len(part) == 0
+            continue
+        mine, expected = part(x), theirs[i](x)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+        x = expected
+    assert args["arch"] in ("resnet18", "resnet50")
+    small = "leftthomas", "PatrickHua, CIFAR", "solo-learn", "lightly's CIFAR"
+    assert (args["stem"] != "imagenet") == name.startswith(small)
+    assert notes[0].startswith("layout: ")
+
+
+def test_a_checkpoint_of_ours_is_one_of_the_layouts(tmp_path):
+    net = shaken(model.SimSiam("resnet18", "cifar", 64))
+    torch.save({"model": net.state_dict()}, tmp_path / "a.pth")
+    found, args, _ = model.foreign(tmp_path / "a.pth")
+    assert args == {"arch": "resnet18", "stem": "cifar", "width": None}
+    assert found.state_dict().keys() == net.state_dict().keys()
+    assert all(
+        torch.equal(value, net.state_dict()[key]) for key, value in found.state_dict().items()
+    )
+
+
+def test_what_does_not_fit_is_named(tmp_path, capsys):
+    path, flags = tmp_path / "a.pth", ("--data_name", "textures", "--out", tmp_path / "none")
+    state = authors()[0]
+    strange = {"state_dict": state["state_dict"] | {"module.momentum": torch.zeros(1)}}
+    missing = {k: v for k, v in state["state_dict"].items() if "layer2.0.bn1.weight" not in k}
+    wide = torch_names(torchvision.models.wide_resnet50_2(), "module.")
+    cases = [
+        (strange, "module.momentum"),
+        ({"state_dict": missing}, "backbone.layer2.0.bn1.weight"),
+        (torch_names(wide_blocks()), "none of resnet18"),
+        ({"state_dict": wide}, "shape of"),
+        (torch_names(torchvision.models.alexnet(num_classes=2)), "not those of a ResNet"),
+        ({}, "has no weights"),
+        ([1], "has no weights"),
+    ]
+    for content, words in cases:
+        torch.save(content, path)
+        line = refused(capsys, linear, "--model_path", path, *flags)
+        assert words in line
+        assert str(path) in line
+    path.write_text("epoch,loss\n")
+    assert "no checkpoint" in refused(capsys, linear, "--model_path", path, *flags)
+    torch.save(state, path)
+    assert "add --data_name" in refused(capsys, linear, "--model_path", path)
+    assert not (tmp_path / "none").exists()
+
+
+def wide_blocks():
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+
+
+class Malicious:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (f"{self.folder}/done",)
+
+
+def test_no_code_of_a_file_is_run(tmp_path, capsys):
+    state = {"state_dict": {}, "evil": Malicious(tmp_path)}
+    for path in (tmp_path / "a.pth", tmp_path / "b.pth", tmp_path / "c.pdparams"):
+        if path.suffix == ".pth":
+            torch.save(state, path, _use_new_zipfile_serialization="b" not in path.stem)
+        else:
+            path.write_bytes(pickle.dumps(state))
+        line = refused(capsys, linear, "--model_path", path, "--data_name", "textures")
+        assert "has no weights" in line
+        assert not (tmp_path / "done").exists()
+    arrays = {"a": np.array([Malicious(tmp_path)], dtype=object)}  # one more way to hide it
+    path.write_bytes(pickle.dumps(arrays))
+    refused(capsys, linear, "--model_path", path, "--data_name", "textures")
+    assert not (tmp_path / "done").exists()
+
+
+def test_a_linear_head_on_others_weights(tmp_path, capsys):
+    torch.save(leftthomas()[0], tmp_path / "theirs.pth")
+    crash.make_folder(tmp_path / "images")
+    flags = f"--model_path {tmp_path}/theirs.pth --data_name folder --data_root {tmp_path}/images"
+    linear.main([*flags.split(), "--cached", "--epochs", "2", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "layout: leftthomas/SimSiam" in out
+    assert "taken to see 32 pixels" in out
+    head = tmp_path / "theirs_linear_cached_model.pth"
+    linear.main(["--model_path", str(head), "--evaluate_only", "--out", str(tmp_path)])
+
+
+def test_init_starts_from_a_checkpoints_weights(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "theirs.pth"
+    state, *_ = leftthomas()
+    state = {name: value for name, value in state.items() if name[0] == "f"}
+    torch.save(state, path)
+    flags = f"--data_name textures --train_size 64 --batch_size 32 --epochs 1 --out {tmp_path} "
+    flags += f"--init {path} --arch resnet18 --feature_dim 16 --lr 1e-9 --name a"
+    watched = {"rank": 1.0, "test_acc@1": 1.0, "test_acc@5": 1.0}
+    monkeypatch.setattr(main, "monitor", lambda *args: watched)
+    monkeypatch.setattr(main, "raw_pixels_accuracy", lambda *args: 1.0)
+    monkeypatch.setattr(main, "train", lambda *args: args[6].add_(1))
+    main.main(flags.split())
+    assert "it has no projector: that starts at random" in capsys.readouterr().out
+    found = torch.load(tmp_path / "a_model.pth")["model"]
+    assert torch.equal(found["backbone.layer4.1.conv2.weight"], state["f.6.1.conv2.weight"])
+    for more, words in [
+        (("--stem", "imagenet"), "its backbone does not fit the flags of the network"),
+        (("--arch", "resnet34"), "its backbone does not fit the flags of the network"),
+        (("--init", tmp_path / "none.pth"), "none.pth"),
+    ]:
+        assert words in refused(capsys, main, *flags.split(), "--name", "b", *more)
+    torch.save(torch.load(tmp_path / "a_model.pth"), tmp_path / "ours.pth")
+    main.main([*flags.split(), "--name", "c", "--init", str(tmp_path / "ours.pth")])
+    again = torch.load(tmp_path / "c_model.pth")["model"]
+    assert all(torch.equal(value, again[key]) for key, value in found.items())
