@@ -558,3 +558,93 @@ def initialise(net: SimSiam, path: str | Path) -> list[str]:
         mine |= theirs
     load_strictly(net, mine)
     return notes
+
+
+def load_any(path: str | Path, state: dict | None) -> tuple[SimSiam | Classifier, dict, list[str]]:
+    """The network in a checkpoint: ours, whose content is `state`, or else another project's.
+
+    Also its arch, stem and width, and what to know. Raises FileNotFoundError or ValueError.
+    """
+    if state is None:
+        return foreign(path)
+    if "encoder" in state["args"]:
+        return classifier(state), state["args"]["encoder"], []
+    return pretrained(state), encoder_arguments(state["args"]), []
+
+
+# Our names as regular expressions, and those of other projects.
+EXPORTS: dict[str, Names] = {
+    "torchvision": ((r"backbone\.(.+)", r"\1"), (r"(fc\..+)", r"\1"), (r"pr.+", None)),
+    "authors": (
+        (r"backbone\.(.+)", r"module.encoder.\1"),
+        (r"projector\.(.+)", r"module.encoder.fc.\1"),
+        (r"predictor\.(.+)", r"module.predictor.\1"),
+    ),
+    "lightly": (
+        (r"backbone\.conv1\.(.+)", r"backbone.0.\1"),
+        (r"backbone\.bn1\.(.+)", r"backbone.1.\1"),
+        (r"backbone\.layer([1-4])\.(.+)", lambda m: f"backbone.{int(m[1]) + 3}.{m[2]}"),
+        (r"projector\.(.+)", r"projection_head.layers.\1"),
+        (r"predictor\.(.+)", r"prediction_head.layers.\1"),
+    ),
+    "mmpretrain": (
+        (r"(backbone\..+)", r"\1"),
+        (r"projector\.([036])\.(.+)", lambda m: f"neck.fc{int(m[1]) // 3}.{m[2]}"),
+        (r"projector\.([147])\.(.+)", lambda m: f"neck.bn{int(m[1]) // 3}.{m[2]}"),
+        (r"predictor\.([03])\.(.+)", lambda m: f"head.predictor.fc{int(m[1]) // 3}.{m[2]}"),
+        (r"predictor\.([14])\.(.+)", lambda m: f"head.predictor.bn{int(m[1]) // 3}.{m[2]}"),
+        (r"(fc\..+)", r"head.\1"),
+    ),
+    "detectron2": (
+        (r"backbone\.layer([1-4])\.(\d+)\.(.+)", lambda m: f"res{int(m[1]) + 1}.{m[2]}.{m[3]}"),
+        (r"backbone\.(.+)", r"stem.\1"),
+        (r"(?:projector|predictor|fc)\..+", None),
+    ),
+}
+EXPORTS["timm"] = EXPORTS["torchvision"]
+# Within detectron2's blocks.
+CAFFE = (
+    (r"\bbn([123])\.", r"conv\1.norm."),
+    (r"\bdownsample\.0\.", "shortcut."),
+    (r"\bdownsample\.1\.", "shortcut.norm."),
+)
+
+
+def exported(net: SimSiam | Classifier, args: dict, to: str) -> dict[str, Tensor]:
+    """The network's weights under the names of another project, one of `EXPORTS`.
+
+    Raises ValueError where that project has no such network.
+    """
+    arch, stem, layers = args["arch"], args["stem"], net.state_dict()
+    if arch not in IMAGENET_ARCHS:
+        raise ValueError(f"{to} has no {arch}: choose safetensors or onnx")
+    if stem != "imagenet" and to in ("torchvision", "detectron2"):
+        raise ValueError(
+            f"{to}'s {arch} has another stem (7x7 conv1, max-pool) than this one's, {stem}: choose "
+            "timm, for its names with this conv1, or safetensors or onnx"
+        )
+    three = "projector.6.weight" in layers
+    if to == "authors" and isinstance(net, Classifier):
+        return {f"module.{name.removeprefix('backbone.')}": value for name, value in layers.items()}
+    if to in ("authors", "mmpretrain") and not isinstance(net, Classifier) and not three:
+        raise ValueError(f"{to}'s projector has three layers, this one does not")
+    if to == "lightly" and isinstance(net, Classifier):
+        raise ValueError("lightly has no names for a linear classifier: choose timm")
+    found = {}
+    for name, value in layers.items():
+        for pattern, theirs in EXPORTS[to]:
+            match = re.fullmatch(pattern, name)
+            if match:
+                if theirs is not None:
+                    found[match.expand(theirs) if isinstance(theirs, str) else theirs(match)] = (
+                        value
+                    )
+                break
+        else:
+            raise ValueError(f"{to} has no name for {name}")
+    if to == "authors":  # theirs has a bias there, which does not matter before a BN
+        found["module.encoder.fc.6.bias"] = torch.zeros_like(layers["projector.7.running_mean"])
+    if to == "detectron2":
+        for pattern, theirs in CAFFE:
+            found = {re.sub(pattern, theirs, name): value for name, value in found.items()}
+    return found

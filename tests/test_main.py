@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import re
 import socket
 import sys
 import time
@@ -390,6 +391,7 @@ def test_the_readmes_flags_exist():
     lines = (ROOT / "README.md").read_text().splitlines()
     text = " ".join(line for line in lines if not line.startswith("#SBATCH"))
     known = set(torch.distributed.run.get_args_parser()._option_string_actions)
+    known |= set(re.findall(r'"(--\w+)"', "".join(p.read_text() for p in ROOT.glob("tools/*.py"))))
     for command in (main, linear):
         known |= set(command.parse_args([])[1]._option_string_actions)
     for flag in {word.strip("`,.();:") for word in text.split() if word.startswith(("--", "`--"))}:

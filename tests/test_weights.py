@@ -4,10 +4,12 @@ import argparse
 import os
 import pickle
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import lightly.models
 import numpy as np
 import pytest
+import safetensors
 import timm
 import torch
 import torchvision
@@ -20,6 +22,7 @@ import main
 import model
 from tests import crash
 from tests.test_safety import refused
+from tools import convert
 
 
 def shaken(module):
@@ -362,3 +365,152 @@ def test_init_starts_from_a_checkpoints_weights(tmp_path, capsys, monkeypatch):
     main.main([*flags.split(), "--name", "c", "--init", str(tmp_path / "ours.pth")])
     again = torch.load(tmp_path / "c_model.pth")["model"]
     assert all(torch.equal(value, again[key]) for key, value in found.items())
+
+
+# ---- out ----------------------------------------------------------------------------------------
+
+
+def ours(folder, arch="resnet18", stem="imagenet", layers=3, classes=None):
+    """A checkpoint of main.py, or of linear.py, with nothing at its initial value."""
+    flags = f"--data_name textures --recipe imagenet --arch {arch} --stem {stem} --feature_dim 64"
+    flags += f" --projector_layers {layers} --image_size 48"
+    args = main.parse_args(flags.split())[0]
+    net = shaken(model.SimSiam(arch, stem, 64, layers))
+    state = {"epoch": 2, "step": 0, "optimizer": {}, "history": [{"epoch": i} for i in range(3)]}
+    state |= {"model": net.state_dict(), "args": vars(args)}
+    if classes:
+        net = shaken(model.Classifier(net.backbone, net.features, classes))
+        encoder = model.encoder_arguments(vars(args))
+        state["args"] = vars(linear.parse_args([])[0]) | {
+            "encoder": encoder,
+            "data_name": "textures",
+        }
+        state |= {"model": net.state_dict(), "classes": [str(i) for i in range(classes)]}
+    torch.save(state, folder / "ours.pth")
+    return net, folder / "ours.pth"
+
+
+def converted(source, to):
+    target = source.with_suffix(f".{to}")
+    target.unlink(missing_ok=True)
+    convert.command([str(source), str(target), "--to", to])
+    return target
+
+
+@pytest.mark.parametrize("to", ["torchvision", "timm", "authors", "lightly", "mmpretrain"])
+def test_there_and_back_is_the_same_to_the_bit(tmp_path, to):
+    net, path = ours(tmp_path)
+    again, args, _ = model.foreign(converted(path, to))
+    assert args == {"arch": "resnet18", "stem": "imagenet", "width": None}
+    found, mine = again.state_dict(), net.state_dict()
+    heads = () if to in ("torchvision", "timm") else ("projector", "predictor")
+    assert found.keys() == {key for key in mine if key.startswith(("backbone", *heads))}
+    assert all(torch.equal(value, mine[key]) for key, value in found.items())
+
+
+def test_their_modules_take_ours_strictly(tmp_path):
+    _, path = ours(tmp_path)
+    fc_free = resnet18()
+    fc_free.fc = nn.Identity()
+    fc_free.load_state_dict(torch.load(converted(path, "torchvision")))
+    theirs = resnet18()
+    theirs.fc = mlp(512, 64, 64, 64, last_bias=True, affine=False)
+    state = torch.load(converted(path, "authors"))
+    names = {k.removeprefix("module.encoder."): v for k, v in state["state_dict"].items()}
+    predictor = {
+        k.removeprefix("module.predictor."): names.pop(k) for k in list(names) if k[0] == "m"
+    }
+    theirs.load_state_dict(names)
+    mlp(64, 16, 64, last_bias=True, bn=False).load_state_dict(predictor)
+    assert (state["epoch"], state["arch"]) == (2, "resnet18")
+    assert "python main.py --data_name=textures" in state["meta"]["command"]
+    state = torch.load(converted(path, "lightly"))
+    for prefix, module in [
+        ("backbone.", nn.Sequential(*list(resnet18().children())[:-1])),
+        ("projection_head.", SimSiamProjectionHead(512, 64, 64)),
+        ("prediction_head.", SimSiamPredictionHead(64, 16, 64)),
+    ]:
+        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(part)
+    state = torch.load(converted(path, "mmpretrain"))
+    names = OrderedDict.fromkeys(key.rsplit(".", 1)[0] for key in state["state_dict"])
+    heads = [name for name in names if not name.startswith("backbone")]
+    assert heads[:6] == [f"neck.{layer}{i}" for i in range(3) for layer in ("fc", "bn")]
+    assert heads[6:] == [f"head.predictor.{layer}" for layer in ("fc0", "bn0", "fc1")]
+
+
+@torch.no_grad()
+def test_resnet50_goes_to_timm_and_to_detectors(tmp_path):
+    net, path = ours(tmp_path, "resnet50")
+    weights = torch.load(converted(path, "timm"))
+    theirs = timm.create_model("resnet50", num_classes=0)
+    theirs.load_state_dict(weights)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(theirs.eval()(x), net.backbone(x), atol=1e-4, rtol=1e-4)
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=5
+    ).eval()
+    detector.backbone.body.load_state_dict(weights)
+    found = detector([torch.rand(3, 64, 64)])
+    assert set(found[0]) == {"boxes", "labels", "scores"}
+    state = pickle.loads(converted(path, "detectron2").read_bytes())
+    assert (state["__author__"], state["matching_heuristics"]) == ("SimSiam", True)
+    mine = net.backbone.state_dict()
+    for name, same in [
+        ("stem.conv1.weight", "conv1.weight"),
+        ("stem.conv1.norm.running_var", "bn1.running_var"),
+        ("res2.0.shortcut.weight", "layer1.0.downsample.0.weight"),
+        ("res4.0.shortcut.norm.bias", "layer3.0.downsample.1.bias"),
+        ("res5.2.conv3.weight", "layer4.2.conv3.weight"),
+        ("res3.3.conv2.norm.weight", "layer2.3.bn2.weight"),
+    ]:
+        assert np.array_equal(state["model"][name], mine[same].numpy())
+    assert len(state["model"]) == len(mine)
+
+
+@torch.no_grad()
+def test_onnx_and_safetensors_have_the_numbers_and_the_source(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, path = ours(tmp_path, "resnet18", "cifar_no_relu", 2)
+    session = onnxruntime.InferenceSession(converted(path, "onnx"))
+    for number in (1, 5):
+        x = torch.randn(number, 3, 48, 48)
+        found = session.run(None, {"images": x.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), net.backbone(x), atol=1e-4, rtol=1e-4)
+    about = session.get_modelmeta().custom_metadata_map
+    assert (about["arch"], about["data"], about["epochs"]) == ("resnet18", "textures", "2")
+    with safetensors.safe_open(converted(path, "safetensors"), "pt") as file:
+        assert file.metadata()["command"] == about["command"]
+        assert set(file.keys()) == net.state_dict().keys()
+        assert all(torch.equal(file.get_tensor(k), v) for k, v in net.state_dict().items())
+
+
+def test_a_linear_model_goes_out_with_its_classes(tmp_path):
+    net, path = ours(tmp_path, classes=7)
+    theirs = resnet18(num_classes=7)
+    theirs.load_state_dict(torch.load(converted(path, "torchvision")))
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(theirs.eval()(x), net(x), atol=1e-5, rtol=1e-5)
+    assert "module.fc.bias" in torch.load(converted(path, "authors"))["state_dict"]
+    assert "head.fc.bias" in torch.load(converted(path, "mmpretrain"))["state_dict"]
+    session = pytest.importorskip("onnxruntime").InferenceSession(converted(path, "onnx"))
+    assert session.run(None, {"images": x.numpy()})[0].shape == (2, 7)
+
+
+def test_what_cannot_go_out_is_said(tmp_path, capsys):
+    door = SimpleNamespace(main=convert.command)
+    for arch, stem, layers, to, words in [
+        ("resnet18", "cifar", 3, "torchvision", "choose timm"),
+        ("resnet18", "cifar", 3, "detectron2", "choose timm"),
+        ("resnet18", "imagenet", 2, "authors", "three layers"),
+        ("resnet8", "cifar", 3, "timm", "no resnet8"),
+    ]:
+        _, path = ours(tmp_path, arch, stem, layers)
+        line = refused(capsys, door, path, tmp_path / "out", "--to", to)
+        assert words in line
+        assert str(path) in line
+    (tmp_path / "out").write_text("mine")
+    assert "out exists" in refused(capsys, door, path, tmp_path / "out", "--to", "safetensors")
+    path.write_text("no weights")
+    assert "no checkpoint" in refused(capsys, door, path, tmp_path / "new", "--to", "timm")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.pth", "out"]
