@@ -53,6 +53,13 @@ NORMALISATION = {  # mean and std of each channel
 }
 
 
+def usual_input(stem: str) -> dict:
+    """Image size, mean and std of an encoder of which no more is known than its stem."""
+    kind, size = ("imagenet", 224) if stem == "imagenet" else ("cifar", 32)
+    mean, std = NORMALISATION[kind]
+    return {"image_size": size, "mean": mean, "std": std}
+
+
 @dataclasses.dataclass
 class Data:
     """A data set. Images: uint8, N x 3 x H x W, or `Files`. Labels: int64, N; -1 is "no label".

@@ -322,10 +322,10 @@ def ours_or_others(args) -> dict:
             f"--model_path {args.model_path}: another project's checkpoint ({notes[0]}) names no "
             "data set: add --data_name, and --data_root"
         )
-    kind, size = ("imagenet", 224) if encoder["stem"] == "imagenet" else ("cifar", 32)
-    mean, std = data.NORMALISATION[kind]
-    encoder |= {"image_size": size, "mean": mean, "std": std}
-    notes.append(f"taken to see {size} pixels, normalised by {kind}'s mean and std")
+    encoder |= data.usual_input(encoder["stem"])
+    notes.append(
+        f"taken to see {encoder['image_size']} pixels, normalised by its stem's mean and std"
+    )
     source = {"name": Path(args.model_path).stem, "data_name": args.data_name, "data_root": "data"}
     source |= {"seed": 0, "train_size": None, "encoder": encoder}
     return {"args": source, "history": [{}], "net": net, "notes": notes}

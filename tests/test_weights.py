@@ -8,21 +8,24 @@ from types import SimpleNamespace
 
 import lightly.models
 import numpy as np
+import pandas
 import pytest
 import safetensors
 import timm
 import torch
 import torchvision
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
+import data
 import linear
 import main
 import model
 from tests import crash
-from tests.test_safety import refused
-from tools import convert
+from tests.test_safety import ROOT, refused
+from tools import convert, features
 
 
 def shaken(module):
@@ -514,3 +517,82 @@ def test_what_cannot_go_out_is_said(tmp_path, capsys):
     path.write_text("no weights")
     assert "no checkpoint" in refused(capsys, door, path, tmp_path / "new", "--to", "timm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.pth", "out"]
+
+
+# ---- features, hub ------------------------------------------------------------------------------
+
+
+def pictures(folder):
+    """Of several sizes and modes, in two classes and in none."""
+    for i, (mode, size) in enumerate([("RGB", (40, 60)), ("L", (50, 30)), ("RGBA", (48, 48))]):
+        place = folder / ("cats", "dogs", ".")[i]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (*size[::-1], 4), dtype=np.uint8)
+        Image.fromarray(pixels, "RGBA").convert(mode).save(place / f"{i}.png")
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["backbone", "projector"])
+def test_features_of_files(tmp_path, layer):
+    net, path = ours(tmp_path, stem="cifar", layers=2)
+    root = pictures(tmp_path / "images")
+    for end in features.ENDS:
+        flags = f"--model_path {path} --data_root {root} --out {tmp_path}/f{end} --layer {layer}"
+        if end == ".parquet":
+            pytest.importorskip("pyarrow")
+        features.command(flags.split())
+    arrays = np.load(tmp_path / "f.npz")
+    tables = [pandas.read_csv(tmp_path / "f.csv"), pandas.read_parquet(tmp_path / "f.parquet")]
+    for table in tables:
+        assert list(table["file"]) == list(arrays["files"])
+        assert list(table["label"].fillna("")) == list(arrays["labels"])
+        np.testing.assert_allclose(table.iloc[:, 2:].to_numpy(), arrays["features"], rtol=1e-5)
+    assert sorted(arrays["labels"]) == ["", "cats", "dogs"]
+    views = data.Views(48, *data.NORMALISATION["imagenet"])
+    for name, found in zip(arrays["files"], arrays["features"], strict=True):
+        cut = data.centre(data.read_image(name), 48, 48)
+        x = net.backbone(views.plain(torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]))
+        expected = net.projector(x) if layer == "projector" else x
+        np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5)
+
+
+def test_features_refuse_in_one_line(tmp_path, capsys):
+    _, path = ours(tmp_path, classes=3)
+    door, root = SimpleNamespace(main=features.command), pictures(tmp_path / "images")
+    flags = ("--model_path", path, "--data_root", root, "--out")
+    assert "--out" in refused(capsys, door, *flags, tmp_path / "f.txt")
+    assert "--layer" in refused(capsys, door, *flags, tmp_path / "f.csv", "--layer", "projector")
+    (root / "cats" / "junk.png").write_text("junk")
+    assert "junk.png" in refused(capsys, door, *flags, tmp_path / "f.csv")
+    assert not (tmp_path / "f.csv").exists()
+    features.command([*map(str, flags), f"{tmp_path}/f.csv", "--bad_images", "skip"])
+    assert len(pandas.read_csv(tmp_path / "f.csv")) == 3
+
+
+def test_hub(tmp_path):
+    net, path = ours(tmp_path)
+    load = lambda name, **more: torch.hub.load(str(ROOT), name, source="local", **more)  # noqa: E731
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(load("encoder", checkpoint=str(path))(x), net.backbone(x))
+    loss, z = load("simsiam", checkpoint=str(path))(x, x.flip(3))
+    assert torch.equal(loss, net(x, x.flip(3))[0])
+    assert z.shape == (2, 64)
+    assert load("simsiam", arch="resnet8", feature_dim=16).predictor[0].in_features == 16
+    with pytest.raises(ValueError, match="not a linear model"):
+        load("classifier", checkpoint=str(path))
+    net, path = ours(tmp_path, stem="cifar", classes=4)
+    found = load("classifier", checkpoint=str(path))
+    files = sorted(pictures(tmp_path / "images").rglob("*.png"))
+    images = [Image.open(file) for file in files]
+    predicted = found.predict(images)
+    linear.main(
+        ["--model_path", str(path), "--predict", *map(str, files), "--out_csv", f"{tmp_path}/p.csv"]
+    )
+    table = pandas.read_csv(tmp_path / "p.csv", dtype={"class": str})
+    assert [one["class"] for one in predicted] == list(table["class"])
+    assert [one["score"] for one in predicted] == pytest.approx(list(table["score"]), abs=1e-5)
+    pixels = torch.from_numpy(np.array(images[0].convert("RGB"))).permute(2, 0, 1)
+    for tensor in (pixels, pixels[None], pixels / 255, [pixels]):
+        assert found.predict(tensor)[0]["score"] == pytest.approx(predicted[0]["score"], abs=1e-6)
+    assert sum(predicted[0]["scores"].values()) == pytest.approx(1, abs=1e-5)

@@ -10,12 +10,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import data
 import linear
 import main
 import model
 import utils
 
 FORMATS = (*model.EXPORTS, "safetensors", "onnx")
+
+
+def ours(path: str) -> dict | None:
+    """The content of a checkpoint of ours, None if it is another project's. FileNotFoundError."""
+    try:
+        return utils.load_checkpoint(path)
+    except ValueError:
+        return None
 
 
 def metadata(state: dict | None) -> dict[str, str]:
@@ -71,14 +80,11 @@ def convert(source: str, to: str) -> tuple[bytes, list[str]]:
 
     Raises FileNotFoundError or ValueError.
     """
-    try:
-        state = utils.load_checkpoint(source)
-    except ValueError:
-        state = None
+    state = ours(source)
     net, args, notes = model.load_any(source, state)
     about, content = metadata(state), io.BytesIO()
     if to == "onnx":
-        size = args.get("image_size") or (224 if args["stem"] == "imagenet" else 32)
+        size = (data.usual_input(args["stem"]) | args)["image_size"]
         return onnx_bytes(net, size, about), notes
     if to == "safetensors":
         try:
