@@ -65,6 +65,13 @@ def parse_args(
     )
     add("--predict", nargs="+", metavar="FILE", help="classes of images, and of folders of them")
     add("--out_csv", help="write what --predict finds to this file too")
+    add = parser.add_argument_group("another project's encoder").add_argument
+    add("--stem", choices=model.STEMS, help="its first layers (what its layout suggests)")
+    add(
+        "--image_size",
+        type=number(int, 8, 1024),
+        help="side of the images that it sees (by its stem: 32 or 224)",
+    )
     add = parser.add_argument_group("data").add_argument
     add(
         "--data_name",
@@ -311,18 +318,25 @@ def load_pretrained(args) -> dict:
 def ours_or_others(args) -> dict:
     """What is in --model_path. Raises FileNotFoundError or ValueError."""
     try:
-        return utils.load_checkpoint(args.model_path)
+        found = utils.load_checkpoint(args.model_path)
     except ValueError as error:
+        found = None
         try:
-            net, encoder, notes = model.foreign(args.model_path)
+            net, encoder, notes = model.foreign(args.model_path, args.stem)
         except ValueError as others:
             raise ValueError(f"{error}; nor one of another that is known: {others}") from others
+    if found is not None:
+        for name in ("stem", "image_size"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name}: {args.model_path} is ours, and has its own")
+        return found
     if args.data_name is None:
         raise ValueError(
             f"--model_path {args.model_path}: another project's checkpoint ({notes[0]}) names no "
             "data set: add --data_name, and --data_root"
         )
     encoder |= data.usual_input(encoder["stem"])
+    encoder["image_size"] = args.image_size or encoder["image_size"]
     notes.append(
         f"taken to see {encoder['image_size']} pixels, normalised by its stem's mean and std"
     )

@@ -430,8 +430,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return arrays
 
 
-def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, list[str]]:
+def translated(
+    weights: dict[str, Tensor], stem: str | None = None
+) -> tuple[dict[str, Tensor], dict, list[str]]:
     """Another project's weights under our names, an encoder's arch and stem, and what to know.
+
+    `stem`: one of `STEMS`, if it is known; by default what the layout suggests.
 
     Every name is translated or is one that the layout knows to leave out. Biases before a BN are
     folded into its running mean, which changes nothing in eval mode. Raises ValueError that names
@@ -446,13 +450,14 @@ def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, lis
         }
     nearest: tuple[int, str, list[str]] | None = None
     for layout, names in LAYOUTS.items():
-        ours, unknown = {}, []
+        ours, unknown, left = {}, [], []
         for key, value in weights.items():
             for pattern, to in names:
                 match = re.fullmatch(pattern, key)
                 if match and to is not None:
                     ours[match.expand(to) if isinstance(to, str) else to(match)] = value
                 if match:
+                    left += [key] * (to is None)
                     break
             else:
                 unknown.append(key)
@@ -469,17 +474,20 @@ def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict, lis
         raise ValueError(f"its names are like those of {layout}, but for {some}")
 
     notes = [f"layout: {layout}"]
-    dropped = len(weights) - len(ours)
-    if dropped:
-        notes.append(f"left out: {dropped} entries that repeat others or are of another head")
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        notes.append(f"left out, as of no use here: {', '.join(left[:3])}{more}")
     small = ours["backbone.conv1.weight"].shape[-1] == 3
-    stem = "cifar" if small else "imagenet"
-    if small and layout == "solo-learn":
+    if stem is not None:
+        notes.append(f"taken to have the stem {stem}, as --stem says")
+    elif small and layout == "solo-learn":
         stem = "cifar_pad2"
-        notes.append("its names cannot tell conv1's padding: taken for solo-learn's, 2")
-    if layout == "lightly's CIFAR benchmark":
+        notes.append("its names cannot tell conv1's padding: taken for solo-learn's, 2 (--stem)")
+    elif layout == "lightly's CIFAR benchmark":
         stem = "cifar_no_relu"
-        notes.append("no ReLU after bn1, as in that benchmark")
+        notes.append("taken to have no ReLU after bn1, as that benchmark (--stem)")
+    else:
+        stem = "cifar" if small else "imagenet"
     if layout == "PatrickHua/SimSiam" and "projector.6.weight" in ours and small:
         notes.append("its second projector layer is left out, as in its runs on CIFAR")
         ours = {name: value for name, value in ours.items() if not name.startswith("projector.3.")}
@@ -519,12 +527,13 @@ def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def foreign(path: str | Path) -> tuple[SimSiam, dict, list[str]]:
+def foreign(path: str | Path, stem: str | None = None) -> tuple[SimSiam, dict, list[str]]:
     """The network in another project's checkpoint, its arch, stem and width, and what to know.
 
-    A head that the file does not have is empty. Raises FileNotFoundError or ValueError.
+    `stem` as in `translated`. A head that the file does not have is empty. Raises FileNotFoundError
+    or ValueError.
     """
-    weights, args, notes = translated(read_weights(path))
+    weights, args, notes = translated(read_weights(path), stem)
     classifier = [weights.pop(name) for name in list(weights) if name.startswith("fc.")]
     if classifier:
         notes.append("left out: its classifier fc")

@@ -336,9 +336,15 @@ def test_a_linear_head_on_others_weights(tmp_path, capsys):
     crash.make_folder(tmp_path / "images")
     flags = f"--model_path {tmp_path}/theirs.pth --data_name folder --data_root {tmp_path}/images"
     linear.main([*flags.split(), "--cached", "--epochs", "2", "--out", str(tmp_path)])
+    more = ("--cached", "--epochs", "1", "--out", tmp_path, "--name", "other")
+    linear.main([*flags.split(), *map(str, more), "--stem", "cifar_pad2", "--image_size", "24"])
+    found = torch.load(tmp_path / "other_model.pth")["args"]["encoder"]
+    assert (found["stem"], found["image_size"]) == ("cifar_pad2", 24)
     out = capsys.readouterr().out
     assert "layout: leftthomas/SimSiam" in out
     assert "taken to see 32 pixels" in out
+    line = refused(capsys, linear, *flags.split(), "--stem", "imagenet", "--out", tmp_path / "none")
+    assert "conv1" in line
     head = tmp_path / "theirs_linear_cached_model.pth"
     linear.main(["--model_path", str(head), "--evaluate_only", "--out", str(tmp_path)])
 
