@@ -1,6 +1,6 @@
 """The door for torch.hub: torch.hub.load(DIR, "simsiam", source="local", checkpoint=PATH).
 
-All of `simsiam`, `encoder` and `classifier` take ours, the first two also other projects'.
+`simsiam`, `encoder` and `classifier` take ours and other projects', whose classes are numbers.
 """
 
 import numpy as np
@@ -49,7 +49,10 @@ def classifier(checkpoint: str) -> "Predictor":
     net, args, state = _loaded(checkpoint)
     if not isinstance(net, model.Classifier):
         raise ValueError(f"{checkpoint}: is not a linear model; linear.py makes one of it")
-    return Predictor(net, args, state["classes"], state["args"].get("data_name") or "").eval()
+    classes = state.get("classes") or [str(i) for i in range(net.fc.out_features)]
+    # What is not ours, with ImageNet's stem, is taken for ImageNet's.
+    name = state["args"].get("data_name") if state else args["stem"]
+    return Predictor(net, data.usual_input(args["stem"]) | args, classes, name or "").eval()
 
 
 class Predictor(nn.Module):

@@ -337,6 +337,8 @@ def ours_or_others(args) -> dict:
         )
     encoder |= data.usual_input(encoder["stem"])
     encoder["image_size"] = args.image_size or encoder["image_size"]
+    if isinstance(net, model.Classifier):
+        notes.append("its classifier is not used: a new one is fitted")
     notes.append(
         f"taken to see {encoder['image_size']} pixels, normalised by its stem's mean and std"
     )

@@ -182,7 +182,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, features: int, classes: int):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.features = backbone, features
         self.fc = linear_head(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -527,19 +527,20 @@ def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def foreign(path: str | Path, stem: str | None = None) -> tuple[SimSiam, dict, list[str]]:
+def foreign(
+    path: str | Path, stem: str | None = None
+) -> tuple[SimSiam | Classifier, dict, list[str]]:
     """The network in another project's checkpoint, its arch, stem and width, and what to know.
 
-    `stem` as in `translated`. A head that the file does not have is empty. Raises FileNotFoundError
-    or ValueError.
+    `stem` as in `translated`. With an fc it is a classifier; a projector or predictor that the file
+    does not have is empty. Raises FileNotFoundError or ValueError.
     """
     weights, args, notes = translated(read_weights(path), stem)
-    classifier = [weights.pop(name) for name in list(weights) if name.startswith("fc.")]
-    if classifier:
-        notes.append("left out: its classifier fc")
     with torch.device("meta"):
         net = SimSiam(args["arch"], args["stem"], 4)
         net.projector, net.predictor = head(weights, "projector"), head(weights, "predictor")
+        if "fc.weight" in weights:
+            net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
     load_strictly(net, weights)
     return net, args, notes
 

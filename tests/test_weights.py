@@ -251,6 +251,13 @@ def test_features_z_and_p_are_theirs(tmp_path, name):
     net.eval()
     torch.manual_seed(1)
     x = torch.randn(4, 3, 64, 64)
+    if isinstance(net, model.Classifier):
+        net.projector = net.predictor = ()
+        state = state.get("state_dict", state)
+        (weight,) = (value for key, value in state.items() if key.endswith("fc.weight"))
+        (bias,) = (value for key, value in state.items() if key.endswith("fc.bias"))
+        expected = theirs[0](x) @ weight.T + bias
+        torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
     for i, part in enumerate((net.backbone, net.projector, net.predictor)):
         if theirs[i] is None:
             assert len(part) == 0
@@ -502,6 +509,14 @@ def test_a_linear_model_goes_out_with_its_classes(tmp_path):
     torch.testing.assert_close(theirs.eval()(x), net(x), atol=1e-5, rtol=1e-5)
     assert "module.fc.bias" in torch.load(converted(path, "authors"))["state_dict"]
     assert "head.fc.bias" in torch.load(converted(path, "mmpretrain"))["state_dict"]
+    for to in ("torchvision", "authors", "mmpretrain"):
+        again = model.foreign(converted(path, to))[0].state_dict()
+        assert again.keys() == net.state_dict().keys()
+        assert all(torch.equal(value, again[key]) for key, value in net.state_dict().items())
+    predicted = torch.hub.load(
+        str(ROOT), "classifier", source="local", checkpoint=str(converted(path, "torchvision"))
+    ).predict(torch.rand(3, 300, 200))
+    assert predicted[0]["class"] in map(str, range(7))
     session = pytest.importorskip("onnxruntime").InferenceSession(converted(path, "onnx"))
     assert session.run(None, {"images": x.numpy()})[0].shape == (2, 7)
 
