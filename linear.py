@@ -329,7 +329,7 @@ def ours_or_others(args) -> dict:
         for name in ("stem", "image_size"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name}: {args.model_path} is ours, and has its own")
-        return found
+        return {key: value for key, value in found.items() if key not in ("net", "notes")}
     if args.data_name is None:
         raise ValueError(
             f"--model_path {args.model_path}: another project's checkpoint ({notes[0]}) names no "

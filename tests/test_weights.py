@@ -283,6 +283,18 @@ def test_a_checkpoint_of_ours_is_one_of_the_layouts(tmp_path):
     )
 
 
+def test_a_flipped_bit_is_seen(tmp_path):
+    """Also in a checkpoint of ours, which another reader refused before."""
+    state = authors()[0]
+    torch.save(state, tmp_path / "a.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    weights = state["state_dict"]["module.encoder.layer4.1.conv2.weight"].numpy().tobytes()
+    content[content.index(weights[:64]) + 5] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        model.foreign(tmp_path / "a.pth")
+
+
 def test_what_does_not_fit_is_named(tmp_path, capsys):
     path, flags = tmp_path / "a.pth", ("--data_name", "textures", "--out", tmp_path / "none")
     state = authors()[0]
