@@ -1117,6 +1117,7 @@ class Loader:
                 f"--batch_size {batch_size}: must be from 1 to {number}, the training images"
             )
         self.tensors, self.batch_size, self.seed, self.share = tensors, batch_size, seed, share
+        self.looks = looks
         self.device = tensors[0].device
         self.steps = -(-number // batch_size) if keep_last else number // batch_size
         images, *others = tensors

@@ -1,61 +1,219 @@
-"""What people look at: pictures of a run."""
+"""What people look at: pictures of a run, as PNG files.
 
+No pyplot, so no window system and no global state. Colours are those of Okabe and Ito, which
+colour-blind people tell apart; what matters is told by a shape, a frame or a number besides.
+"""
+
+from collections.abc import Sequence
 from typing import IO
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
-def curves(history: list[dict], title: str, file: IO[bytes]) -> None:
-    """Loss, kNN accuracy, std and rank over the epochs, as a PNG.
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
+MARKERS = "o^sDvP*"  # as many as have no factor in common with the colours: 56 pairs
+LINES = ("-", "--", ":", "-.")
+DPI = 110
 
-    `history` has the rows of the statistics CSV; row 0 is the untrained encoder, and may have the
-    kNN accuracy on raw pixels under `raw_acc@1`. What no row has (no labels) gets no panel.
+PANELS = {
+    "train_loss": "training loss",
+    "test_acc@1": "top-1 on test images (%)",
+    "train_acc@1": "top-1 in training (%)",
+    "std": "std of z · √d (0: collapsed)",
+    "rank": "effective rank of the features",
+}
+
+
+def bare(axes: Axes) -> None:
+    """A light grid, and no frame on the upper and right side."""
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
+    """Loss, accuracy, std and rank over the epochs, of one run or of several over one another.
+
+    `runs`: by name the rows of the statistics CSV. Row 0 of a pre-training is the untrained
+    encoder, and may have the kNN accuracy on raw pixels under `raw_acc@1`; of a single run, both
+    are lines. A panel that no row has a value for (no labels) is left out.
     """
-    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
-
-    panels = [
-        ("train_loss", "loss (−1: views identical)"),
-        ("test_acc@1", "kNN top-1 (%)"),
-        ("std", "std of z · √d (0: collapsed)"),
-        ("rank", "effective rank of the features"),
-    ]
-    panels = [panel for panel in panels if any(row.get(panel[0]) is not None for row in history)]
-    figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
-    for axes, (column, label) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
-        axes.plot(
-            *zip(*points, strict=True), color="#0072B2", marker="." if len(points) < 50 else ""
-        )
-        axes.set(xlabel="epoch", ylabel=label)
+    rows = [row for history in runs.values() for row in history]
+    panels = [name for name in PANELS if any(row.get(name) is not None for row in rows)]
+    several = len(runs) > 1
+    figure = Figure(figsize=(3.6 * len(panels), 3.3), layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        lines = []
+        for i, (name, history) in enumerate(runs.items()):
+            points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+            lines += axes.plot(
+                *(zip(*points, strict=True) if points else ((), ())),
+                color=COLOURS[i % len(COLOURS)],
+                linestyle=LINES[i // len(COLOURS) % len(LINES)],
+                marker="." if len(points) < 50 else "",
+                label=name.replace("$", r"\$"),
+            )
+        axes.set(xlabel="epoch", ylabel=PANELS[column])
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if column == "test_acc@1":
+        bare(axes)
+        if column.endswith("acc@1"):
             axes.set_ylim(0, 100)
-            for value, name, color in (
-                (history[0].get(column), "untrained encoder", "#D55E00"),
-                (history[0].get("raw_acc@1"), "raw pixels", "#009E73"),
-            ):
-                if value is not None:
-                    axes.axhline(value, color=color, linestyle="--", label=f"{name} {value:.1f}")
-            axes.legend(loc="best", fontsize="small")
         elif column == "std":
             axes.set_ylim(0, 1.1)
-    figure.suptitle(title, fontsize="medium", parse_math=False)  # a name may have a $
-    figure.savefig(file, format="png", dpi=110)
+        if column == "test_acc@1" and not several:
+            start = rows[0] if rows[0]["epoch"] == 0 else {}
+            baselines = (
+                (start.get(column), "untrained encoder", VERMILION, "--"),
+                (start.get("raw_acc@1"), "raw pixels", GREEN, ":"),
+            )
+            for value, name, colour, style in baselines:
+                if value is not None:
+                    axes.axhline(value, color=colour, linestyle=style, label=f"{name} {value:.1f}")
+            lines[0].set_label(None)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="best", fontsize="small")
+    if several:
+        figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize="small")
+    else:
+        figure.suptitle(*runs, fontsize="medium", parse_math=False)  # a name may have a $
+    figure.savefig(file, format="png", dpi=DPI)
+
+
+def mosaic(figure: Figure, tiles: np.ndarray, gap: int) -> tuple[Axes, int]:
+    """Rows of images, rows x columns x H x W x 3 of uint8, in one Axes without a scale.
+
+    Returns it and the distance of the tiles in its units, pixels of the images. The tile in row r
+    and column c begins at (c, r) times that.
+    """
+    rows, columns, side = tiles.shape[0], tiles.shape[1], max(tiles.shape[2:4])
+    pitch = side + gap
+    canvas = np.full((rows * pitch - gap, columns * pitch - gap, 3), 255, np.uint8)
+    for r in range(rows):
+        for c in range(columns):
+            tile = tiles[r, c]
+            canvas[r * pitch :, c * pitch :][: tile.shape[0], : tile.shape[1]] = tile
+    axes = figure.subplots()
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return axes, pitch
+
+
+def sheet(tiles: np.ndarray, names: Sequence[str], title: str, file: IO[bytes]) -> None:
+    """Images in columns of `names`: rows x columns x H x W x 3 of uint8."""
+    figure = Figure(
+        figsize=(1.1 * tiles.shape[1] + 0.6, 1.1 * tiles.shape[0] + 0.6), layout="constrained"
+    )
+    axes, pitch = mosaic(figure, tiles, gap=max(1, tiles.shape[2] // 16))
+    axes.set_xticks([pitch * c + tiles.shape[3] / 2 for c in range(len(names))], names)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    figure.savefig(file, format="png", dpi=DPI)
+
+
+def neighbours(
+    tiles: np.ndarray,
+    similarity: np.ndarray,
+    right: np.ndarray | None,
+    names: Sequence[str],
+    title: str,
+    file: IO[bytes],
+) -> None:
+    """A query a row, and its nearest images in the bank, nearest first.
+
+    `tiles`: rows x (1 + k) x H x W x 3 of uint8, the query first; `similarity`: rows x k, cosines;
+    `right`: rows x k, whether a neighbour has the query's class, to be framed; None without labels.
+    `names`: the queries' classes.
+    """
+    rows, columns = tiles.shape[:2]
+    figure = Figure(figsize=(0.85 * columns + 1, 0.85 * rows + 1), layout="constrained")
+    side = tiles.shape[2]
+    axes, pitch = mosaic(figure, tiles, gap=max(4, side * 5 // 16))
+    for r in range(rows):
+        for c in range(1, columns):
+            corner = (c * pitch - 0.5, r * pitch - 0.5)
+            if right is not None and right[r, c - 1]:
+                axes.add_patch(
+                    Rectangle(
+                        corner, side, side, fill=False, edgecolor=GREEN, linewidth=3, clip_on=False
+                    )
+                )
+            x, y = corner[0] + side / 2, corner[1] + side * 1.04
+            axes.text(x, y, f"{similarity[r, c - 1]:.3f}", ha="center", va="top", fontsize=7)
+    axes.set_yticks([pitch * r + side / 2 for r in range(rows)], names, parse_math=False)
+    axes.set_xticks([side / 2, pitch * columns / 2], ["query", "nearest in the bank, with cosine"])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize="small")
+    if right is not None:
+        frame = Patch(fill=False, edgecolor=GREEN, linewidth=3, label="of the query's class")
+        figure.legend(handles=[frame], loc="outside lower center", fontsize="small")
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    figure.savefig(file, format="png", dpi=DPI)
+
+
+def embedding(
+    features: np.ndarray,
+    labels: Sequence[str] | None,
+    classes: Sequence[str],
+    title: str,
+    file: IO[bytes],
+) -> None:
+    """t-SNE of M x d features, each point with the colour and shape of its class, if known.
+
+    van der Maaten and Hinton 2008; perplexity 30, for few points less. `labels`: M, of `classes`.
+    Up to 40 classes are named; more share colours and shapes, and have no names.
+    """
+    from sklearn.manifold import TSNE  # here, since it takes a second to import
+
+    few = min(30, max(1, (len(features) - 1) / 3))
+    # Not from the principal components: of a collapsed run these would be 0 / 0.
+    points = np.zeros((len(features), 2))
+    if len(features) > 1:
+        points = TSNE(init="random", perplexity=few, random_state=0).fit_transform(features)
+    named = labels is not None and 0 < len(classes) <= 40
+    figure = Figure(figsize=(8 if named else 6, 6), layout="constrained")
+    axes = figure.subplots()
+    size = 12 if len(points) > 300 else 25
+    for i in range(1 if labels is None else len(classes)):
+        those = points if labels is None else points[np.array(labels) == classes[i]]
+        axes.scatter(
+            *those.T,
+            s=size,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linewidths=0,
+            alpha=0.8,
+            label=classes[i].replace("$", r"\$") if named else None,
+        )
+    axes.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_aspect("equal", "datalim")
+    if named:
+        columns = 1 + (len(classes) - 1) // 20
+        figure.legend(loc="outside right center", ncols=columns, fontsize="small", markerscale=1.5)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    figure.savefig(file, format="png", dpi=DPI)
 
 
 def confusion(matrix: list[list[int]], classes: list[str], title: str, file: IO[bytes]) -> None:
-    """A confusion matrix (rows: true class, columns: predicted) in shares of each row, as a PNG."""
-    from matplotlib.figure import Figure
+    """A confusion matrix (rows: true class, columns: predicted) in shares of each row.
 
+    Up to 40 classes are named, and of up to 20 the shares written.
+    """
     shares = [[100 * cell / max(1, sum(row)) for cell in row] for row in matrix]
     side = 3 + 0.36 * min(len(classes), 40)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true")
+    right, number = sum(row[i] for i, row in enumerate(matrix)), sum(map(sum, matrix))
+    title = f"{title}\ntop-1 {100 * right / max(1, number):.2f} % of {number} images"
+    axes.set_title(title, fontsize="medium", parse_math=False)
     if len(classes) <= 40:  # more names or numbers would lie on one another
         axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
         axes.set_yticks(range(len(classes)), classes, parse_math=False)
@@ -64,4 +222,88 @@ def confusion(matrix: list[list[int]], classes: list[str], title: str, file: IO[
             for x, share in enumerate(row):
                 color = "black" if share > 60 else "white"
                 axes.text(x, y, f"{share:.0f}", ha="center", va="center", color=color, fontsize=7)
-    figure.savefig(file, format="png", dpi=110)
+    figure.savefig(file, format="png", dpi=DPI)
+
+
+def ablations(runs: dict[str, list[list[dict]]], title: str, file: IO[bytes]) -> None:
+    """Loss, std and kNN curves as the paper's Fig. 2, and a bar of the last kNN a setting.
+
+    `runs`: by setting, statistics of one run a seed; `default` is among them. Lines and bars are
+    means, thin lines and dots the seeds.
+    """
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.2))
+    shown = [name for name in FIG_2 if name in runs]
+    for axes, column in zip(upper.subplots(1, 3), ("train_loss", "std", "test_acc@1"), strict=True):
+        for i, name in enumerate(shown):
+            lines = [
+                [(row["epoch"], row[column]) for row in history if column in row]
+                for history in runs[name]
+            ]
+            for line in lines:
+                axes.plot(*zip(*line, strict=True), color=COLOURS[i], linewidth=0.6, alpha=0.6)
+            mean = np.mean(np.array(lines, dtype=float), axis=0)
+            axes.plot(
+                *mean.T, color=COLOURS[i], marker=MARKERS[i], linestyle=LINES[i % 4], label=name
+            )
+        axes.set(xlabel="epoch", ylabel=PANELS[column])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        bare(axes)
+        if column != "train_loss":
+            axes.set_ylim(0, 1.1 if column == "std" else 100)
+    upper.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(shown), fontsize=9
+    )
+    axes = lower.subplots()
+    for x, histories in enumerate(runs.values()):
+        last = [history[-1]["test_acc@1"] for history in histories]
+        axes.bar(x, np.mean(last), color=GREEN if x == 0 else "#56B4E9", width=0.7)
+        axes.plot([x] * len(last), last, "k.", markersize=5)
+        axes.text(x, max(last) + 1.5, f"{np.mean(last):.1f}", ha="center", fontsize=8)
+    untrained = np.mean([h[0]["test_acc@1"] for h in next(iter(runs.values()))])
+    axes.axhline(untrained, color=VERMILION, linestyle="--", label=f"untrained {untrained:.1f}")
+    axes.set(ylabel="kNN top-1 (%)", ylim=(0, 100), xlim=(-0.6, len(runs) - 0.4))
+    axes.set_xticks(range(len(runs)), runs, rotation=40, ha="right", rotation_mode="anchor")
+    axes.legend(loc="upper right", fontsize=9)
+    bare(axes)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    figure.savefig(file, format="png", dpi=DPI)
+
+
+FIG_2 = (
+    "default",
+    "no stop-gradient",
+    "no stop-gradient, BN hidden",
+    "no predictor",
+    "no predictor, BN hidden",
+    "fixed predictor",
+)
+
+
+def rank_and_knn(rows: list[dict], file: IO[bytes]) -> None:
+    """Effective rank against kNN at the end of runs, a panel a data set, with Spearman's rho.
+
+    `rows`: of tools.ablate's table. Runs that were warned of a collapse are hollow triangles.
+    """
+    from scipy.stats import spearmanr
+
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    figure = Figure(figsize=(5 * len(names), 4.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        those = [row for row in rows if row["data"] == name]
+        rank, knn = (np.array([row[key] for row in those], dtype=float) for key in ("rank", "knn"))
+        warned = np.array(["warned_at_step" in row for row in those])
+        axes.plot(rank[~warned], knn[~warned], "o", color=BLUE, alpha=0.8, label="no warning")
+        axes.plot(rank[warned], knn[warned], "^", color=VERMILION, fillstyle="none", label="warned")
+        untrained = those[0]["untrained_rank"], those[0]["untrained_knn"]
+        axes.plot(*untrained, "*", color="black", markersize=11, label="untrained, resnet8")
+        rho = spearmanr(rank, knn).statistic
+        axes.set(xlabel="effective rank of the features", ylabel="kNN top-1 (%)")
+        axes.set_title(
+            f"{name}: {len(those)} runs, Spearman's ρ {rho:.2f}",
+            fontsize="medium",
+            parse_math=False,
+        )
+        axes.legend(fontsize="small")
+        bare(axes)
+    figure.savefig(file, format="png", dpi=DPI)

@@ -561,6 +561,14 @@ def linear_evaluation(args, parser, given: dict) -> None:
                 "run": args.name,
             },
         )
+        if args.pictures and utils.rank() == 0:
+            predicted = net.fc(test_features).argmax(1)
+            matrix = utils.confusion_matrix(images.test_labels, predicted, len(images.classes))
+            with utils.whole_file(f"{run}_confusion.png") as file:
+                figures.confusion(matrix, images.classes, args.name, file)
+            with utils.whole_file(f"{run}_curves.png") as file:
+                start = {"epoch": 0, "raw_acc@1": baseline}
+                figures.curves({args.name: [start, *history]}, file)
         utils.remove(f"{run}_model.prev.pth")  # the run is complete
     knn = pretrained["history"][-1].get("test_acc@1")
     utils.say(
@@ -607,17 +615,19 @@ def evaluate_only(args, parser) -> None:
     )
     loss, top1, top5 = evaluate(net.fc, features, labels)
     predicted = net.fc(features).argmax(1)
-    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    matrix.index_put_((labels.cpu(), predicted.cpu()), torch.tensor(1), accumulate=True)
-    for i, name in enumerate(classes):
-        if matrix[i].sum():
-            share = 100 * matrix[i, i] / matrix[i].sum()
-            utils.say(f"{name}: {share:.1f} % of {matrix[i].sum()}")
-    picture = os.path.join(args.out, f"{args.name or state['args']['name']}_confusion.png")
-    if utils.rank() == 0:
+    matrix = utils.confusion_matrix(labels, predicted, len(classes))
+    for i, (name, row) in enumerate(zip(classes, matrix, strict=True)):
+        if sum(row):
+            utils.say(f"{name}: {100 * row[i] / sum(row):.1f} % of {sum(row)}")
+    name = args.name or state["args"]["name"]
+    picture = os.path.join(args.out, f"{name}_confusion.png")
+    if args.pictures and utils.rank() == 0:
         with utils.whole_file(picture) as file:
-            figures.confusion(matrix.tolist(), classes, f"top-1 {top1:.2f} %", file)
-    utils.say(f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}; wrote {picture}")
+            figures.confusion(matrix, classes, name, file)
+    utils.say(
+        f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}"
+        + f"; wrote {picture}" * args.pictures
+    )
 
 
 @torch.no_grad()

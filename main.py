@@ -6,10 +6,17 @@ torchrun --nproc_per_node 8 main.py --ddp --data_name imagenet --data_root DIR
 """
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import time
+from collections.abc import Iterator
+from typing import IO
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import data
 import figures
@@ -98,6 +105,15 @@ def parse_args(
     flag(group, "feature_dim", number(int, 4, 16384), "d, the width of projector and output z")
     flag(group, "projector_layers", number(int, 1, 8), "linear layers of the projector")
     flag(group, "init", utils.file_path, "start from a checkpoint's weights, ours or others'")
+    group = parser.add_argument_group("the paper's ablations")
+    for name, values, help in (
+        ("stop_grad", ("on", "off"), "stop the gradient through z (sec. 4.1)"),
+        ("predictor", model.PREDICTORS, "none: p = z; fixed: as it starts (sec. 4.2)"),
+        ("bn", model.BN, "BN in the heads: on no, hidden or all layers (sec. 4.4)"),
+        ("similarity", tuple(model.SIMILARITIES), "of p and z (sec. 4.5)"),
+        ("loss", tuple(model.PAIRS), "one way or both; 2x: of two pairs (sec. 4.6)"),
+    ):
+        flag(group, name, str, help, values[0], choices=values)
     group = parser.add_argument_group("optimization")
     flag(
         group,
@@ -125,7 +141,19 @@ def parse_args(
     )
     flag(group, "knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
     group.add_argument(
+        "--stop_on_collapse",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="end the run where it warns of a collapse (no)",
+    )
+    group.add_argument(
         "--profile", action="store_true", help="say at the end where the time of the epochs went"
+    )
+    group.add_argument(
+        "--show_views", action="store_true", help="draw what the network would see, and exit"
+    )
+    group.add_argument(
+        "--tensorboard", action="store_true", help="statistics, pictures and features for it too"
     )
     utils.run_flags(parser)
 
@@ -143,6 +171,8 @@ def parse_args(
         parser.error(
             f"--warmup_epochs {args.warmup_epochs:g}: must be below --epochs {args.epochs}"
         )
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard: needs a package: pip install tensorboard")
     if args.resume and args.resume is not True:
         folder, name = utils.run_of(args.resume)
         args.out, args.name = given.get("out", folder), given.get("name", name)
@@ -164,7 +194,10 @@ def optimizer_of(net: model.SimSiam, args) -> torch.optim.SGD:
     return torch.optim.SGD(
         [
             {"params": net.encoder_parameters(), "fix_lr": False},
-            {"params": net.predictor.parameters(), "fix_lr": args.fix_pred_lr},
+            {
+                "params": [p for p in net.predictor.parameters() if p.requires_grad],
+                "fix_lr": args.fix_pred_lr,
+            },
         ],
         lr=args.lr * args.batch_size / 256,
         momentum=args.momentum,
@@ -176,8 +209,8 @@ def optimizer_of(net: model.SimSiam, args) -> torch.optim.SGD:
 def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after, mark=utils.unmarked):
     """One epoch (paper, Algorithm 1) from step `start` on; `after(step)` each step.
 
-    Adds to `sums`: the loss, the std of z (of each rank's images), and 1 a step while all losses
-    were finite.
+    Adds to `sums`: the loss, the std of z (of each rank's images), 1 a step while all losses were
+    finite, and the std again, for who watches shorter times than an epoch.
     `mark` is told what was just done, for --profile.
     """
     net.train()
@@ -185,19 +218,21 @@ def train(net, optimizer, loader, views, epoch, start, sums, args, amp, after, m
     for step, (images,) in loader.epoch(epoch, start):
         mark("loading")
         views.seed(epoch, step, loader.number(step))
-        x1, x2 = views(images), views(images)  # the same pixels, two looks
+        looks = [views(images) for _ in range(loader.looks)]  # the same pixels, two looks
         mark("views")
         lr = rate(args, epoch + step / len(loader))
         for group in optimizer.param_groups:
             group["lr"] = peak if group["fix_lr"] else lr
         with amp:
-            loss, z = net(x1, x2)
+            loss, z = net(*looks)
         mark("forward")
         optimizer.zero_grad()
         loss.backward()
         mark("backward")
         both = torch.stack([loss.detach(), utils.collapse_std(z)])
-        sums[:2] += utils.mean_of_ranks(both)  # stays on the device: no sync a step
+        utils.mean_of_ranks(both)
+        sums[:2] += both  # stays on the device: no sync a step
+        sums[3] += both[1]
         finite = sums[0].isfinite().float()
         sums[2] += finite
         optimizer.found_inf = 1 - finite  # the fused step leaves a loss that is not finite out
@@ -219,11 +254,16 @@ def monitor(net, views, images: data.Data, args, amp) -> dict:
 
 def knn_accuracy(bank, queries, images: data.Data, args) -> tuple[float, float]:
     """The bank is the training set, or --bank_size of it; all test images are scored."""
+    return utils.accuracy(vote(bank, queries, images, args), images.test_labels)
+
+
+def vote(bank, queries, images: data.Data, args) -> torch.Tensor:
+    """The kNN's ranking of classes for each of the queries, int64, M x (up to 5)."""
     voters = images.train_labels >= 0  # STL-10's unlabelled images cannot vote
     bank, labels = bank[voters], images.train_labels[voters]
     mine = queries[utils.share(len(queries))]
     ranking = utils.knn(bank, labels, mine, args.k, args.temperature)
-    return utils.accuracy(utils.gathered(ranking, len(queries)), images.test_labels)
+    return utils.gathered(ranking, len(queries))
 
 
 def raw_pixels_accuracy(views, images: data.Data, args, amp) -> float:
@@ -235,21 +275,128 @@ def raw_pixels_accuracy(views, images: data.Data, args, amp) -> float:
     return knn_accuracy(bank, queries, images, args)[0]
 
 
-COLLAPSED_STD = 0.3
-COLLAPSE_ADVICE = (
-    "warning: std of z is {std:.2f}: about 1 is healthy, 0 is collapse (every image gets the same "
-    "output, and the loss goes to -1). Try a lower --lr, a larger --batch_size, --warmup_epochs "
-    "10, and see that the images differ from one another."
-)
-
-
 def main(argv: list[str] | None = None) -> None:
     args, parser, given = parse_args(argv)
-    with (
-        utils.joined(args, parser),
-        utils.one_writer(os.path.join(args.out, args.name), parser),
-    ):
-        pretrain(args, parser, given)
+    with utils.joined(args, parser):
+        if args.show_views:
+            show_views(args, parser)
+        else:
+            with utils.one_writer(os.path.join(args.out, args.name), parser):
+                pretrain(args, parser, given)
+
+
+def load_images(args) -> data.Data:
+    """The data set of a run. Sets --image_size where the images give it. Raises as `data.load`."""
+    load = (args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images)
+    images = utils.from_first(lambda: data.load(*load))
+    if args.train_size is not None:
+        images = images.subset(args.train_size, args.seed)
+    args.image_size = args.image_size or images.train_images.shape[-1]
+    return images
+
+
+def make_views(args) -> data.Views:
+    """The views of a run."""
+    return data.Views(
+        args.image_size,
+        args.mean,
+        args.std,
+        blur_p=args.blur_p,
+        seed=args.seed,
+        share=utils.share,
+    )
+
+
+def show_views(args, parser: utils.Parser) -> None:
+    """`<run>_views.png`: two views of a few images, as the network gets them; trains nothing."""
+    picture = os.path.join(args.out, f"{args.name}_views.png")
+    with parser.bad_input():
+        os.makedirs(args.out, exist_ok=True)
+        images, views = load_images(args).train_images, make_views(args)
+        views.share = data.whole  # also of ranks, whose first one draws
+        images = images[spread(len(images), 8)]
+        places = torch.arange(len(images))
+        loader = data.Loader([images, places], len(images), args.seed, views=views)
+        _, (batch, places) = next(loader.epoch(0))
+        shown = [torch.cat(list(images.split(512)))[places]]
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (views.mean, views.std))
+        shown += [(views(batch) * std + mean).mul(255).round().byte() for _ in range(2)]
+        with utils.whole_file(picture) as file:
+            title = f"{utils.data_label(args)}: what the network sees of each image"
+            figures.sheet(tiles(shown), ("image", "view 1", "view 2"), title, file)
+    utils.say(f"wrote {picture}")
+
+
+def spread(number: int, most: int) -> torch.Tensor:
+    """The places of at most `most` out of `number`, evenly apart."""
+    return torch.linspace(0, number - 1, min(number, most)).long()
+
+
+def tiles(columns: list[torch.Tensor]) -> np.ndarray:
+    """Columns of images, N x 3 x H x W of uint8 each -> N x columns x H x W x 3, for `figures`."""
+    return torch.stack(columns, 1).permute(0, 1, 3, 4, 2).cpu().numpy()
+
+
+def draw(run: str, history: list[dict], net, views, images: data.Data, args, amp, board=None):
+    """Pictures of a run and of what its encoder has learned.
+
+    `<run>_curves.png`, `<run>_neighbours.png`, `<run>_embedding.png` and, with test labels,
+    `<run>_confusion.png` (of the kNN). Queries are test images; without them, training images.
+    `board`: a SummaryWriter that gets them too, or None.
+    """
+    bank = utils.features(net.backbone, views.plain, images.train_images, amp)
+    scored = images.test_images is not None
+    asked, labels = images.test_images, images.test_labels
+    queries = utils.features(net.backbone, views.plain, asked, amp) if scored else bank
+    if not scored:
+        asked, labels = images.train_images, images.train_labels
+    ranking = vote(bank, queries, images, args) if scored else None
+    if utils.rank() > 0:
+        return
+    known = bool((labels >= 0).all())
+
+    @contextlib.contextmanager
+    def picture(name: str) -> Iterator[IO[bytes]]:
+        with utils.whole_file(f"{run}_{name}.png") as file:
+            yield file
+        if board:
+            pixels = np.asarray(Image.open(f"{run}_{name}.png").convert("RGB"))
+            board.add_image(name, pixels, len(history) - 1, dataformats="HWC")
+
+    with picture("curves") as file:
+        figures.curves({args.name: history}, file)
+
+    chosen = spread(len(queries), 8).to(bank.device)
+    similarity = queries[chosen] @ bank.T
+    if not scored:
+        similarity[torch.arange(len(chosen), device=bank.device), chosen] = -2  # itself
+    similarity, nearest = similarity.topk(min(8, len(bank) - (not scored)))
+    shown = [asked[chosen], *(images.train_images[column] for column in nearest.T)]
+    shown = [torch.cat(list(part.split(512))) for part in shown]
+    right = (images.train_labels[nearest] == labels[chosen][:, None]).cpu().numpy()
+    with picture("neighbours") as file:
+        figures.neighbours(
+            tiles(shown),
+            similarity.cpu().numpy(),
+            right if known else None,
+            [images.classes[i] if known else "" for i in labels[chosen].tolist()],
+            f"{args.name}: nearest neighbours",
+            file,
+        )
+
+    chosen = spread(len(queries), 2000).to(bank.device)
+    names = [images.classes[i] for i in labels[chosen].tolist()] if known else None
+    with picture("embedding") as file:
+        title = f"{args.name}: t-SNE of {len(chosen)} {'test' if scored else 'training'} images"
+        figures.embedding(queries[chosen].cpu().numpy(), names, images.classes, title, file)
+    if board:
+        small = min(64, args.image_size)  # TensorBoard shows them all in one image of 8192 pixels
+        thumbnails = [F.adaptive_avg_pool2d(x / 255, small) for x in asked[chosen].split(512)]
+        board.add_embedding(queries[chosen], names, torch.cat(thumbnails), len(history) - 1)
+    if scored:
+        matrix = utils.confusion_matrix(labels, ranking[:, 0], len(images.classes))
+        with picture("confusion") as file:
+            figures.confusion(matrix, images.classes, f"{args.name}: kNN", file)
 
 
 def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> None:
@@ -272,24 +419,19 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
                 net = model.pretrained(checkpoint)
         else:
             torch.manual_seed(args.seed)
-            names = ("arch", "stem", "feature_dim", "projector_layers", "width")
-            net = model.SimSiam(*(getattr(args, name) for name in names))
+            net = model.simsiam(vars(args))
             if args.init:
                 with utils.about(f"--init {args.init}"):
                     for note in model.initialise(net, args.init):
                         utils.say(f"{args.init}: {note}")
-        load = (args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images)
-        images = utils.from_first(lambda: data.load(*load))
-        if args.train_size is not None:
-            images = images.subset(args.train_size, args.seed)
+        images = load_images(args)
         images_crc = data.crc(images.train_images)
         if found and checkpoint.get("images_crc", images_crc) != images_crc:
             raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
-        images = images.to(device)
-        args.image_size = args.image_size or images.train_images.shape[-1]
-        cut = {"seed": args.seed, "share": utils.share}
-        views = data.Views(args.image_size, args.mean, args.std, blur_p=args.blur_p, **cut)
-        loader = data.Loader([images.train_images], args.batch_size, views=views, **cut)
+        images, views = images.to(device), make_views(args)
+        loader = data.Loader(
+            [images.train_images], args.batch_size, args.seed, False, views, net.looks, utils.share
+        )
         watched = images
         if args.bank_size is not None:
             watched = images.subset(args.bank_size, args.seed, "--bank_size")
@@ -312,6 +454,28 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
             f"ranks: {utils.ranks()}, {each} images each a step; whatever their number, lr is "
             f"{args.lr:g} x {args.batch_size} / 256 = {rate(args, args.warmup_epochs):g}"
         )
+
+    def collapsed(epoch: int, step: int, std: float, rank: float | None = None) -> bool:
+        """Whether a collapse is seen for the first time in the run; says so, and what to try."""
+        least = utils.least_std(args.bn, each)
+        found = utils.collapse(least, std, rank, history[0]["rank"], net.features)
+        if found is None or sums[4] or any("collapse" in row for row in history):
+            return False
+        few = watched.train_images[spread(len(watched.train_images), 256)]
+        few = torch.cat(list(few.split(256)))
+        causes = utils.likely_causes(args, RECIPES[args.recipe]["lr"], few)
+        what, advice = found
+        if causes:
+            advice = f"Likely: {'; '.join(causes)}"
+        utils.say(f"warning: collapse in epoch {epoch + 1}, step {step}: {what}. {advice}.")
+        return True
+
+    def stop_on_collapse() -> None:
+        if args.stop_on_collapse and (sums[4] or any("collapse" in row for row in history)):
+            raise utils.RunError(
+                f"--stop_on_collapse: ended, and {run}_model.pth is from here. To go on all the "
+                "same: --resume --no-stop_on_collapse"
+            )
 
     def save(epoch: int, step: int = 0) -> None:
         utils.save_checkpoint(
@@ -339,9 +503,16 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
                 f"{rate(args, epoch + at / len(loader)):.3g}; that step was not applied, and "
                 f"{run}_model.pth is from before. {utils.DIVERGED}"
             )
+        if (step + 1) % utils.WINDOW == 0 or step + 1 == len(loader):
+            std = sums[3].item() / (step % utils.WINDOW + 1)
+            sums[3] = 0
+            if collapsed(epoch, step + 1, std):
+                sums[4] = step + 1
+                due = due or args.stop_on_collapse
         if due:
             save(epoch, step + 1)
             mark("checkpoint")
+            stop_on_collapse()
 
     smaller = (
         f"python main.py --data_name {args.data_name} --data_root {args.data_root} --recipe short"
@@ -349,11 +520,12 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
     )
     trained = utils.for_training(net, args.compile, args.image_size)
     keeper = utils.Keeper(args.checkpoint_minutes, good=found and path == f"{run}_model.pth")
-    sums, begun, start = torch.zeros(3, device=device), time.perf_counter(), 0
+    sums, begun, start = torch.zeros(5, device=device), time.perf_counter(), 0
     if found:
         history, start = checkpoint["history"], checkpoint["step"]
         if start:
-            sums, begun = checkpoint["sums"].to(device), begun - checkpoint["seconds"]
+            saved = checkpoint["sums"]  # of before there were five: three
+            sums[: len(saved)], begun = saved, begun - checkpoint["seconds"]
         utils.say(
             f"resumed after epoch {len(history) - 1} of {args.epochs}"
             + f" and step {start} of {len(loader)}" * (start > 0)
@@ -373,14 +545,20 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
         utils.remove(f"{run}_model.prev.pth")  # --overwrite: another run's
         begun = time.perf_counter()
     mark = utils.Marks(device) if args.profile else utils.unmarked
+    board = None
+    if args.tensorboard and utils.rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(f"{run}_tensorboard", purge_step=len(history))
     with keeper:
         for epoch in range(len(history) - 1, args.epochs):
+            stop_on_collapse()
             with utils.Progress(
                 epoch, args, len(loader), ("loss", "std"), smaller, start
             ) as progress:
                 train(trained, optimizer, loader, views, epoch, start, sums, args, amp, after, mark)
             seconds = time.perf_counter() - begun
-            loss, std, _ = (sums / len(loader)).tolist()
+            loss, std = (sums[:2] / len(loader)).tolist()
             row = {
                 "epoch": epoch + 1,
                 "lr": rate(args, epoch + 1 - 1 / len(loader)),
@@ -393,7 +571,13 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
                     row |= monitor(net, views, watched, args, amp)
                 mark("monitor")
             row["seconds"] = time.perf_counter() - begun
+            if sums[4] or collapsed(epoch, len(loader), std, row.get("rank")):
+                row["collapse"] = epoch * len(loader) + (int(sums[4]) or len(loader))
             history.append(row)
+            for name in utils.STATISTICS if board else ():
+                if name in row:
+                    board.add_scalar(name, row[name], epoch + 1)
+                    board.flush()
             sums, begun, start = torch.zeros_like(sums), time.perf_counter(), 0
             with utils.tried_again():
                 utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
@@ -405,12 +589,14 @@ def pretrain(args: argparse.Namespace, parser: utils.Parser, given: dict) -> Non
                 + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
                 + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
             )
-            if std < COLLAPSED_STD:
-                utils.say(COLLAPSE_ADVICE.format(std=std))
     if args.profile:
         utils.say(mark.table())
     with utils.last_try():
+        if args.pictures:
+            draw(run, history, net, views, watched, args, amp, board)
         report(run, args, history, params, flops, device)
+        if board:
+            board.close()
         utils.remove(f"{run}_model.prev.pth")  # the run is complete
 
 
@@ -426,7 +612,7 @@ def resumed(path: str, checkpoint: dict, args, parser, given: dict) -> argparse.
         if checkpoint["args"].get(name) != getattr(saved, name):
             raise ValueError(f"{path}: its {name} is not that of the recipe {saved.recipe}")
     step, sums = checkpoint["step"], checkpoint.get("sums")
-    sums_fit = utils.is_tensor(sums) and sums.shape == (3,) and bool(sums.isfinite().all())
+    sums_fit = utils.is_tensor(sums) and sums.shape in ((3,), (5,)) and bool(sums.isfinite().all())
     if (
         checkpoint["epoch"] != len(checkpoint["history"]) - 1
         or (step > 0 and not sums_fit)
@@ -445,11 +631,8 @@ def resumed(path: str, checkpoint: dict, args, parser, given: dict) -> argparse.
 
 
 def report(run: str, args, history: list[dict], params: int, flops: int, device) -> None:
-    """What a run leaves for people: the table, the curves, a row among the results."""
+    """What a run leaves for people: the table, a row among the results."""
     utils.write_csv(f"{run}_statistics.csv", history, utils.STATISTICS)
-    if utils.rank() == 0:
-        with utils.whole_file(f"{run}_curves.png") as file:
-            figures.curves(history, args.name, file)
     scored = [row["test_acc@1"] for row in history[1:] if "test_acc@1" in row]
     if scored:
         utils.add_result(
@@ -476,7 +659,8 @@ def report(run: str, args, history: list[dict], params: int, flops: int, device)
             f"kNN top-1 {scored[-1]:.1f} % (best {max(scored):.1f} %), untrained encoder "
             f"{history[0]['test_acc@1']:.1f} %, raw pixels {history[0]['raw_acc@1']:.1f} %"
         )
-    utils.say(f"wrote {run}_model.pth, {run}_statistics.csv and {run}_curves.png")
+    pictures = " and pictures" if args.pictures else ""
+    utils.say(f"wrote {run}_model.pth, {run}_statistics.csv{pictures}")
 
 
 if __name__ == "__main__":

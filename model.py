@@ -10,7 +10,8 @@ import pickle
 import re
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,13 +120,63 @@ def D(p: Tensor, z: Tensor) -> Tensor:
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
 
 
+def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
+    """In the place of D (sec. 4.5): -softmax(z) . log softmax(p), over the channels.
+
+    N x d, N x d -> scalar, the mean over the batch, in fp32; from 0 to about log d.
+    """
+    return -(z.float().softmax(1) * p.float().log_softmax(1)).sum(1).mean()
+
+
+SIMILARITIES = {"cosine": D, "cross_entropy": cross_entropy}
+# Which view's p meets which view's z, by --loss (sec. 4.6).
+PAIRS = {
+    "symmetric": ((0, 1), (1, 0)),
+    "asymmetric": ((0, 1),),
+    "asymmetric_2x": ((0, 1), (2, 3)),
+}
+PREDICTORS = ("mlp", "none", "fixed")
+BN = ("default", "none", "hidden", "all")
+
+
+def mlp(widths: list[int], hidden_bn: bool, output_bn: bool, affine: bool = True) -> nn.Sequential:
+    """Linear layers from width to width, with BN if so asked, and ReLU after all but the last.
+
+    A Linear has a bias where no BN follows, which would cancel it. `affine`: the output's BN.
+    Layers have the same numbers, and parameters the same names, with BN and without.
+    """
+    *hidden, (before, d) = pairwise(widths)
+    layers: list[nn.Module] = []
+    for inputs, outputs in hidden:
+        layers += [
+            nn.Linear(inputs, outputs, bias=not hidden_bn),
+            nn.BatchNorm1d(outputs) if hidden_bn else nn.Identity(),
+            nn.ReLU(inplace=True),
+        ]
+    layers.append(nn.Linear(before, d, bias=not output_bn))
+    if output_bn:
+        layers.append(nn.BatchNorm1d(d, affine=affine))
+    return nn.Sequential(*layers)
+
+
 class SimSiam(nn.Module):
     """A backbone f, a projection MLP (with it the paper's "encoder") and a prediction MLP h.
 
     `feature_dim` is d, the width of z and of the projector's hidden layers. The predictor is a
     bottleneck of d/4 (sec. 3). The paper has 3 projector layers on ImageNet, 2 on CIFAR (App. D).
 
-    Raises ValueError for an unknown `arch` or `stem`, or a `feature_dim` below 4.
+    The rest are the paper's ablations:
+    `stop_grad`: False lets the gradient through z as well (sec. 4.1, Fig. 2).
+    `predictor`: `none`, h is the identity; `fixed`, h keeps its random weights (sec. 4.2, Table 1;
+    its third row, a constant learning rate, is main.py's --fix_pred_lr).
+    `bn`: BN in the heads (sec. 4.4, Table 3). `none`; `hidden` layers of both; `default`, these and
+    the projector's output; `all`, and the predictor's output, affine there.
+    `similarity`: `cosine`, `D`; or `cross_entropy` (sec. 4.5).
+    `loss`: `symmetric`, Eq. 4; `asymmetric`, p of the first view only; `asymmetric_2x`, that of two
+    pairs of views an image (sec. 4.6).
+    `looks` is how many views of an image a step takes.
+
+    Raises ValueError for an unknown value, or a `feature_dim` below 4.
     """
 
     def __init__(
@@ -135,39 +186,61 @@ class SimSiam(nn.Module):
         feature_dim: int = 2048,
         projector_layers: int = 2,
         width: int | None = None,
+        stop_grad: bool = True,
+        predictor: str = "mlp",
+        bn: str = "default",
+        similarity: str = "cosine",
+        loss: str = "symmetric",
     ):
         super().__init__()
         if feature_dim < 4:
             raise ValueError(f"--feature_dim {feature_dim}: must be at least 4")
+        for name, value, known in (
+            ("predictor", predictor, PREDICTORS),
+            ("bn", bn, BN),
+            ("similarity", similarity, SIMILARITIES),
+            ("loss", loss, PAIRS),
+        ):
+            if value not in known:
+                raise ValueError(f"--{name} {value}: choose one of {', '.join(known)}")
         d = feature_dim
+        hidden_bn, output_bn = bn != "none", bn in ("default", "all")
         self.backbone, self.features = backbone(arch, stem, width)
-        previous = self.features
-        layers: list[nn.Module] = []
-        for _ in range(projector_layers - 1):
-            layers += [nn.Linear(previous, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
-            previous = d
-        layers += [nn.Linear(previous, d, bias=False), nn.BatchNorm1d(d, affine=False)]
-        self.projector = nn.Sequential(*layers)
-        self.predictor = nn.Sequential(
-            nn.Linear(d, d // 4, bias=False),
-            nn.BatchNorm1d(d // 4),
-            nn.ReLU(inplace=True),
-            nn.Linear(d // 4, d),
-        )
+        widths = [self.features] + [d] * projector_layers
+        self.projector = mlp(widths, hidden_bn, output_bn, affine=False)
+        self.predictor = mlp([d, d // 4, d], hidden_bn, bn == "all")
+        if predictor == "none":
+            self.predictor = nn.Identity()
+        self.predictor.requires_grad_(predictor != "fixed")
+        self.stop_grad, self.D, self.pairs = stop_grad, SIMILARITIES[similarity], PAIRS[loss]
+        self.looks = 1 + max(max(pair) for pair in self.pairs)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """All but the predictor's, which may have a learning rate of its own."""
         return [*self.backbone.parameters(), *self.projector.parameters()]
 
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Two views, N x 3 x H x W each -> the loss of Eq. 4 (a scalar), and z1, detached, N x d.
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        """`looks` views, N x 3 x H x W each -> the loss (a scalar), and z1, detached, N x d.
 
+        The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what the ablations make of it.
         Each view is its own forward pass: BN statistics are per view, as in the authors' code.
         """
-        z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
-        p1, p2 = self.predictor(z1), self.predictor(z2)
-        loss = D(p1, z2.detach()) / 2 + D(p2, z1.detach()) / 2  # detach: the stop-gradient
-        return loss, z1.detach()
+        z = [self.projector(self.backbone(x)) for x in views]
+        target = [one.detach() for one in z] if self.stop_grad else z  # detach: the stop-gradient
+        D = [self.D(self.predictor(z[i]), target[j]) for i, j in self.pairs]
+        return sum(D) / len(D), z[0].detach()
+
+
+# What of main.py's arguments makes a SimSiam; of a checkpoint of before, the last ones are missing.
+NETWORK = ("arch", "stem", "feature_dim", "projector_layers", "width")
+ABLATIONS = ("predictor", "bn", "similarity", "loss")
+
+
+def simsiam(args: Mapping) -> SimSiam:
+    """The network of main.py's flags. Raises ValueError as `SimSiam` does; KeyError."""
+    flags = {name: args[name] for name in NETWORK}
+    flags |= {name: args[name] for name in ABLATIONS if name in args}
+    return SimSiam(**flags, stop_grad=args.get("stop_grad", "on") == "on")
 
 
 def linear_head(features: int, classes: int) -> nn.Linear:
@@ -227,12 +300,11 @@ def pretrained(state: dict) -> SimSiam:
     It is built on `meta`, so that nothing is allocated at a size that only the arguments claim.
     """
     args = state["args"]
-    names = ("arch", "stem", "feature_dim", "projector_layers", "width")
     try:
         if args["projector_layers"] not in range(1, 9):
             raise ValueError(f"its arguments are not main.py's: {args['projector_layers']} layers")
         with torch.device("meta"):
-            net = SimSiam(*(args[name] for name in names))
+            net = simsiam(args)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"its arguments are not main.py's: {error}") from error
     load_strictly(net, state["model"])
@@ -643,6 +715,15 @@ def exported(net: SimSiam | Classifier, args: dict, to: str) -> dict[str, Tensor
         return {f"module.{name.removeprefix('backbone.')}": value for name, value in layers.items()}
     if to in ("authors", "mmpretrain") and not isinstance(net, Classifier) and not three:
         raise ValueError(f"{to}'s projector has three layers, this one does not")
+    heads = r"projector\.[036]\.bias|predictor\.0\.bias|predictor\.4\..+"
+    other = "projector.0.weight" in layers and "predictor.0.weight" not in layers
+    if to in ("authors", "lightly", "mmpretrain") and (
+        other or any(re.fullmatch(heads, name) for name in layers)
+    ):
+        raise ValueError(
+            f"{to}'s SimSiam has other heads than this one, by --bn or --predictor: choose timm or "
+            "torchvision, for the encoder alone, or safetensors"
+        )
     if to == "lightly" and isinstance(net, Classifier):
         raise ValueError("lightly has no names for a linear classifier: choose timm")
     found = {}

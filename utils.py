@@ -162,6 +162,12 @@ def run_flags(parser: Parser) -> None:
         default=10.0,
         help="write a checkpoint at least so often, besides each epoch's end (10)",
     )
+    add(
+        "--pictures",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw pictures at the end (yes)",
+    )
     add("--out", default="results", help="folder of what a run writes (results)")
     add("--name", type=file_name, help="the run's name, instead of one made of its flags")
     one = group.add_mutually_exclusive_group()
@@ -508,7 +514,7 @@ def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
         # like one that was never stopped, here is a pass before the first step; it changes nothing.
         nothing = torch.zeros(2, 3, image_size, image_size, device=device)
         with torch.compiler.set_stance("force_eager"):  # not to compile for this
-            trained.eval()(nothing, nothing)[0].backward()
+            trained.eval()(*[nothing] * net.looks)[0].backward()
         net.zero_grad()
     return trained
 
@@ -642,6 +648,12 @@ def accuracy(ranking: Tensor, labels: Tensor) -> tuple[float, float]:
     return 100 * hits[:, 0].float().mean().item(), 100 * hits.any(1).float().mean().item()
 
 
+def confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> list[list[int]]:
+    """How often each class (rows) was taken for each (columns): int64, M and M."""
+    pairs = labels * classes + predicted
+    return pairs.bincount(minlength=classes**2).view(classes, classes).tolist()
+
+
 # ---- collapse -----------------------------------------------------------------------------------
 
 
@@ -667,6 +679,81 @@ def effective_rank(bank: Tensor) -> float:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = singular / singular.sum()
     return torch.special.entr(share).sum().exp().item()
+
+
+# The thresholds are measured: see the README, "What you should see".
+WINDOW = 25  # steps whose mean std is looked at: one wait for the device in so many
+# A std of z below means total collapse where no BN is at its output: there runs begin at 0.75 or
+# 0.4, by --bn, and end below 0.15. With that BN, see `least_std`.
+COLLAPSED_STD = 0.3
+# A rank of the bank's features below this share of the untrained encoder's means dimensional
+# collapse, and so does one below 2 (images that are all alike have that from the start).
+COLLAPSED_RANK, LOWEST_RANK = 0.6, 2
+
+
+def least_std(bn: str, images: int) -> float:
+    """The least healthy `collapse_std` of batches of so many `images`, by SimSiam's `bn`.
+
+    The BN at the projector's output centres z, so that its std cannot fall to 0: all images but one
+    get the same output, and that one the opposite, which is a std of 2/sqrt(images). Healthy is
+    above 0.95, and the threshold in the middle of both, geometrically.
+    """
+    return (2 / images**0.5) ** 0.5 if bn in ("default", "all") else COLLAPSED_STD
+
+
+def collapse(
+    least: float, std: float, rank: float | None, start_rank: float, features: int
+) -> tuple[str, str] | None:
+    """What is seen of a collapse, if one is, and what to try against its kind.
+
+    `least`: `least_std`; `std`: the mean over a window of steps; `rank`: the `effective_rank` of
+    the bank's features, of which there are `features` (None: not measured); `start_rank`: that of
+    the untrained encoder.
+    """
+    if std < least:
+        return (
+            f"std of z is {std:.2f}, below {least:.2f}: different images get the same output, so "
+            "that the loss goes to -1 and nothing is learned (total collapse)",
+            "Try a lower --lr, --warmup_epochs 10, a larger --batch_size",
+        )
+    if rank is not None and rank < max(COLLAPSED_RANK * start_rank, LOWEST_RANK):
+        return (
+            f"the rank of the features is {rank:.1f} of {features}, and was {start_rank:.1f} "
+            f"before training: images are spread (std {std:.2f}), but over few dimensions "
+            "(dimensional collapse)",
+            "It comes where the network is small for the data (Li, Efros, Pathak, ECCV 2022), or "
+            "lr is high: try a wider or deeper --arch, fewer --epochs, a lower --lr",
+        )
+    return None
+
+
+SMALL_BATCH = 16  # on a rank, from which down BN's statistics alone can make a run fail
+FLAT_IMAGES = 8  # mean std over the images of a pixel, of 255, below which these hardly differ
+
+
+def likely_causes(args: argparse.Namespace, usual_lr: float, images: Tensor) -> list[str]:
+    """What of a run is known to make it collapse, and what to try instead.
+
+    `usual_lr`: the recipe's; `images`: some of the training images, uint8, N x 3 x H x W.
+    """
+    each, varied = args.batch_size // ranks(), images.float().std(0).mean().item()
+    causes = {
+        "--stop_grad off, the paper's own way to collapse (sec. 4.1): leave it on": (
+            args.stop_grad == "off"
+        ),
+        f"--predictor {args.predictor} (sec. 4.2): choose mlp": args.predictor != "mlp",
+        f"--bn {args.bn}, which does not keep z apart (sec. 4.4): choose default": (
+            args.bn in ("none", "hidden")
+        ),
+        f"--lr {args.lr:g}, {args.lr / usual_lr:.3g} times the recipe's: try --lr {usual_lr:g}, or "
+        "--warmup_epochs 10": args.lr > 2 * usual_lr,
+        f"BN over no more than {each} images: try --batch_size {64 * ranks()}": (
+            each <= SMALL_BATCH
+        ),
+        f"the images hardly differ (by {varied:.1f} of 255 levels): look at them, and at "
+        "--show_views": varied < FLAT_IMAGES,
+    }
+    return [cause for cause, here in causes.items() if here]
 
 
 # ---- signals ------------------------------------------------------------------------------------
@@ -745,6 +832,18 @@ class Keeper:
 # ---- files --------------------------------------------------------------------------------------
 
 
+# How the names of a run's files go on after the run's own.
+WRITTEN = (
+    "model.pth",
+    "statistics.csv",
+    "bad_images.txt",
+    "curves.png",
+    "neighbours.png",
+    "embedding.png",
+    "confusion.png",
+)
+
+
 @contextlib.contextmanager
 def one_writer(run: str, parser: Parser) -> Iterator[None]:
     """Around all that a run does: a second process at the same run is refused, naming the first.
@@ -773,7 +872,7 @@ def one_writer(run: str, parser: Parser) -> Iterator[None]:
             ) from error
     try:
         path.write_text(f"{os.getpid()}\n")
-        for end in ("model.pth", "statistics.csv", "curves.png", "bad_images.txt"):
+        for end in WRITTEN:
             Path(folder, f".{name}_{end}.part").unlink(missing_ok=True)
         yield
     finally:
@@ -954,6 +1053,10 @@ FREE = (
     "knn_every",
     "checkpoint_minutes",
     "profile",
+    "stop_on_collapse",
+    "pictures",
+    "tensorboard",
+    "show_views",
 )
 
 
@@ -1070,6 +1173,7 @@ STATISTICS = (
     "train_loss",
     "std",
     "rank",
+    "collapse",
     "test_acc@1",
     "test_acc@5",
     "images_per_sec",
@@ -1098,6 +1202,12 @@ def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> N
     """Rows as a CSV table of `columns`, six significant digits, blank where there is no value."""
     with whole_file(path) as file:
         pandas.DataFrame(rows, columns=columns).to_csv(file, index=False, float_format="%.6g")
+
+
+def read_csv(path: str | Path) -> list[dict]:
+    """Rows of a table that `write_csv` wrote; what was blank is missing."""
+    rows = pandas.read_csv(path).to_dict("records")
+    return [{name: value for name, value in row.items() if value == value} for row in rows]
 
 
 def add_result(path: str | Path, row: dict) -> None:

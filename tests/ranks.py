@@ -50,7 +50,7 @@ def gradients() -> None:
         difference = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
         largest = max(gradient.abs().max().item() for gradient in found[0])
         optimizer = main.optimizer_of(net, args)
-        sums = torch.zeros(3)
+        sums = torch.zeros(5)
         main.train(trained, optimizer, loader, views, 0, 0, sums, args, amp, lambda step: None)
         weights = torch.cat([sums, *(p.detach().flatten() for p in net.parameters())])
         everyones = [torch.empty_like(weights) for _ in range(utils.ranks())]

@@ -37,7 +37,7 @@ def pretrained(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     main.main(
         f"--data_name folder --data_root {folder} --recipe short --width 8 --feature_dim 32 "
-        f"--epochs 2 --out {out} --name pre".split()
+        f"--epochs 2 --no-pictures --out {out} --name pre".split()
     )
     return out / "pre_model.pth"
 
@@ -62,6 +62,8 @@ def test_a_head_from_checkpoint_to_table(pretrained, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "raw pixels" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pre_linear_confusion.png",
+        "pre_linear_curves.png",
         "pre_linear_model.pth",
         "pre_linear_statistics.csv",
         "results.csv",

@@ -24,7 +24,7 @@ TINY = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch
 
 
 def run(tmp_path, flags):
-    main.main([*TINY.split(), "--out", str(tmp_path), *flags.split()])
+    main.main([*TINY.split(), "--no-pictures", "--out", str(tmp_path), *flags.split()])
 
 
 def refused(capsys, *argv):
@@ -39,18 +39,21 @@ def refused(capsys, *argv):
 
 
 def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
-    run(tmp_path, "--epochs 3 --knn_every 2 --name a")
+    run(tmp_path, "--epochs 3 --knn_every 2 --name a --pictures")
     out = capsys.readouterr().out
     assert "raw pixels" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a_confusion.png",
         "a_curves.png",
+        "a_embedding.png",
         "a_model.pth",
+        "a_neighbours.png",
         "a_statistics.csv",
         "results.csv",
     ]
     table = pandas.read_csv(tmp_path / "a_statistics.csv")
     assert list(table.columns) == (
-        "epoch,lr,train_loss,std,rank,test_acc@1,test_acc@5,images_per_sec,seconds".split(",")
+        "epoch lr train_loss std rank collapse test_acc@1 test_acc@5 images_per_sec seconds".split()
     )
     assert table["epoch"].tolist() == [0, 1, 2, 3]
     assert table["test_acc@1"].isna().tolist() == [False, True, False, False]
@@ -70,7 +73,8 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         "args epoch history images_crc made_on model optimizer seconds step sums version".split()
     )
     net.load_state_dict(state["model"])
-    assert Image.open(tmp_path / "a_curves.png").size[0] > 600
+    for name in ("curves", "neighbours", "embedding", "confusion"):
+        assert Image.open(tmp_path / f"a_{name}.png").size[0] > 400
 
 
 def test_resume_ends_at_the_same_bits(tmp_path, capsys, monkeypatch):
@@ -163,7 +167,8 @@ def test_imagenet_from_files_to_a_judged_head(tmp_path, capsys, monkeypatch):
             image.convert(("RGB", "L", "CMYK")[i % 3]).save(path)
     flags = (
         f"--data_name imagenet --data_root {tmp_path} --arch resnet8 --stem cifar --image_size 32 "
-        f"--feature_dim 16 --batch_size 32 --epochs 2 --bank_size 60 --k 5 --out {tmp_path} --name"
+        f"--feature_dim 16 --batch_size 32 --epochs 2 --bank_size 60 --k 5 --no-pictures "
+        f"--out {tmp_path} --name"
     ).split()
     banks, real_knn = [], main.utils.knn
     monkeypatch.setattr(main.utils, "knn", lambda b, *a: banks.append(len(b)) or real_knn(b, *a))
@@ -274,10 +279,163 @@ def test_compile_trains_the_same_network(tmp_path):
         torch.testing.assert_close(a[key], b[key], atol=1e-2, rtol=1e-2)
 
 
-def test_collapse_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(main.utils, "collapse_std", lambda z: torch.tensor(0.01))
+COLLAPSING = "--stop_grad off --bn hidden --lr 2"
+
+
+def test_a_collapse_is_said_once_with_its_cause(tmp_path, capsys):
+    run(tmp_path, f"--epochs 6 --name a {COLLAPSING}")
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("warning: "))
+    assert "std of z is 0." in line
+    assert "--stop_grad off" in line
+    assert "--bn hidden" in line
+    assert "--batch_size" not in line
+    rows = main.utils.read_csv(tmp_path / "a_statistics.csv")
+    (found,) = (row for row in rows if "collapse" in row)
+    assert found["collapse"] == 6 * found["epoch"]  # steps so far, of 6 an epoch
+    assert f"epoch {found['epoch']}, step 6" in line
+    low = [row["epoch"] for row in rows[1:] if row["std"] < 0.3]
+    assert found["epoch"] == low[0]
+    assert rows[-1]["std"] < 0.2
+
+    run(tmp_path, "--epochs 2 --name healthy")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_stop_on_collapse_ends_the_run_and_resume_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(main.utils, "WINDOW", 2)
+    run(tmp_path, f"--epochs 3 --name whole --train_size 400 {COLLAPSING}")  # 12 steps an epoch
+    flags = f"--epochs 3 --name cut --train_size 400 {COLLAPSING}"
+    with pytest.raises(main.utils.RunError, match="--no-stop_on_collapse"):
+        run(tmp_path, f"{flags} --stop_on_collapse")
+    state = torch.load(tmp_path / "cut_model.pth")
+    assert (state["epoch"], state["step"]) == (0, 6)  # at once, not at the epoch's end
+    with pytest.raises(main.utils.RunError, match="--no-stop_on_collapse"):
+        run(tmp_path, f"{flags} --resume")
+    assert torch.load(tmp_path / "cut_model.pth")["step"] == 6
+    run(tmp_path, f"{flags} --resume --no-stop_on_collapse")
+    whole, cut = (
+        pandas.read_csv(tmp_path / f"{name}_statistics.csv").drop(
+            columns=["images_per_sec", "seconds"]
+        )
+        for name in ("whole", "cut")
+    )
+    assert whole.equals(cut)
+    assert whole["collapse"].dropna().tolist() == [6]
+
+
+def test_ablations_are_kept_in_the_checkpoint(tmp_path, capsys):
+    flags = "--stop_grad off --predictor fixed --bn all --similarity cross_entropy"
+    run(tmp_path, f"--epochs 1 --name a {flags} --loss asymmetric_2x")
+    state = main.utils.load_checkpoint(tmp_path / "a_model.pth")
+    net = model.pretrained(state)
+    assert net.stop_grad is False
+    assert net.D is model.cross_entropy
+    assert net.looks == 4
+    assert not any(p.requires_grad for p in net.predictor.parameters())
+    torch.manual_seed(0)  # the predictor is as it started
+    begun = model.simsiam(state["args"]).predictor.state_dict()
+    for name, value in net.predictor.state_dict().items():
+        assert torch.equal(value, begun[name]) == ("weight" in name or "bias" in name), name
+    err = refused(capsys, "--resume", tmp_path / "a_model.pth", "--stop_grad", "on")
+    assert "--stop_grad off" in err
+    for name in (*model.ABLATIONS, "stop_grad"):  # a checkpoint of before there were any
+        del state["args"][name]
+    state["model"] = model.SimSiam("resnet8", "cifar", 16, 2, 4).state_dict()
+    assert model.pretrained(state).stop_grad is True
+
+
+def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, monkeypatch):
     run(tmp_path, "--epochs 1 --name a")
-    assert "warning: std of z is 0.01" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    sheets = []
+    real = main.figures.sheet
+    monkeypatch.setattr(main.figures, "sheet", lambda *args: sheets.append(args) or real(*args))
+    run(tmp_path, "--name a --show_views")
+    assert "a_views.png" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    assert Image.open(tmp_path / "a_views.png").size[0] > 300
+    found = torch.from_numpy(sheets[0][0]).permute(0, 1, 4, 2, 3)  # 8 x 3 of 3 x 32 x 32
+    args = main.parse_args([*TINY.split(), "--name", "a"])[0]
+    images, views = main.load_images(args).train_images, main.make_views(args)
+    shown = found[:, 0]
+    assert all((image == images).flatten(1).all(1).any() for image in shown)
+    views.seed(0, 0)
+    for i in (1, 2):
+        undone = found[:, i] / 255
+        expected = views(shown.contiguous())
+        for c in range(3):
+            wanted = expected[:, c] * views.std[c] + views.mean[c]
+            torch.testing.assert_close(undone[:, c], wanted, atol=0.51 / 255, rtol=0)
+
+
+def test_neighbours_and_map_of_test_images_or_of_the_users_own(tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("neighbours", "embedding", "confusion"):
+        monkeypatch.setattr(main.figures, name, lambda *args, n=name: drawn.update({n: args}))
+    args = main.parse_args([*TINY.split(), "--name", "a"])[0]
+    images, views = main.load_images(args), main.make_views(args)
+    net = model.simsiam(vars(args))
+    amp = torch.autocast("cpu", enabled=False)
+
+    def found(part):
+        """Brute force: features, in eval mode, normalised."""
+        net.eval()
+        with torch.no_grad():
+            return torch.nn.functional.normalize(net.backbone(views.plain(part)), dim=1)
+
+    main.draw(str(tmp_path / "a"), [{"epoch": 0, "rank": 1.0}], net, views, images, args, amp)
+    tiles, similarity, right, names = drawn["neighbours"][:4]
+    places = torch.linspace(0, 999, 8).long()
+    cosine = found(images.test_images[places]) @ found(images.train_images).T
+    best, nearest = cosine.sort(1, descending=True)
+    torch.testing.assert_close(torch.from_numpy(similarity), best[:, :8], atol=1e-5, rtol=0)
+    same = images.train_labels[nearest[:, :8]] == images.test_labels[places][:, None]
+    assert (right == same.numpy()).all()
+    assert names == [images.classes[i] for i in images.test_labels[places]]
+    assert (tiles[3, 0] == images.test_images[places[3]].permute(1, 2, 0).numpy()).all()
+    assert (tiles[3, 1] == images.train_images[nearest[3, 0]].permute(1, 2, 0).numpy()).all()
+    matrix = torch.tensor(drawn["confusion"][0])
+    assert matrix.sum(1).tolist() == images.test_labels.bincount().tolist()
+    bank, queries = found(images.train_images), found(images.test_images)
+    top1 = main.knn_accuracy(bank, queries, images, args)[0]
+    assert 100 * matrix.trace() / matrix.sum() == pytest.approx(top1, abs=0.2)
+
+    drawn.clear()
+    images.train_labels, images.test_images, images.test_labels = (
+        -1 - 0 * images.train_labels,
+        None,
+        None,
+    )
+    main.draw(str(tmp_path / "b"), [{"epoch": 0, "rank": 1.0}], net, views, images, args, amp)
+    assert set(drawn) == {"neighbours", "embedding"}
+    tiles, similarity, right, _ = drawn["neighbours"][:4]
+    assert right is None
+    cosine = bank @ bank.T
+    cosine.fill_diagonal_(-2)  # an image is not its own neighbour
+    places = torch.linspace(0, 199, 8).long()
+    best = cosine[places].sort(1, descending=True).values[:, :8]
+    torch.testing.assert_close(torch.from_numpy(similarity), best, atol=1e-5, rtol=0)
+    assert drawn["embedding"][1] is None
+
+
+def test_tensorboard_gets_scalars_pictures_and_features(tmp_path, capsys, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, "--epochs 2 --name a --tensorboard --pictures")
+    events = EventAccumulator(str(tmp_path / "a_tensorboard")).Reload()
+    table = main.utils.read_csv(tmp_path / "a_statistics.csv")
+    for column in ("train_loss", "std", "rank", "test_acc@1"):
+        points = [(event.step, event.value) for event in events.Scalars(column)]
+        wanted = [(row["epoch"], row[column]) for row in table[1:]]
+        assert points == [pytest.approx(point, rel=1e-4) for point in wanted]
+    assert set(events.Tags()["images"]) == {"curves", "neighbours", "embedding", "confusion"}
+    folder = tmp_path / "a_tensorboard" / "00002" / "default"
+    assert pandas.read_csv(folder / "tensors.tsv", sep="\t", header=None).shape == (1000, 16)
+    metadata = (folder / "metadata.tsv").read_text().split()
+    assert (len(metadata), set(metadata)) == (1000, set(data.TEXTURES))
+    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None)
+    assert "pip install tensorboard" in refused(capsys, *TINY.split(), "--tensorboard")
 
 
 def test_a_month_on_the_cpu_is_said(tmp_path, capsys):

@@ -66,6 +66,79 @@ def test_loss_is_minus_one_for_equal_directions_and_computed_in_fp32():
     assert model.D(p.bfloat16(), p.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("similarity", model.SIMILARITIES)
+@pytest.mark.parametrize(("loss", "targets"), [("symmetric", {0, 1}), ("asymmetric", {1})])
+def test_the_stop_gradient_is_exact(similarity, loss, targets):
+    """Each half of the loss alone, without the way through p: no gradient reaches its z."""
+
+    class NoWayBack(nn.Module):
+        def forward(self, z):
+            return z.detach().flip(1).requires_grad_()
+
+    for stop_grad in (True, False):
+        torch.manual_seed(0)
+        ablations = {"similarity": similarity, "loss": loss, "stop_grad": stop_grad}
+        net = model.SimSiam("resnet8", feature_dim=16, **ablations)
+        net.predictor, z = NoWayBack(), []
+        net.projector.register_forward_hook(lambda *io, z=z: z.append(io[2]))
+        total, _ = net(*torch.randn(2, 8, 3, 16, 16))
+        found = torch.autograd.grad(total, z, allow_unused=True)
+        assert len(found) == 2
+        for i, gradient in enumerate(found):
+            reached = gradient is not None and bool((gradient != 0).any())
+            assert reached == (i in targets and not stop_grad)
+
+
+def test_losses_of_the_ablations():
+    p, z = torch.randn(2, 8, 16)
+    theirs = nn.functional.cross_entropy(p, z.softmax(1))
+    torch.testing.assert_close(model.cross_entropy(p, z), theirs)
+    assert model.cross_entropy(p.bfloat16(), z.bfloat16()).dtype == torch.float32
+    torch.manual_seed(0)
+    nets = {loss: model.SimSiam("resnet8", feature_dim=16, loss=loss) for loss in model.PAIRS}
+    for net in nets.values():
+        net.load_state_dict(nets["symmetric"].state_dict())
+    x = torch.randn(4, 8, 3, 16, 16)
+    assert [net.looks for net in nets.values()] == [2, 2, 4]
+
+    def one_way(a, b):
+        return nets["asymmetric"](x[a], x[b])[0]
+
+    both = (one_way(0, 1) + one_way(1, 0)) / 2
+    torch.testing.assert_close(nets["symmetric"](*x[:2])[0], both)
+    twice = (one_way(0, 1) + one_way(2, 3)) / 2
+    torch.testing.assert_close(nets["asymmetric_2x"](*x)[0], twice)
+    assert abs(both - twice) > 1e-4
+
+
+def test_heads_of_the_ablations():
+    def places(head):
+        return [i for i, layer in enumerate(head) if isinstance(layer, nn.BatchNorm1d)]
+
+    x = torch.randn(2, 8, 3, 16, 16)
+    bn = {"none": ([], []), "hidden": ([1], [1]), "default": ([1, 4], [1]), "all": ([1, 4], [1, 4])}
+    for name, found in bn.items():
+        net = model.SimSiam("resnet8", feature_dim=16, bn=name)
+        assert (places(net.projector), places(net.predictor)) == found
+        for head in (net.projector, net.predictor):
+            linears = [i for i, layer in enumerate(head) if isinstance(layer, nn.Linear)]
+            assert linears == [0, 3]
+            # A bias, unless a BN takes it away again.
+            assert [i for i in linears if head[i].bias is None] == [i - 1 for i in places(head)]
+        net(*x)[0].backward()
+
+    net = model.SimSiam("resnet8", feature_dim=16, predictor="none")
+    z = net.projector(net.backbone(x[0])), net.projector(net.backbone(x[1]))
+    torch.testing.assert_close(net(*x)[0], model.D(*z))
+    net = model.SimSiam("resnet8", feature_dim=16, predictor="fixed")
+    net(*x)[0].backward()
+    assert all(p.grad is None for p in net.predictor.parameters())
+    assert net.projector[0].weight.grad.any()
+    for flag in ("predictor", "bn", "similarity", "loss"):
+        with pytest.raises(ValueError, match=f"--{flag} some"):
+            model.SimSiam("resnet8", **{flag: "some"})
+
+
 def test_cifar_stem_leaves_4x4_in_layer4():
     net = model.SimSiam("resnet18")
     shapes = {}

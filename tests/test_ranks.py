@@ -26,7 +26,9 @@ import utils
 from tests import crash
 from tests.test_safety import ROOT, refused
 
-TINY = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32".split()
+TINY = (
+    "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
+).split()
 
 
 def said(*command):
@@ -150,6 +152,7 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     """Accuracies, here of 61 test images, are those of one process; the linear head to the bit."""
     root = image_files(tmp_path / "images", 128)
     train = f"--data_name imagenet --data_root {root} --arch resnet18 --image_size 32 --epochs 1 "
+    train += "--loss asymmetric_2x "  # four views
     train += f"--feature_dim 64 --batch_size 24 --bank_size 100 --num_workers 1 --out {tmp_path}"
     fit = f"--model_path {tmp_path}/pre_model.pth --optimizer lars --batch_size 50 --epochs 3 "
     fit += f"--lr 0.1 1 --num_workers 1 --out {tmp_path} --name linear"
@@ -378,7 +381,8 @@ def test_a_run_on_shards(shards, tmp_path, capsys):
     flags = (
         f"--data_name webdataset --data_root {shards} --image_size 32 --arch resnet8 --stem cifar"
     )
-    flags += f" --width 4 --feature_dim 16 --batch_size 48 --epochs 2 --out {tmp_path} --name"
+    flags += f" --width 4 --feature_dim 16 --batch_size 48 --epochs 2 --out {tmp_path} "
+    flags += "--no-pictures --name"
     main.main([*flags.split(), "whole"])
     state = utils.load_checkpoint(tmp_path / "whole_model.pth")
     assert state["args"]["recipe"] == "imagenet"

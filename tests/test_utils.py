@@ -1,12 +1,15 @@
 """kNN against scikit-learn, collapse measures on known cases, files that are whole."""
 
+import argparse
 import math
 import os
+import re
 import stat
 
 import numpy as np
 import pandas
 import pytest
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
@@ -76,6 +79,57 @@ def test_collapse_std():
     assert utils.collapse_std(z).item() == pytest.approx(1, abs=0.01)
     assert utils.collapse_std(5 * z).item() == pytest.approx(1, abs=0.01)
     assert utils.collapse_std(torch.ones(8, 64)).item() == 0
+
+
+def test_collapse_by_its_thresholds():
+    def kind(std, rank=None, bn="default", start=6.0, images=64):
+        found = utils.collapse(utils.least_std(bn, images), std, rank, start, 64)
+        return found and re.search(r"(total|dimensional) collapse", found[0])[1]
+
+    assert kind(0.99) is kind(0.55) is kind(0.99, 5.0) is None
+    assert kind(0.45) == kind(0.1) == kind(0.1, 2.0) == "total"
+    assert kind(0.99, 3.0) == "dimensional"
+    assert kind(0.99, 1.4, start=1.1) == "dimensional"  # as of images that are all the same
+    assert kind(0.7, bn="hidden") is kind(0.35, bn="none") is None
+    assert kind(0.2, bn="hidden") == kind(0.2, bn="none") == "total"
+    # As collapsed as z can be after a BN without affine: one image against the others.
+    for images in (8, 16, 64, 512):
+        z = torch.ones(images, 32)
+        z[0] = -1
+        std = utils.collapse_std(F.batch_norm(z, None, None, training=True)).item()
+        assert std == pytest.approx(2 / math.sqrt(images), rel=1e-3)
+        assert kind(std, images=images) == "total"
+        healthy = F.batch_norm(torch.randn(images, 32), None, None, training=True)
+        assert kind(utils.collapse_std(healthy).item(), images=images) is None
+
+
+def test_likely_causes_are_those_of_the_run():
+    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    base = {"batch_size": 64, "lr": 1.0, "stop_grad": "on", "predictor": "mlp", "bn": "default"}
+
+    def causes(some=images, **flags):
+        return utils.likely_causes(argparse.Namespace(**base | flags), 1.0, some)
+
+    assert causes() == []
+    for flag, value in (
+        ("stop_grad", "off"),
+        ("predictor", "none"),
+        ("predictor", "fixed"),
+        ("bn", "none"),
+        ("lr", 30.0),
+    ):
+        (line,) = causes(**{flag: value})
+        assert line.startswith(f"--{flag} {value:g}" if flag == "lr" else f"--{flag} {value}")
+    assert "4 images" in causes(batch_size=4)[0]
+    assert "30 times the recipe's" in causes(lr=30.0)[0]
+    assert "hardly differ" in causes(images // 64 + 100)[0]
+    assert len(causes(images // 64, stop_grad="off", lr=30.0)) == 3
+
+
+def test_confusion_matrix_equals_scikit_learn():
+    labels, predicted = torch.randint(0, 5, (2, 100))
+    theirs = sklearn.metrics.confusion_matrix(labels, predicted, labels=range(7))
+    assert utils.confusion_matrix(labels, predicted, 7) == theirs.tolist()
 
 
 def test_effective_rank():

@@ -374,7 +374,7 @@ def test_init_starts_from_a_checkpoints_weights(tmp_path, capsys, monkeypatch):
     state = {name: value for name, value in state.items() if name[0] == "f"}
     torch.save(state, path)
     flags = f"--data_name textures --train_size 64 --batch_size 32 --epochs 1 --out {tmp_path} "
-    flags += f"--init {path} --arch resnet18 --feature_dim 16 --lr 1e-9 --name a"
+    flags += f"--init {path} --arch resnet18 --feature_dim 16 --lr 1e-9 --no-pictures --name a"
     watched = {"rank": 1.0, "test_acc@1": 1.0, "test_acc@5": 1.0}
     monkeypatch.setattr(main, "monitor", lambda *args: watched)
     monkeypatch.setattr(main, "raw_pixels_accuracy", lambda *args: 1.0)
@@ -550,6 +550,18 @@ def test_what_cannot_go_out_is_said(tmp_path, capsys):
     path.write_text("no weights")
     assert "no checkpoint" in refused(capsys, door, path, tmp_path / "new", "--to", "timm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.pth", "out"]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"bn": "none"}, {"bn": "hidden"}, {"bn": "all"}, {"predictor": "none"}]
+)
+def test_heads_of_ablations_do_not_go_out_under_names_of_others(flags):
+    net = model.SimSiam("resnet18", "imagenet", 16, 3, **flags)
+    args = {"arch": "resnet18", "stem": "imagenet"}
+    for to in ("authors", "lightly", "mmpretrain"):
+        with pytest.raises(ValueError, match="other heads"):
+            model.exported(net, args, to)
+    assert len(model.exported(net, args, "timm")) == len(net.backbone.state_dict())
 
 
 # ---- features, hub ------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def bench_train() -> Iterator[Row]:
         optimizer = main.optimizer_of(net, args)
         loader = data.Loader([images], args.batch_size)
         views = data.Views(32, args.mean, args.std)
-        settings = (loader, views, 0, 0, torch.zeros(3), args, autocast, lambda step: None)
+        settings = (loader, views, 0, 0, torch.zeros(5), args, autocast, lambda step: None)
         return lambda: main.train(net, optimizer, *settings), net
 
     (fp32, net), (bf16, _) = training("off"), training("bf16")
@@ -153,7 +153,7 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
         with Peer(peers.lightly_training, images, args) as lightly:
 
             def ours(epoch: int) -> float:
-                more = (0, torch.zeros(3), args, amp, lambda step: None)
+                more = (0, torch.zeros(5), args, amp, lambda step: None)
                 main.train(net, optimizer, loader, views, epoch, *more)
                 return main.monitor(net, views, images, args, amp)["test_acc@1"]
 

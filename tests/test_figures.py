@@ -1,0 +1,145 @@
+"""The pictures: nothing lies on anything else, for few and many classes, epochs and images."""
+
+import io
+import itertools
+
+import matplotlib.text
+import numpy as np
+import pytest
+from PIL import Image
+
+import figures
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Draw, and the Figure back, of which nothing is outside and no two texts overlap."""
+    saved, texts = [], {}  # the layout is tried before it is drawn: the last place counts
+    save, write = figures.Figure.savefig, matplotlib.text.Text.draw
+
+    def draw_text(self, renderer):
+        if self.get_visible() and self.get_text().strip():
+            texts[self] = self.get_text(), self.get_window_extent(renderer)
+        write(self, renderer)
+
+    def savefig(self, file, **how):
+        texts.clear()
+        save(self, file, **how)
+        saved.append((self, how["dpi"]))
+
+    monkeypatch.setattr(matplotlib.text.Text, "draw", draw_text)
+    monkeypatch.setattr(figures.Figure, "savefig", savefig)
+
+    def draw(function, *args):
+        file = io.BytesIO()
+        function(*args, file)
+        figure, dpi = saved.pop()
+        assert np.asarray(Image.open(file).convert("RGB")).std() > 5
+        width, height = figure.get_size_inches() * dpi
+        for text, box in texts.values():
+            assert -1 <= box.x0 <= box.x1 <= width + 1, text
+            assert -1 <= box.y0 <= box.y1 <= height + 1, text
+        for (a, one), (b, other) in itertools.combinations(texts.values(), 2):
+            # Letters may touch by a pixel; boxes hold the room above and below them too.
+            wide = min(one.x1, other.x1) - max(one.x0, other.x0)
+            tall = min(one.y1, other.y1) - max(one.y0, other.y0)
+            assert wide <= 1 or tall <= 2, (a, b)
+        return figure
+
+    return draw
+
+
+def history(epochs, labelled=True):
+    """Rows of a statistics table."""
+    rows = [{"epoch": 0, "rank": 6.3, "test_acc@1": 29.6, "raw_acc@1": 41.4}]
+    for epoch in range(1, epochs + 1):
+        row = {"epoch": epoch, "train_loss": -1 + 1 / epoch, "std": 0.99, "rank": 6 + epoch / 100}
+        rows.append(row | {"test_acc@1": 100 - 60 / epoch})
+    return [{name: row[name] for name in row if labelled or "acc" not in name} for row in rows]
+
+
+@pytest.mark.parametrize("epochs", [1, 20, 800])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_curves(drawn, epochs, labelled):
+    rows = history(epochs, labelled)
+    figure = drawn(figures.curves, {"a $strange$ name": rows})
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert ("top-1 on test images (%)" in labels) == labelled
+    assert "std of z · √d (0: collapsed)" in labels
+    line = figure.axes[0].lines[0]
+    assert line.get_xdata().tolist() == list(range(1, epochs + 1))
+    assert line.get_ydata().tolist() == [row["train_loss"] for row in rows[1:]]
+
+
+def test_curves_of_several_runs_over_one_another(drawn):
+    runs = {f"run {i}": history(5 + i) for i in range(10)}
+    figure = drawn(figures.curves, runs)
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(looks) == 10
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40, 100, None])
+def test_embedding(drawn, classes):
+    rng = np.random.default_rng(0)
+    names = [f"class number {i}" for i in range(classes or 3)]
+    labels = rng.integers(0, classes, 200) if classes else None
+    features = rng.normal(size=(200, 8)) * 0.1
+    if classes == 2:
+        features[:, 0] += 10 * labels
+    words = [names[i] for i in labels] if classes else None
+    figure = drawn(figures.embedding, features.astype(np.float32), words, names, "title")
+    clouds = [c.get_offsets() for c in figure.axes[0].collections]
+    assert sum(map(len, clouds)) == 200
+    legend = figure.legends[0].get_texts() if figure.legends else []
+    assert len(legend) == (classes if classes and classes <= 40 else 0)
+    if classes == 2:  # far apart stays far apart
+        apart = np.linalg.norm(clouds[0].mean(0) - clouds[1].mean(0))
+        assert apart > 2 * max(cloud.std(0).max() for cloud in clouds)
+    if classes == 40:
+        looks = {
+            (tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes())
+            for c in figure.axes[0].collections
+        }
+        assert len(looks) == 40
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_embedding_of_few_or_equal_images(drawn, number):
+    drawn(figures.embedding, np.ones((number, 4), np.float32), None, [], "collapsed")
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_neighbours(drawn, right):
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (8, 9, 32, 32, 3), dtype=np.uint8)
+    framed = rng.random((8, 8)) < 0.5 if right else None
+    figure = drawn(figures.neighbours, tiles, rng.random((8, 8)), framed, ["a class"] * 8, "title")
+    axes = figure.axes[0]
+    assert len(axes.patches) == (framed.sum() if right else 0)
+    canvas = axes.images[0].get_array()
+    for patch in axes.patches:  # a frame is around a neighbour, never a query
+        x, y = (round(v + 0.5) for v in patch.get_xy())
+        r, c = y // 42, x // 42
+        assert (x, y) == (42 * c, 42 * r)
+        assert framed[r, c - 1]
+        assert (canvas[y : y + 32, x : x + 32] == tiles[r, c]).all()
+
+
+def test_sheet(drawn):
+    tiles = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32, 3), dtype=np.uint8)
+    drawn(figures.sheet, tiles, ("image", "view 1", "view 2"), "a long name: what is seen of it")
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40, 100])
+def test_confusion(drawn, classes):
+    matrix = np.full((classes, classes), 1) + 98 * np.eye(classes, dtype=int)
+    figure = drawn(
+        figures.confusion, matrix.tolist(), [f"class number {i}" for i in range(classes)], "a_run"
+    )
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert len(written) == (classes**2 if classes <= 20 else 0)
+    share = 100 * 99 / (98 + classes)
+    assert f"top-1 {share:.2f} % of" in figure.axes[0].get_title()
+    if written:
+        assert written[0] == f"{share:.0f}"
