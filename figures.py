@@ -14,7 +14,8 @@ from matplotlib.patches import Patch, Rectangle
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
-MARKERS = "o^sDvP*"  # as many as have no factor in common with the colours: 56 pairs
+COLOURS += ("#882255", "#999999")  # and two of Tol's, so that ten classes have one each
+MARKERS = "o^sDvP*"  # as many as have no factor in common with the colours: 70 pairs
 LINES = ("-", "--", ":", "-.")
 DPI = 110
 
@@ -44,7 +45,8 @@ def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
     rows = [row for history in runs.values() for row in history]
     panels = [name for name in PANELS if any(row.get(name) is not None for row in rows)]
     several = len(runs) > 1
-    figure = Figure(figsize=(3.6 * len(panels), 3.3), layout="constrained")
+    figure = Figure(figsize=(3.7 * len(panels), 3.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     for axes, column in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         lines = []
         for i, (name, history) in enumerate(runs.items()):
@@ -56,13 +58,14 @@ def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
                 marker="." if len(points) < 50 else "",
                 label=name.replace("$", r"\$"),
             )
-        axes.set(xlabel="epoch", ylabel=PANELS[column])
+        last = max(row["epoch"] for row in rows)  # all panels have the same epochs
+        axes.set(xlabel="epoch", ylabel=PANELS[column], xlim=(-0.04 * last, 1.04 * last))
         axes.xaxis.get_major_locator().set_params(integer=True)
         bare(axes)
         if column.endswith("acc@1"):
             axes.set_ylim(0, 100)
         elif column == "std":
-            axes.set_ylim(0, 1.1)
+            axes.set_ylim(0, max(1.1, 1.05 * max(row.get("std", 0) for row in rows)))
         if column == "test_acc@1" and not several:
             start = rows[0] if rows[0]["epoch"] == 0 else {}
             baselines = (
@@ -283,7 +286,8 @@ FIG_2 = (
 def rank_and_knn(rows: list[dict], file: IO[bytes]) -> None:
     """Effective rank against kNN at the end of runs, a panel a data set, with Spearman's rho.
 
-    `rows`: of tools.ablate's table. Runs that were warned of a collapse are hollow triangles.
+    `rows`: of tools.ablate's table. Runs that were warned of a collapse are hollow triangles; rho
+    is that of all runs, and of the others alone.
     """
     from scipy.stats import spearmanr
 
@@ -297,10 +301,11 @@ def rank_and_knn(rows: list[dict], file: IO[bytes]) -> None:
         axes.plot(rank[warned], knn[warned], "^", color=VERMILION, fillstyle="none", label="warned")
         untrained = those[0]["untrained_rank"], those[0]["untrained_knn"]
         axes.plot(*untrained, "*", color="black", markersize=11, label="untrained, resnet8")
-        rho = spearmanr(rank, knn).statistic
+        rho = [spearmanr(rank[some], knn[some]).statistic for some in (warned | True, ~warned)]
         axes.set(xlabel="effective rank of the features", ylabel="kNN top-1 (%)")
         axes.set_title(
-            f"{name}: {len(those)} runs, Spearman's ρ {rho:.2f}",
+            f"{name}: {len(those)} runs, Spearman's ρ {rho[0]:.2f}\n"
+            f"({sum(~warned)} without a warning: ρ {rho[1]:.2f})",
             fontsize="medium",
             parse_math=False,
         )

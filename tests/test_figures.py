@@ -66,13 +66,14 @@ def test_curves(drawn, epochs, labelled):
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert ("top-1 on test images (%)" in labels) == labelled
     assert "std of z · √d (0: collapsed)" in labels
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == list(range(1, epochs + 1))
     assert line.get_ydata().tolist() == [row["train_loss"] for row in rows[1:]]
 
 
 def test_curves_of_several_runs_over_one_another(drawn):
-    runs = {f"run {i}": history(5 + i) for i in range(10)}
+    runs = {f"a run with a longer name, the number {i}": history(5 + i) for i in range(10)}
     figure = drawn(figures.curves, runs)
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
     assert len(looks) == 10
@@ -137,6 +138,8 @@ def test_confusion(drawn, classes):
     figure = drawn(
         figures.confusion, matrix.tolist(), [f"class number {i}" for i in range(classes)], "a_run"
     )
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert ("class number 1" in names) == (classes <= 40)
     written = [text.get_text() for text in figure.axes[0].texts]
     assert len(written) == (classes**2 if classes <= 20 else 0)
     share = 100 * 99 / (98 + classes)
