@@ -5,12 +5,13 @@ colour-blind people tell apart; what matters is told by a shape, a frame or a nu
 """
 
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+
+if TYPE_CHECKING:  # imported where a picture is drawn, at the end of a run: it takes its time
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
@@ -28,7 +29,14 @@ PANELS = {
 }
 
 
-def bare(axes: Axes) -> None:
+def blank(width: float, height: float) -> "Figure":
+    """A figure of that size in inches, whose parts make room for one another."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def bare(axes: "Axes") -> None:
     """A light grid, and no frame on the upper and right side."""
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
@@ -45,7 +53,7 @@ def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
     rows = [row for history in runs.values() for row in history]
     panels = [name for name in PANELS if any(row.get(name) is not None for row in rows)]
     several = len(runs) > 1
-    figure = Figure(figsize=(3.7 * len(panels), 3.3), layout="constrained")
+    figure = blank(3.7 * len(panels), 3.3)
     figure.get_layout_engine().set(w_pad=0.12)
     for axes, column in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         lines = []
@@ -85,7 +93,7 @@ def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
     figure.savefig(file, format="png", dpi=DPI)
 
 
-def mosaic(figure: Figure, tiles: np.ndarray, gap: int) -> tuple[Axes, int]:
+def mosaic(figure: "Figure", tiles: np.ndarray, gap: int) -> "tuple[Axes, int]":
     """Rows of images, rows x columns x H x W x 3 of uint8, in one Axes without a scale.
 
     Returns it and the distance of the tiles in its units, pixels of the images. The tile in row r
@@ -108,9 +116,7 @@ def mosaic(figure: Figure, tiles: np.ndarray, gap: int) -> tuple[Axes, int]:
 
 def sheet(tiles: np.ndarray, names: Sequence[str], title: str, file: IO[bytes]) -> None:
     """Images in columns of `names`: rows x columns x H x W x 3 of uint8."""
-    figure = Figure(
-        figsize=(1.1 * tiles.shape[1] + 0.6, 1.1 * tiles.shape[0] + 0.6), layout="constrained"
-    )
+    figure = blank(1.1 * tiles.shape[1] + 0.6, 1.1 * tiles.shape[0] + 0.6)
     axes, pitch = mosaic(figure, tiles, gap=max(1, tiles.shape[2] // 16))
     axes.set_xticks([pitch * c + tiles.shape[3] / 2 for c in range(len(names))], names)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -132,8 +138,10 @@ def neighbours(
     `right`: rows x k, whether a neighbour has the query's class, to be framed; None without labels.
     `names`: the queries' classes.
     """
+    from matplotlib.patches import Patch, Rectangle
+
     rows, columns = tiles.shape[:2]
-    figure = Figure(figsize=(0.85 * columns + 1, 0.85 * rows + 1), layout="constrained")
+    figure = blank(0.85 * columns + 1, 0.85 * rows + 1)
     side = tiles.shape[2]
     axes, pitch = mosaic(figure, tiles, gap=max(4, side * 5 // 16))
     for r in range(rows):
@@ -177,7 +185,7 @@ def embedding(
     if len(features) > 1:
         points = TSNE(init="random", perplexity=few, random_state=0).fit_transform(features)
     named = labels is not None and 0 < len(classes) <= 40
-    figure = Figure(figsize=(8 if named else 6, 6), layout="constrained")
+    figure = blank(8 if named else 6, 6)
     axes = figure.subplots()
     size = 12 if len(points) > 300 else 25
     for i in range(1 if labels is None else len(classes)):
@@ -209,7 +217,7 @@ def confusion(matrix: list[list[int]], classes: list[str], title: str, file: IO[
     """
     shares = [[100 * cell / max(1, sum(row)) for cell in row] for row in matrix]
     side = 3 + 0.36 * min(len(classes), 40)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = blank(side + 1, side)
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     figure.colorbar(image, label="% of the true class", shrink=0.8)
@@ -234,7 +242,7 @@ def ablations(runs: dict[str, list[list[dict]]], title: str, file: IO[bytes]) ->
     `runs`: by setting, statistics of one run a seed; `default` is among them. Lines and bars are
     means, thin lines and dots the seeds.
     """
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = blank(11, 7.5)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.2))
     shown = [name for name in FIG_2 if name in runs]
     for axes, column in zip(upper.subplots(1, 3), ("train_loss", "std", "test_acc@1"), strict=True):
@@ -292,7 +300,7 @@ def rank_and_knn(rows: list[dict], file: IO[bytes]) -> None:
     from scipy.stats import spearmanr
 
     names = list(dict.fromkeys(row["data"] for row in rows))
-    figure = Figure(figsize=(5 * len(names), 4.2), layout="constrained")
+    figure = blank(5 * len(names), 4.2)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         those = [row for row in rows if row["data"] == name]
         rank, knn = (np.array([row[key] for row in those], dtype=float) for key in ("rank", "knn"))

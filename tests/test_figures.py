@@ -3,6 +3,7 @@
 import io
 import itertools
 
+import matplotlib.figure
 import matplotlib.text
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import figures
 def drawn(monkeypatch):
     """Draw, and the Figure back, of which nothing is outside and no two texts overlap."""
     saved, texts = [], {}  # the layout is tried before it is drawn: the last place counts
-    save, write = figures.Figure.savefig, matplotlib.text.Text.draw
+    save, write = matplotlib.figure.Figure.savefig, matplotlib.text.Text.draw
 
     def draw_text(self, renderer):
         if self.get_visible() and self.get_text().strip():
@@ -28,7 +29,7 @@ def drawn(monkeypatch):
         saved.append((self, how["dpi"]))
 
     monkeypatch.setattr(matplotlib.text.Text, "draw", draw_text)
-    monkeypatch.setattr(figures.Figure, "savefig", savefig)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
 
     def draw(function, *args):
         file = io.BytesIO()

@@ -1,5 +1,7 @@
 """tools.plot and tools.ablate: what they draw and write is of the runs."""
 
+import shutil
+
 import numpy as np
 import pandas
 import pytest
@@ -70,8 +72,18 @@ def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypat
         ablate.Setting("no stop-gradient", f"{small} --stop_grad off", "0.1", "", True),
     )
     monkeypatch.setitem(ablate.STUDIES, "ablations", settings)
-    monkeypatch.setitem(ablate.STUDIES, "collapse", settings[1:])
+    monkeypatch.setitem(ablate.STUDIES, "collapse", settings)
     flags = f"--train_size 100 --epochs 2 --seeds 3 --out {tmp_path}".split()
+    ablate.command([*flags, "--study", "collapse"])
+    assert (tmp_path / "collapse.png").exists()
+    table = pandas.read_csv(tmp_path / "collapse.csv")
+    assert table["collapses"].tolist() == [False, True]
+    shutil.copytree(tmp_path / "collapse", tmp_path / "ablations")  # they would be the same runs
+
+    def no_more(*args, **kwargs):
+        raise AssertionError("a run was done again")
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", no_more)
     ablate.command(flags)
     out = capsys.readouterr().out
     assert "the paper's, ImageNet" in out
@@ -88,14 +100,6 @@ def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypat
         assert (args["stop_grad"], args["seed"]) == (["on", "off"][i], 3)
     assert np.asarray(Image.open(tmp_path / "ablations.png")).std() > 5
 
-    ablate.command([*flags, "--study", "collapse"])
-    assert (tmp_path / "collapse.png").exists()
-    assert pandas.read_csv(tmp_path / "collapse.csv")["collapses"].tolist() == [True]
-
-    def no_more(*args, **kwargs):
-        raise AssertionError("a run was done again")
-
-    monkeypatch.setattr(ablate.subprocess, "Popen", no_more)
     ablate.command(flags)
     assert pandas.read_csv(tmp_path / "ablations.csv").equals(table)
     monkeypatch.undo()
