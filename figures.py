@@ -71,7 +71,7 @@ def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         bare(axes)
         if column.endswith("acc@1"):
-            axes.set_ylim(0, 100)
+            axes.set_ylim(0, 102)  # a line at 100 is not to lie on the border
         elif column == "std":
             axes.set_ylim(0, max(1.1, 1.05 * max(row.get("std", 0) for row in rows)))
         if column == "test_acc@1" and not several:

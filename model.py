@@ -507,6 +507,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return arrays
 
 
+def renamed(name: str, names: Names) -> str | None:
+    """A weight's name in another layout, None if it is left out there; KeyError if it has none."""
+    for pattern, to in names:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(to) if isinstance(to, str) else to and to(match)
+    raise KeyError(name)
+
+
 def translated(
     weights: dict[str, Tensor], stem: str | None = None
 ) -> tuple[dict[str, Tensor], dict, list[str]]:
@@ -529,15 +538,15 @@ def translated(
     for layout, names in LAYOUTS.items():
         ours, unknown, left = {}, [], []
         for key, value in weights.items():
-            for pattern, to in names:
-                match = re.fullmatch(pattern, key)
-                if match and to is not None:
-                    ours[match.expand(to) if isinstance(to, str) else to(match)] = value
-                if match:
-                    left += [key] * (to is None)
-                    break
-            else:
+            try:
+                name = renamed(key, names)
+            except KeyError:
                 unknown.append(key)
+                continue
+            if name is None:
+                left.append(key)
+            else:
+                ours[name] = value
         if "backbone.conv1.weight" in ours:
             if not unknown:
                 break
@@ -728,16 +737,12 @@ def exported(net: SimSiam | Classifier, args: dict, to: str) -> dict[str, Tensor
         raise ValueError("lightly has no names for a linear classifier: choose timm")
     found = {}
     for name, value in layers.items():
-        for pattern, theirs in EXPORTS[to]:
-            match = re.fullmatch(pattern, name)
-            if match:
-                if theirs is not None:
-                    found[match.expand(theirs) if isinstance(theirs, str) else theirs(match)] = (
-                        value
-                    )
-                break
-        else:
-            raise ValueError(f"{to} has no name for {name}")
+        try:
+            theirs = renamed(name, EXPORTS[to])
+        except KeyError as error:
+            raise ValueError(f"{to} has no name for {name}") from error
+        if theirs is not None:
+            found[theirs] = value
     if to == "authors":  # theirs has a bias there, which does not matter before a BN
         found["module.encoder.fc.6.bias"] = torch.zeros_like(layers["projector.7.running_mean"])
     if to == "detectron2":
