@@ -53,6 +53,7 @@ def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
     rows = [row for history in runs.values() for row in history]
     panels = [name for name in PANELS if any(row.get(name) is not None for row in rows)]
     several = len(runs) > 1
+    last = max(row["epoch"] for row in rows)  # all panels have the same epochs
     figure = blank(3.7 * len(panels), 3.3)
     figure.get_layout_engine().set(w_pad=0.12)
     for axes, column in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -66,7 +67,6 @@ def curves(runs: dict[str, list[dict]], file: IO[bytes]) -> None:
                 marker="." if len(points) < 50 else "",
                 label=name.replace("$", r"\$"),
             )
-        last = max(row["epoch"] for row in rows)  # all panels have the same epochs
         axes.set(xlabel="epoch", ylabel=PANELS[column], xlim=(-0.04 * last, 1.04 * last))
         axes.xaxis.get_major_locator().set_params(integer=True)
         bare(axes)
@@ -236,15 +236,16 @@ def confusion(matrix: list[list[int]], classes: list[str], title: str, file: IO[
     figure.savefig(file, format="png", dpi=DPI)
 
 
-def ablations(runs: dict[str, list[list[dict]]], title: str, file: IO[bytes]) -> None:
+def ablations(
+    runs: dict[str, list[list[dict]]], shown: Sequence[str], title: str, file: IO[bytes]
+) -> None:
     """Loss, std and kNN curves as the paper's Fig. 2, and a bar of the last kNN a setting.
 
-    `runs`: by setting, statistics of one run a seed; `default` is among them. Lines and bars are
-    means, thin lines and dots the seeds.
+    `runs`: by setting, statistics of one run a seed, the default first; `shown`: those with curves.
+    Lines and bars are means, thin lines and dots the seeds.
     """
     figure = blank(11, 7.5)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.2))
-    shown = [name for name in FIG_2 if name in runs]
     for axes, column in zip(upper.subplots(1, 3), ("train_loss", "std", "test_acc@1"), strict=True):
         for i, name in enumerate(shown):
             lines = [
@@ -281,16 +282,6 @@ def ablations(runs: dict[str, list[list[dict]]], title: str, file: IO[bytes]) ->
     figure.savefig(file, format="png", dpi=DPI)
 
 
-FIG_2 = (
-    "default",
-    "no stop-gradient",
-    "no stop-gradient, BN hidden",
-    "no predictor",
-    "no predictor, BN hidden",
-    "fixed predictor",
-)
-
-
 def rank_and_knn(rows: list[dict], file: IO[bytes]) -> None:
     """Effective rank against kNN at the end of runs, a panel a data set, with Spearman's rho.
 
@@ -308,7 +299,7 @@ def rank_and_knn(rows: list[dict], file: IO[bytes]) -> None:
         axes.plot(rank[~warned], knn[~warned], "o", color=BLUE, alpha=0.8, label="no warning")
         axes.plot(rank[warned], knn[warned], "^", color=VERMILION, fillstyle="none", label="warned")
         untrained = those[0]["untrained_rank"], those[0]["untrained_knn"]
-        axes.plot(*untrained, "*", color="black", markersize=11, label="untrained, resnet8")
+        axes.plot(*untrained, "*", color="black", markersize=11, label="untrained")
         rho = [spearmanr(rank[some], knn[some]).statistic for some in (warned | True, ~warned)]
         axes.set(xlabel="effective rank of the features", ylabel="kNN top-1 (%)")
         axes.set_title(

@@ -171,6 +171,8 @@ def parse_args(
         parser.error(
             f"--warmup_epochs {args.warmup_epochs:g}: must be below --epochs {args.epochs}"
         )
+    if args.show_views and args.resume:
+        parser.error("--show_views: draws no run, but what its flags say: leave out --resume")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard: needs a package: pip install tensorboard")
     if args.resume and args.resume is not True:

@@ -1056,7 +1056,6 @@ FREE = (
     "stop_on_collapse",
     "pictures",
     "tensorboard",
-    "show_views",
 )
 
 

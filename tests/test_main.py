@@ -467,6 +467,9 @@ def test_no_network(tmp_path, capsys, monkeypatch, name):
     [
         ("--data_name imagnet", "--data_name imagnet"),
         ("--arch vgg16", "--arch vgg16"),
+        ("--bn some", "--bn"),
+        ("--stop_grad maybe", "--stop_grad"),
+        ("--show_views --resume", "--show_views"),
         ("--recipe none", "--recipe none"),
         ("--stem wide", "--stem wide"),
         ("--stem imagenet", "--stem"),

@@ -59,10 +59,17 @@ def test_plot_lays_runs_over_one_another(runs, capsys, monkeypatch):
     plot.command([f"{runs}/b"])
     assert "b_model.pth is not there" in capsys.readouterr().out
     assert (runs / "b_curves.png").exists()
-    with pytest.raises(SystemExit) as stop:
-        plot.command([f"{runs}/none"])
-    assert stop.value.code == 2
-    assert "none" in capsys.readouterr().err
+    for wrong, word in (
+        ([f"{runs}/none"], "none"),
+        ([f"{runs}/a", "--out", f"{runs}/c.png"], "--out"),
+        ([f"{runs}/a", f"{runs}/b", "--data_root", "x"], "--data_root"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            plot.command(wrong)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert word in err
+        assert err.count("\n") == 1
 
 
 def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypatch):
@@ -91,7 +98,7 @@ def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypat
     assert table["setting"].tolist() == ["default", "no stop-gradient"]
     assert table["seed"].tolist() == [3, 3]
     for i, name in enumerate(("default", "no_stop-gradient")):
-        run = tmp_path / "ablations" / f"textures_2_{name}_3"
+        run = tmp_path / "ablations" / f"textures__100_images_2_{name}_3"
         rows = utils.read_csv(f"{run}_statistics.csv")
         for column, theirs in (("loss", "train_loss"), ("std", "std"), ("knn", "test_acc@1")):
             assert table[column][i] == rows[-1][theirs]
@@ -103,7 +110,7 @@ def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypat
     ablate.command(flags)
     assert pandas.read_csv(tmp_path / "ablations.csv").equals(table)
     monkeypatch.undo()
-    (tmp_path / "ablations" / "textures_2_default_3_statistics.csv").unlink()
+    (tmp_path / "ablations" / "textures__100_images_2_default_3_statistics.csv").unlink()
     monkeypatch.setattr(ablate, "STUDIES", {"ablations": (ablate.Setting("default", "--bn all"),)})
     with pytest.raises(utils.RunError, match="--bn default"):  # a run of that name with other flags
         ablate.command(flags)

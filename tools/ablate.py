@@ -113,6 +113,17 @@ STUDIES = {
 }
 
 
+# Those with curves, as in the paper's Fig. 2.
+FIG_2 = (
+    "default",
+    "no stop-gradient",
+    "no stop-gradient, BN hidden",
+    "no predictor",
+    "no predictor, BN hidden",
+    "fixed predictor",
+)
+
+
 class Run(NamedTuple):
     """A setting with a seed, and where its files are."""
 
@@ -168,7 +179,7 @@ def summary(label: str, run: Run) -> dict:
 
 
 def command(argv: list[str] | None = None) -> None:
-    """The command line; what it does not know are flags of main.py, for all runs."""
+    """The command line."""
     parser = utils.Parser("tools.ablate", description=__doc__.split("\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, utils.number(int, 1)
     add("--study", default="ablations", choices=tuple(STUDIES), help="(ablations)")
@@ -186,7 +197,7 @@ def command(argv: list[str] | None = None) -> None:
     flags += ["--epochs", str(args.epochs), "--num_workers", "1"]
     if args.train_size:
         flags += ["--train_size", str(args.train_size)]
-    label = utils.data_label(args)
+    label = utils.data_label(args) + (f", {args.train_size} images" if args.train_size else "")
     folder = Path(args.out, args.study)
     runs = []
     for seed in args.seeds:
@@ -228,7 +239,8 @@ def command(argv: list[str] | None = None) -> None:
                 histories = {}
                 for run in runs:
                     histories.setdefault(run.setting.name, []).append(run.rows())
-                figures.ablations(histories, f"{label}, {args.epochs} epochs", file)
+                shown = [name for name in FIG_2 if name in histories]
+                figures.ablations(histories, shown, f"{label}, {args.epochs} epochs", file)
             else:
                 figures.rank_and_knn(rows, file)
     utils.say(report(args.study, pandas.DataFrame(found, columns=WARNED)))

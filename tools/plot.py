@@ -27,9 +27,8 @@ def one(run: str, flags: list[str]) -> None:
     if "encoder" in state["args"]:
         several([run], f"{run}_curves.png")
         folder, name = os.path.split(run)
-        linear.main(
-            ["--model_path", path, "--evaluate_only", "--out", folder, "--name", name, *flags]
-        )
+        place = ["--out", folder or ".", "--name", name]
+        linear.main(["--model_path", path, "--evaluate_only", *place, *flags])
         return
     parser = main.parse_args([])[1]
     args = main.parse_args([*parser.as_argv(state["args"]), *flags], parser.prog)[0]
@@ -63,8 +62,12 @@ def command(argv: list[str] | None = None) -> None:
     add("runs", nargs="+", metavar="RUN", help="results/<run>, or one of its files")
     add("--out", help="of several runs: the picture (overlay.png beside the first one)")
     add("--data_root", help="where the images are now, of one run (as they were)")
-    add("--device", default="auto", help="as of main.py (auto)")
+    add("--device", help="as of main.py, of one run (auto)")
     args = parser.parse_args(argv)
+    one_only = {"data_root": args.data_root, "device": args.device}
+    for name, value in (one_only if len(args.runs) > 1 else {"out": args.out}).items():
+        if value is not None:
+            parser.error(f"--{name}: is of {'one run' if name in one_only else 'several runs'}")
     runs = []
     for run in args.runs:
         for end in ENDS:
@@ -74,8 +77,7 @@ def command(argv: list[str] | None = None) -> None:
         if len(runs) > 1:
             several(runs, args.out or str(Path(runs[0]).parent / "overlay.png"))
         else:
-            flags = ["--device", args.device]
-            one(runs[0], flags + (["--data_root", args.data_root] if args.data_root else []))
+            one(runs[0], [f"--{name}={value}" for name, value in one_only.items() if value])
 
 
 if __name__ == "__main__":
