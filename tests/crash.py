@@ -2,13 +2,17 @@
 
 python -m tests.crash --kills 100
 
-A life of a run ends by SIGKILL in a step, within the write of a file, before, between and after
-the renames of a checkpoint, or after a random time; or by SIGTERM (then it must say how to go on
-and exit with 143). The next life resumes, with another number of workers and another distance of
-the checkpoints. A run that comes to its end must have the same bits as the undisturbed one.
+A life of a run ends by SIGKILL before or after a step is counted, after an update of the weights,
+within the write of a file, before, between and after the renames of a checkpoint, in a kNN, or
+after a random time; or by SIGTERM (in the steps it must then say how to go on, and exit with 143;
+elsewhere the signal ends it at once). The next life resumes, with another number of workers and
+another distance of the checkpoints. A run that comes to its end must have the same bits as the
+undisturbed one.
 """
 
 import argparse
+import builtins
+import mmap
 import os
 import random
 import shutil
@@ -17,29 +21,49 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas
 import torch
 from PIL import Image
 
-import data
 import main
-import utils
+from simsiam.textures import TEXTURES, textures
 
 TIMES = ["images_per_sec", "seconds"]
-MOMENTS = ("step", "update", "write", "replace", "replaced", "time", "SIGTERM", "SIGTERM by time")
+MOMENTS = tuple(
+    "step,counted,update,write,replace,replaced,kNN,time,SIGTERM,SIGTERM by time".split(",")
+)
+# One byte that a life shares with its parent: whether it is in the steps of an epoch.
+IN_STEPS = mmap.mmap(-1, 1)
 
 
 def make_folder(root: Path) -> None:
     """A folder of 240 textures, 40 of them to score with."""
     for split, number, seed in [("train", 200, 1), ("test", 40, 2)]:
-        images, labels = data.textures(number, seed)
+        images, labels = textures(number, seed)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            path = root / split / data.TEXTURES[label] / f"{i}.png"
+            path = root / split / TEXTURES[label] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
+
+def at_steps(before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Lets main.py call `before` each step is counted, and `after` that; and keeps `IN_STEPS`."""
+    train = main.train
+
+    def watched(*args):
+        IN_STEPS[0] = 1
+        for step in train(*args):
+            before()
+            yield step
+            after()
+        IN_STEPS[0] = 0
+
+    main.train = watched
 
 
 def arm(moment: str, count: int, seconds: float) -> None:
@@ -54,12 +78,23 @@ def arm(moment: str, count: int, seconds: float) -> None:
     def end() -> None:
         os.kill(os.getpid(), number)
 
-    if moment in ("step", "SIGTERM"):
-        std = utils.collapse_std
-        utils.collapse_std = lambda z: (tick() and end()) or std(z)
-    elif moment == "update":
+    def end_at_last() -> None:
+        if tick():
+            end()
+
+    def nothing() -> None:
+        pass
+
+    at_steps(
+        end_at_last if moment in ("step", "SIGTERM") else nothing,
+        end_at_last if moment == "counted" else nothing,
+    )
+    if moment == "update":
         step = torch.optim.SGD.step
-        torch.optim.SGD.step = lambda self: (step(self), tick() and end())
+        torch.optim.SGD.step = lambda self: (step(self), end_at_last())
+    elif moment == "kNN":
+        eigvalsh = torch.linalg.eigvalsh  # of the features' rank
+        torch.linalg.eigvalsh = lambda x: (end_at_last(), eigvalsh(x))[1]
     elif moment == "write":
 
         class Half:
@@ -82,7 +117,13 @@ def arm(moment: str, count: int, seconds: float) -> None:
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
-        utils.open = lambda *args: Half(open(*args))  # noqa: SIM115
+        usual = open
+
+        def halving(path, *args, **more):
+            file = usual(path, *args, **more)
+            return Half(file) if str(path).endswith(".part") else file
+
+        builtins.open = halving
     elif moment in ("replace", "replaced"):
         replace = os.replace
 
@@ -95,7 +136,7 @@ def arm(moment: str, count: int, seconds: float) -> None:
                 end()
 
         os.replace = replace_and_end
-    else:
+    elif moment in ("time", "SIGTERM by time"):
         timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
@@ -103,7 +144,9 @@ def arm(moment: str, count: int, seconds: float) -> None:
 
 def live(flags: list[str], moment: str | None, rng: random.Random, log: Path) -> int:
     """One life of a run in a process of its own; its exit status, negative for a signal."""
-    count, seconds = rng.randint(1, 30), rng.uniform(0.05, 1.5)
+    count = rng.randint(1, 3 if moment == "kNN" else 30)
+    seconds = rng.uniform(0.05, 1.5)
+    IN_STEPS[0] = 0
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -118,6 +161,8 @@ def live(flags: list[str], moment: str | None, rng: random.Random, log: Path) ->
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)
@@ -164,7 +209,7 @@ def harass(kills: int, seed: int, place: Path) -> tuple[int, int, Counter]:
         moment = rng.choice(MOMENTS) if done < kills else None
         there = any(Path(f"{run}_model{end}.pth").exists() for end in ("", ".prev"))
         command = [*flags, "--name", run.name, "--num_workers", str(rng.choice((0, 2)))]
-        command += ["--checkpoint_minutes", rng.choice(("0", "10"))] + ["--resume"] * there
+        command += ["--checkpoint_minutes", rng.choice(("0", "0.001", "10"))] + ["--resume"] * there
         status = live(command, moment, rng, log)
         said = log.read_text()
         assert "Traceback" not in said, said
@@ -174,9 +219,9 @@ def harass(kills: int, seed: int, place: Path) -> tuple[int, int, Counter]:
             finished += 1
             continue
         if moment is not None and moment.startswith("SIGTERM"):
-            # Outside of the epochs there is nothing to keep: the signal ends the process at once.
-            early, late = "resumed after" not in said, "epoch 4/4" in said or "finished" in said
-            assert status == 143 or (status == -signal.SIGTERM and (early or late)), said
+            # Outside of the steps nothing is lost: the signal ends the process at once.
+            elsewhere = moment == "SIGTERM by time" and not IN_STEPS[0]
+            assert status == 143 or (status == -signal.SIGTERM and elsewhere), f"{status}\n{said}"
             assert status != 143 or "--resume go on after this step" in said, said
         else:
             assert status == -signal.SIGKILL, f"{moment}: {status}\n{said}"

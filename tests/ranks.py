@@ -4,84 +4,156 @@ main FLAGS, linear FLAGS: the commands.
 gradients: compare those of all ranks with one process's; weights, loss and std after 20 steps.
 signal RANK STEP NUMBER FLAGS: main.py, whose RANK gets signal NUMBER in its STEP, the first time.
 fail RANK STEP FLAGS: main.py, whose RANK meets an error of ours in its STEP.
+sent FLAGS: main.py; then the first rank says how large the largest of the objects and tensors was
+that one rank sent to others.
+agree: each rank says what an `Agreement` answers it, call by call.
+first FOLDER: each rank says what `first_then_all` gives it, and raises.
 
 The N processes are forked with all imports done, in seconds less than torchrun takes, which does no
 more than to set their environment, and to start them again. Started by it, this is one of them.
 """
 
 import os
+import pickle
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import data
 import linear
 import main
-import model
 import utils
+from simsiam import network, ranks
+from simsiam.loader import Loader, end_workers
+from simsiam.monitor import Tally
+from simsiam.textures import textures
+from simsiam.views import Views
 
 FLAGS = "--ddp --data_name textures --width 8 --feature_dim 64 --batch_size 32 --device cpu".split()
 
 
 def gradients() -> None:
     """Prints the largest difference of a gradient, and whether all weights are equal."""
-    args, parser, _ = main.parse_args(FLAGS)
-    with utils.joined(args, parser):
-        _, amp = utils.set_up(args)
+    flags = main.make_flags()
+    args, _ = flags.read(FLAGS)
+    with utils.joined(args, flags):
+        device, amp = utils.set_up(args)
         torch.manual_seed(0)
-        net = model.SimSiam(args.arch, args.stem, args.feature_dim, args.projector_layers, 8)
-        trained = utils.for_training(net, False, 32)
-        images = data.textures(640, seed=1)[0]
+        net = network.simsiam(vars(args))
+        trained = ranks.for_training(net, False, 32)
+        images = textures(640, seed=1)[0]
+        views = Views(32, *main.VIEWS[args.recipe][1:])
         found = []
-        for network, share in ((net, data.whole), (trained, utils.share)):
-            views = data.Views(32, args.mean, args.std, share=share)
-            loader = data.Loader([images], args.batch_size, views=views, share=share)
-            step, (batch,) = next(loader.epoch(0))
-            assert len(batch) == len(range(32)[share(32)])
-            views.seed(0, step, loader.number(step))
-            network.eval()  # else BN's statistics would be of other images
-            network.zero_grad()
-            network(views(batch), views(batch))[0].backward()
+        for one, share in ((net, linear.whole), (trained, ranks.share)):
+            loader = Loader(images, args.batch_size, views=views, share=share)
+            batch = next(loader.epoch(0))
+            assert len(batch.images) == len(range(32)[share(32)])
+            one.eval()  # else BN's statistics would be of other images
+            one.zero_grad()
+            one(*views(batch))[0].backward()
             found.append([parameter.grad.clone() for parameter in net.parameters()])
         difference = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
         largest = max(gradient.abs().max().item() for gradient in found[0])
-        optimizer = main.optimizer_of(net, args)
-        sums = torch.zeros(5)
-        main.train(trained, optimizer, loader, views, 0, 0, sums, args, amp, lambda step: None)
-        weights = torch.cat([sums, *(p.detach().flatten() for p in net.parameters())])
-        everyones = [torch.empty_like(weights) for _ in range(utils.ranks())]
+        optimizer, tally = main.make_optimizer(net, args), Tally(device)
+        rest = (views, tally, 0, 0, args, utils.autocast(device, amp))
+        for _ in main.train(trained, optimizer, loader, *rest):
+            pass
+        weights = torch.cat([tally.values, *(p.detach().flatten() for p in net.parameters())])
+        everyones = [torch.empty_like(weights) for _ in range(ranks.count())]
         dist.all_gather(everyones, weights)
         equal = all(torch.equal(weights, others) for others in everyones)
-        utils.say(f"largest {largest} difference {difference} after {len(loader)} steps {equal}")
+        ranks.say(f"largest {largest} difference {difference} after {len(loader)} steps {equal}")
 
 
 def at_step(rank: str, step: str, then: Callable[[], None]) -> None:
     """Calls `then` in a step of a rank, unless torchrun has started the ranks again."""
     if os.environ["RANK"] != rank or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
-    std, steps = utils.collapse_std, []
+    train, steps = main.train, []
 
-    def counting(z: torch.Tensor) -> torch.Tensor:
-        steps.append(0)
-        if len(steps) == int(step):
-            then()
-        return std(z)
+    def counting(*args):
+        for step_of_epoch in train(*args):
+            steps.append(0)
+            if len(steps) == int(step):
+                then()
+            yield step_of_epoch
 
-    utils.collapse_std = counting
+    main.train = counting
+
+
+def tell(text: object) -> None:
+    """Prints a rank's line, whole even where others print too."""
+    os.write(1, f"rank {os.environ['RANK']}: {text}\n".encode())
 
 
 def fail() -> None:
     raise ZeroDivisionError("a mistake of ours")
 
 
+def sent(flags: list[str]) -> None:
+    """Runs main.py, and prints the size of the largest object or tensor that a rank sent."""
+    sizes = []
+
+    def watched(send, at):
+        def sending(*args, **more):
+            sizes.append(len(pickle.dumps(args[at])))
+            return send(*args, **more)
+
+        return sending
+
+    for name, at in (("broadcast_object_list", 0), ("all_gather_object", 1), ("broadcast", 0)):
+        setattr(dist, name, watched(getattr(dist, name), at))
+    main.main(flags)
+    if os.environ["RANK"] == "0":
+        tell(f"{len(sizes)} times, {max(sizes)} bytes at most")
+
+
+def agree() -> None:
+    """Prints what an `Agreement` answers: two numbers a call, the second call's a call later."""
+    with ranks.joined():
+        agree, me = ranks.Agreement(), ranks.rank()
+        found = [agree(7 * (me == 2), 10 + me), agree(0, 0), agree(0, 0)]
+        found += [agree(5 * (me == 1), 0, wait=True), agree(0, 0)]
+        found += [agree(0, 3 * (me == 2)), agree(4 * (me == 1), 0, wait=True), agree(0, 0)]
+        agree(9 * (me == 0), 9)
+        agree.forget()
+        found += [agree(0, 0), agree(0, 0)]
+        tell(found)
+
+
+def first(folder: str) -> None:
+    """Prints what `first_then_all` gives and raises on each rank."""
+    with ranks.joined():
+        me, file = ranks.rank(), Path(folder, "made")
+
+        def make() -> str:
+            if me == 0:
+                time.sleep(0.5)  # who does not wait for the first finds nothing
+                file.write_text("a file of the first's")
+            return file.read_text()
+
+        def cannot() -> None:
+            raise OSError(f"no room on rank {me}")
+
+        tell(ranks.first_then_all(make))
+        try:
+            ranks.first_then_all(cannot)
+        except OSError as error:
+            tell(error)
+
+
 def work(mode: str, rest: list[str]) -> None:
     """What a rank does."""
-    if mode == "gradients":
-        gradients()
+    if mode in ("gradients", "agree", "first"):
+        {"gradients": gradients, "agree": agree, "first": first}[mode](*rest)
+        return
+    if mode == "sent":
+        sent(rest)
         return
     if mode == "signal":
         rank, step, number, *rest = rest
@@ -90,17 +162,17 @@ def work(mode: str, rest: list[str]) -> None:
         rank, step, *rest = rest
         at_step(rank, step, fail)
     command = linear if mode == "linear" else main
-    utils.run_command(lambda: command.main(rest), data.BadImage)
+    utils.run_command(lambda: command.main(rest))
 
 
-def launch(ranks: int, mode: str, rest: list[str]) -> list[int]:
+def launch(number: int, mode: str, rest: list[str]) -> list[int]:
     """The exit codes of the ranks."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     pids = []
-    for rank in range(ranks):
+    for rank in range(number):
         pids.append(os.fork())
         if pids[-1] == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -113,18 +185,18 @@ def launch(ranks: int, mode: str, rest: list[str]) -> list[int]:
             except BaseException:
                 traceback.print_exc()
             finally:
-                data.end_workers()
+                end_workers()
                 sys.stdout.flush()
                 os._exit(status)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 if __name__ == "__main__":
-    if utils.under_torchrun():
+    if ranks.under_torchrun():
         work(sys.argv[2], sys.argv[3:])
         sys.exit()
     torch.set_num_threads(1)  # a forked process has no threads of its parent's
     for command in " ".join(sys.argv[1:]).split(" then "):
-        ranks, mode, *rest = command.split(" ")
-        codes = launch(int(ranks), mode, rest)
+        number, mode, *rest = command.split(" ")
+        codes = launch(int(number), mode, rest)
         print("exit codes", *codes, flush=True)

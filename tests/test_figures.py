@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import figures
+from simsiam import figures
 
 
 @pytest.fixture
@@ -147,3 +147,36 @@ def test_confusion(drawn, classes):
     assert f"top-1 {share:.2f} % of" in figure.axes[0].get_title()
     if written:
         assert written[0] == f"{share:.0f}"
+
+
+def test_ablations(drawn):
+    names = ["default", "stop_grad off", "a setting with a longer name: 4"]
+    runs = {name: [history(5), history(5)] for name in names}
+    runs["default"][1][-1]["test_acc@1"] = 60.0
+    figure = drawn(figures.ablations, runs, names[:2], "data: what it shows")
+    (upper, lower) = figure.subfigs
+    assert len(upper.axes) == 3
+    assert [len(axes.lines) for axes in upper.axes] == [2 * (2 + 1)] * 3  # seeds, and their mean
+    mean = upper.axes[2].lines[2]
+    assert mean.get_label() == "default"
+    assert mean.get_ydata()[-1] == (88 + 60) / 2
+    (bars,) = lower.axes
+    assert [round(bar.get_height(), 3) for bar in bars.patches] == [74, 88, 88]
+    assert [text.get_text() for text in bars.get_xticklabels()] == names
+    assert "untrained 29.6" in [line.get_label() for line in bars.lines]
+
+
+def test_rank_and_knn(drawn):
+    """A run that was warned is the one that spoils the order: rho is 1 without it."""
+    start = {"data": "textures", "untrained_rank": 6, "untrained_knn": 30}
+    rows = [start | {"rank": rank, "knn": 10 * rank} for rank in (4, 5, 6, 7)]
+    rows.append(start | {"rank": 2, "knn": 90, "warned_at_step": 25})
+    rows += [row | {"data": "others", "knn": row["knn"] / 2} for row in rows]
+    figure = drawn(figures.rank_and_knn, rows)
+    assert len(figure.axes) == 2
+    for axes, name in zip(figure.axes, ("textures", "others"), strict=True):
+        title = axes.get_title()
+        # Of ranks 1..5 by rank, those by knn are 5 1 2 3 4: rho = 1 - 6 (16 + 4 * 1) / 120 = 0.
+        assert title.startswith(f"{name}: 5 runs, Spearman's ρ 0.00")
+        assert "(4 without a warning: ρ 1.00)" in title
+        assert [len(line.get_xdata()) for line in axes.lines] == [4, 1, 1]

@@ -6,26 +6,30 @@ import numpy as np
 import pandas
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-import data
 import linear
 import main
-import model
-import utils
+from simsiam import checkpoint, network
+from simsiam.monitor import Sums
+from simsiam.run import Run
+from simsiam.textures import TEXTURES, textures
+from simsiam.views import Augmentation, Batch, Views
+from tests import helpers
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Textures as a folder of images, four classes."""
+    """Textures as a folder of images, four classes: 80 of each to train on, 20 to score with."""
     root = tmp_path_factory.mktemp("images")
     for split, number, seed in [("train", 800, 1), ("val", 200, 2)]:
-        images, labels = data.textures(number, seed)
+        images, labels = textures(number, seed)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             if label in (0, 1, 2, 9):
-                path = root / split / data.TEXTURES[label] / f"{i}.png"
+                path = root / split / TEXTURES[label] / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     return root
@@ -42,19 +46,51 @@ def pretrained(folder, tmp_path_factory):
     return out / "pre_model.pth"
 
 
-def judge(model_path, out, *flags):
+class Stop(Exception):
+    """Ends a run as a power cut would: nothing is written after it."""
+
+
+def arguments(model_path, out, *flags):
     place = () if "--predict" in flags else ("--out", out)
-    linear.main([str(f) for f in ("--model_path", model_path, *place, *flags)])
+    return [str(f) for f in ("--model_path", model_path, *place, *flags)]
+
+
+def judge(model_path, out, *flags):
+    linear.main(arguments(model_path, out, *flags))
 
 
 def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        linear.main([str(word) for word in argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert err.count("\n") == 1
+    err = helpers.refused(capsys, linear, *argv)
     assert err.startswith("linear.py: ")
     return err
+
+
+def is_the_run(args):
+    """Whether linear.train is called for a run on images: not for the baseline or several lr."""
+    return args[3] is not linear.at_hand and len(args[0]) == 1
+
+
+def run_until(monkeypatch, epoch, step, begin):
+    """`begin()` a run that ends before this step is counted; the step before it is saved."""
+    train = linear.train
+
+    def stopped(*args):
+        for done in train(*args):
+            if is_the_run(args) and (args[5], done) == (epoch, step):
+                raise Stop
+            yield done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "train", stopped)
+        with pytest.raises(Stop):
+            begin()
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---- a run, and how it goes on ------------------------------------------------------------------
 
 
 def test_a_head_from_checkpoint_to_table(pretrained, tmp_path, capsys):
@@ -80,59 +116,76 @@ def test_a_head_from_checkpoint_to_table(pretrained, tmp_path, capsys):
     assert row["best_top1"] == table["test_acc@1"].max()
 
     state = torch.load(tmp_path / "pre_linear_model.pth", weights_only=True)
-    before = torch.load(pretrained, weights_only=True)["model"]
+    assert list(state) == list(checkpoint.FORMAT)
+    assert state["command"] == "linear.py"
+    assert state["args"].keys() == linear.make_flags().defaults.keys()  # flags, and nothing else
+    before = torch.load(pretrained, weights_only=True)
+    for name in ("data_name", "data_root"):  # the pre-training's, where they are not given
+        assert state["args"][name] == before["args"][name]
+    assert state["encoder"] == before["encoder"]
     encoder = {k: v for k, v in state["model"].items() if k.startswith("backbone.")}
     assert encoder
-    assert all(torch.equal(value, before[key]) for key, value in encoder.items())
+    assert all(torch.equal(value, before["model"][key]) for key, value in encoder.items())
     params = sum(v.numel() for k, v in state["model"].items() if "running" not in k)
     batches = sum("num_batches" in k for k in state["model"])
     assert round(row["params_m"] * 1e6) == params - batches
 
 
 def test_resume_ends_at_the_same_bits(pretrained, tmp_path, monkeypatch):
-    judge(pretrained, tmp_path, "--epochs", 3, "--name", "whole")
-
-    class Stop(Exception):
-        pass
-
-    real, ticks = (
-        linear.train,
-        map(float, range(0, 10**9, 60)),
-    )  # a minute a look: every epoch is saved
-    monkeypatch.setattr(linear.time, "perf_counter", lambda: next(ticks))
-
-    def stop_at_epoch_2(heads, optimizer, loader, embed, epoch, *rest):
-        if epoch == 2 and loader.tensors[0].dtype == torch.uint8:
-            raise Stop
-        return real(heads, optimizer, loader, embed, epoch, *rest)
-
-    monkeypatch.setattr(linear, "train", stop_at_epoch_2)
-    with pytest.raises(Stop):
-        judge(pretrained, tmp_path, "--epochs", 3, "--name", "cut")
-    monkeypatch.undo()
-    judge(pretrained, tmp_path, "--epochs", 3, "--name", "cut", "--resume")
+    flags = ("--epochs", 3, "--lr", 1e-9, 3, "--checkpoint_minutes", 0, "--name")
+    judge(pretrained, tmp_path, *flags, "whole")
+    run_until(monkeypatch, 2, 0, lambda: judge(pretrained, tmp_path, *flags, "cut"))
+    state = torch.load(tmp_path / "cut_model.pth")
+    assert (state["epoch"], state["step"]) == (2, 0)
+    judge(pretrained, tmp_path, *flags, "cut", "--resume")
     whole, cut = (torch.load(tmp_path / f"{name}_model.pth") for name in ("whole", "cut"))
-    assert all(torch.equal(whole["model"][key], cut["model"][key]) for key in whole["model"])
+    assert same_bits(whole["model"], cut["model"])
     tables = [pandas.read_csv(tmp_path / f"{name}_statistics.csv") for name in ("whole", "cut")]
     assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
 
 
+def test_a_run_keeps_the_augmentation_that_it_began_with(pretrained, tmp_path, monkeypatch):
+    """Begun by a version whose crops are nearly the whole image."""
+    begun = Augmentation(crop_scale=(0.9, 1.0), jitter_p=0.0, gray_p=0.0)
+    flags = ("--epochs", 2, "--checkpoint_minutes", 0, "--no-pictures", "--name")
+    run_until(monkeypatch, 0, 0, lambda: judge(pretrained, tmp_path, *flags, "new"))
+    state = torch.load(tmp_path / "new_model.pth")
+    assert state["augmentation"] == vars(linear.AUGMENTATION)
+    for name in ("whole", "cut"):
+        torch.save(state | {"augmentation": vars(begun)}, tmp_path / f"{name}_model.pth")
+    cut = ("cut", "--resume")
+    run_until(monkeypatch, 1, 1, lambda: judge(pretrained, tmp_path, *flags, *cut))
+    for name in ("new", "whole", "cut"):
+        judge(pretrained, tmp_path, *flags, name, "--resume")
+    new, whole, cut = (torch.load(tmp_path / f"{n}_model.pth") for n in ("new", "whole", "cut"))
+    assert cut["augmentation"] == vars(begun)
+    assert same_bits(whole["model"], cut["model"])
+    assert not torch.equal(whole["model"]["fc.weight"], new["model"]["fc.weight"])
+
+
+def test_nothing_writes_into_the_arguments(pretrained, tmp_path):
+    flags = linear.make_flags()
+    recipes = copy.deepcopy(linear.RECIPES)
+    argv = arguments(pretrained, tmp_path, "--no-pictures", "--epochs", 2, "--name", "a")
+    for more in (["--lr", "1", "0.1"], ["--resume"]):
+        args, given = flags.read([*argv, *more])
+        before = copy.deepcopy((vars(args), given, flags.defaults))
+        with Run(args, given, flags, linear.STATISTICS) as entered:
+            of_run = copy.deepcopy(vars(entered.args))
+            linear.judge(entered, linear.prepare(entered))
+            assert vars(entered.args) == of_run
+        assert (vars(args), given, flags.defaults) == before
+    assert recipes == linear.RECIPES
+
+
 def test_the_frozen_check_bites(pretrained, tmp_path, monkeypatch):
-    real = linear.train
-    state = {}
-    frozen = linear.Frozen.__init__
+    train = linear.train
 
-    def remember(self, net):
-        frozen(self, net)
-        state["encoder"] = net
-
-    monkeypatch.setattr(linear.Frozen, "__init__", remember)
-
-    def thaw(heads, optimizer, loader, embed, *rest):
-        means = real(heads, optimizer, loader, embed, *rest)
-        if loader.tensors[0].dtype == torch.uint8:  # not the baseline's pixels
-            state["encoder"].bn1.running_mean[0] += 1e-3
-        return means
+    def thaw(*args):
+        yield from train(*args)
+        if is_the_run(args):
+            encoder = args[3].__self__  # whose method embeds the images
+            encoder.backbone.bn1.running_mean[0] += 1e-3
 
     monkeypatch.setattr(linear, "train", thaw)
     with pytest.raises(RuntimeError, match="bn1.running_mean"):
@@ -140,48 +193,95 @@ def test_the_frozen_check_bites(pretrained, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "pre_linear_model.pth")["epoch"] == 0
 
 
+def test_the_frozen_check_sees_one_bit_of_any_tensor():
+    backbone, _ = network.backbone("resnet8", width=4)
+    off = torch.autocast("cpu", enabled=False)
+    views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), Augmentation(), 1)
+    encoder = linear.Encoder(backbone, views, off, compiled=False)
+    images = textures(10, seed=1)[0]
+    encoder.augmented(Batch.alone(images))
+    encoder.plain(images)
+    encoder.check()
+    for name, value in backbone.state_dict().items():
+        before = value.clone()
+        value.flatten()[-1:] += 1 if value.dtype == torch.int64 else 1e-6
+        with pytest.raises(RuntimeError, match=f"not frozen: {name} changed"):
+            encoder.check()
+        value.copy_(before)
+    encoder.check()
+
+
 def test_cached_several_lr_and_label_fraction(pretrained, tmp_path, capsys):
-    judge(pretrained, tmp_path, "--cached", "--epochs", 20, "--lr", 30, 1e-9, "--seed", 3)
+    judge(pretrained, tmp_path, "--cached", "--epochs", 20, "--lr", 1e-9, 30, "--seed", 3)
     out = capsys.readouterr().out
     assert "--lr 1e-09" in out
     assert "chosen: --lr 30" in out
+    used = pandas.read_csv(tmp_path / "pre_linear_cached_statistics.csv")["lr"]
+    assert 29 < used.iloc[0] < 30  # the cosine's beginning
     judge(pretrained, tmp_path, "--cached", "--epochs", 5, "--label_fraction", 0.1)
     assert "32 training images" in capsys.readouterr().out
     table = pandas.read_csv(tmp_path / "results.csv")
     assert table["protocol"].tolist() == ["Linear, cached", "Linear, cached, 10% of labels"]
     assert table["run"].tolist() == ["pre_linear_cached", "pre_linear_cached_0.1"]
-    state = torch.load(tmp_path / "pre_linear_cached_model.pth")
-    assert state["lr"] == 30
+    chosen = torch.load(tmp_path / "pre_linear_cached_model.pth")
+    assert chosen["facts"].keys() == {"lr", "baseline"}
+    assert chosen["facts"]["lr"] == 30
+    alone = ("--cached", "--epochs", 20, "--lr", 30, "--seed", 3, "--name", "alone")
+    judge(pretrained, tmp_path, *alone)
+    assert same_bits(chosen["model"], torch.load(tmp_path / "alone_model.pth")["model"])
 
 
-def test_the_choice_of_lr_never_sees_the_test_set(pretrained, tmp_path, capsys, monkeypatch):
+def test_the_choice_of_lr_never_sees_the_test_set(pretrained, folder, tmp_path, capsys):
     """With the test labels shuffled, the same lr with the same held-out accuracies is chosen."""
-    flags = ("--cached", "--epochs", 5, "--lr", 30, 1, 0.01)
+    classes = sorted(path.name for path in (folder / "val").iterdir())
+    (tmp_path / "shuffled" / "val").mkdir(parents=True)
+    (tmp_path / "shuffled" / "train").symlink_to(folder / "train")
+    for name, other in zip(classes, classes[1:] + classes[:1], strict=True):
+        (tmp_path / "shuffled" / "val" / name).symlink_to(folder / "val" / other)
+    flags = ("--cached", "--epochs", 60, "--lr", 30, 3, 0.01, "--no-pictures", "--data_root")
+    lines, top1 = [], []
+    for name, root in (("a", folder), ("b", tmp_path / "shuffled")):
+        judge(pretrained, tmp_path, *flags, root, "--name", name)
+        out = capsys.readouterr().out.splitlines()
+        lines.append([line for line in out if line.startswith(("--lr", "chosen"))])
+        top1.append(pandas.read_csv(tmp_path / f"{name}_statistics.csv")["test_acc@1"].iloc[-1])
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 4
+    assert top1[1] + 10 < top1[0]  # they are other labels
 
-    def lines(name):
-        judge(pretrained, tmp_path, *flags, "--name", name)
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("--lr")]
 
-    seen, evaluate = [], linear.evaluate
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_lr_is_scored_by_a_tenth_that_its_head_never_saw(monkeypatch, cached):
+    """Each input's last number says which one it is."""
+    torch.manual_seed(0)
+    labels = torch.arange(80) % 4
+    inputs = F.one_hot(labels, 5) + 0.1 * torch.randn(80, 5)
+    inputs[:, 4] = torch.arange(80) / 1000
+    args = linear.make_flags().read("--epochs 3 --batch_size 16 --lr 1e-9 10 1e-8".split())[0]
+    seen, scored, train = [], [], linear.train
 
-    def remember(head, features, labels):
-        seen.append(labels.bincount().tolist())
-        return evaluate(head, features, labels)
+    def remember(*args):
+        seen.append(args[2].images[:, 4])
+        yield from train(*args)
 
-    monkeypatch.setattr(linear, "evaluate", remember)
-    honest = lines("a")
-    assert seen.count([8, 8, 8, 8]) == 3  # a tenth of the training set, balanced: each lr's score
-    monkeypatch.undo()
-    real = linear.load_images
+    def plain(held_out):
+        scored.append(held_out[:, 4])
+        return held_out
 
-    def shuffled(*args):
-        images = real(*args)
-        images.test_labels = images.test_labels.flip(0)
-        return images
+    monkeypatch.setattr(linear, "train", remember)
+    task = linear.Task(inputs, labels, linear.at_hand)
+    head = network.linear_head(5, 4)
+    assert linear.best_on_held_out(head, task, None if cached else plain, args) == 10
+    assert len(seen) == 3  # epochs, of all heads side by side
+    for kept in seen:
+        assert torch.equal(kept, seen[0])
+    rest = sorted(set(range(80)) - set((1000 * seen[0]).round().int().tolist()))
+    assert labels[rest].bincount().tolist() == [2, 2, 2, 2]  # a tenth, balanced
+    if not cached:
+        assert (1000 * scored[0]).round().int().tolist() == rest
 
-    monkeypatch.setattr(linear, "load_images", shuffled)
-    assert lines("b") == honest
-    assert len(honest) == 3
+
+# ---- fitting ------------------------------------------------------------------------------------
 
 
 def test_a_cached_head_reaches_scikit_learns():
@@ -190,12 +290,9 @@ def test_a_cached_head_reaches_scikit_learns():
     labels = torch.arange(1500) % 5
     features = centres[labels] + 1.2 * torch.randn(1500, 20)
     train, test = slice(0, 1000), slice(1000, None)
-    args, *_ = linear.parse_args(["--lr", "1"])
-    head = model.linear_head(20, 5)
-    heads = nn.ModuleList([head])
-    loader = linear.make_loader(features[train], labels[train], args)
-    optimizer = linear.make_optimizer(args, heads, args.lr)
-    linear.fit(heads, optimizer, loader, lambda x, *when: x, args)
+    args = linear.make_flags().read(["--lr", "1"])[0]
+    task = linear.Task(features[train], labels[train], linear.at_hand)
+    (head,) = linear.fit(network.linear_head(20, 5), args.lr, task, args)
     judge = LogisticRegression(max_iter=1000).fit(features[train], labels[train])
     theirs = 100 * judge.score(features[test], labels[test])
     ours = linear.evaluate(head, features[test], labels[test])[1]
@@ -205,43 +302,43 @@ def test_a_cached_head_reaches_scikit_learns():
 
 def test_heads_side_by_side_are_as_if_alone():
     torch.manual_seed(0)
-    features, labels = torch.randn(100, 6), torch.arange(100) % 3
-    first = model.linear_head(6, 3)
-    args, *_ = linear.parse_args(["--epochs", "3", "--batch_size", "32"])
-    loader = linear.make_loader(features, labels, args)
-
-    def fitted(lrs):
-        heads = nn.ModuleList(copy.deepcopy(first) for _ in lrs)
-        optimizer = linear.make_optimizer(args, heads, lrs)
-        linear.fit(heads, optimizer, loader, lambda x, *when: x, args)
-        return [head.weight for head in heads]
-
-    together = fitted([3.0, 0.1])
-    assert torch.equal(together[0], fitted([3.0])[0])
-    assert torch.equal(together[1], fitted([0.1])[0])
+    task = linear.Task(torch.randn(100, 6), torch.arange(100) % 3, linear.at_hand)
+    first = network.linear_head(6, 3)
+    begun = first.weight.clone()
+    args = linear.make_flags().read(["--epochs", "3", "--batch_size", "32"])[0]
+    together, (one,), (other,) = (
+        linear.fit(first, lrs, task, args) for lrs in ([3.0, 0.1], [3.0], [0.1])
+    )
+    assert torch.equal(together[0].weight, one.weight)
+    assert torch.equal(together[1].weight, other.weight)
+    assert not torch.equal(one.weight, other.weight)
+    assert torch.equal(first.weight, begun)  # they are copies
 
 
 def test_the_means_of_an_epoch_count_every_image_once():
     torch.manual_seed(0)
     features, labels = torch.randn(100, 6), torch.arange(100) % 7
-    head = model.linear_head(6, 7)
+    head = network.linear_head(6, 7)
     nn.init.normal_(head.weight)
-    args, *_ = linear.parse_args(["--lr", "1e-12", "--batch_size", "32"])  # the last batch has 4
-    loader = linear.make_loader(features, labels, args)
+    flags = "--lr 1e-12 --batch_size 32".split()  # the last batch has 4
+    args = linear.make_flags().read(flags)[0]
+    loader = linear.Task(features, labels, linear.at_hand).loader(args)
     heads = nn.ModuleList([head])
     optimizer = linear.make_optimizer(args, heads, args.lr)
-    sums = torch.zeros(1, 3)
-    linear.train(
-        heads, optimizer, loader, lambda x, *when: x, 0, 0, sums, 1, lambda step, means: None
-    )
+    tally = Sums(torch.device("cpu"), "top1", "top5")
+    steps = linear.train(heads, optimizer, loader, linear.at_hand, tally, 0, 0, 1)
+    assert list(steps) == [0, 1, 2, 3]
     loss, top1, top5 = linear.evaluate(head, features, labels)
-    assert (sums[0] / 100).tolist() == pytest.approx([loss, top1 / 100, top5 / 100])
+    means = tally.means(100)
+    found = [means[name] for name in ("loss", "top1", "top5")]
+    assert found == pytest.approx([loss, top1 / 100, top5 / 100])
     assert top1 < top5 < 100
 
 
 def test_compile_gives_the_same_head(pretrained, tmp_path):
+    flags = ("--epochs", 1, "--batch_size", 160, "--no-pictures")  # two equal batches: one graph
     for name, more in [("eager", ()), ("compiled", ("--compile",))]:
-        judge(pretrained, tmp_path, "--epochs", 1, "--name", name, *more)
+        judge(pretrained, tmp_path, *flags, "--name", name, *more)
     tables = [pandas.read_csv(tmp_path / f"{n}_statistics.csv") for n in ("eager", "compiled")]
     columns = ["train_loss", "test_loss"]
     assert tables[0][columns].values == pytest.approx(tables[1][columns].values, rel=1e-3)
@@ -250,8 +347,8 @@ def test_compile_gives_the_same_head(pretrained, tmp_path):
 def test_lars_step_is_the_authors():
     """apex's LARC without clipping, which the authors' linear evaluation uses, written out."""
     torch.manual_seed(0)
-    head = model.linear_head(6, 3)
-    args, *_ = linear.parse_args(["--optimizer", "lars"])
+    head = network.linear_head(6, 3)
+    args = linear.make_flags().read(["--optimizer", "lars"])[0]
     assert (args.batch_size, args.lr) == (4096, [0.1])
     optimizer = linear.make_optimizer(args, nn.ModuleList([head]), args.lr)
     assert optimizer.param_groups[0]["peak"] == pytest.approx(1.6)
@@ -264,20 +361,29 @@ def test_lars_step_is_the_authors():
     torch.testing.assert_close(head.weight.detach(), weight - 1.6 * trust * gradient)
 
 
-def test_evaluate_only_and_predict_agree(pretrained, folder, tmp_path, capsys):
-    judge(pretrained, tmp_path, "--cached", "--epochs", 5)
-    table = pandas.read_csv(tmp_path / "pre_linear_cached_statistics.csv")
-    capsys.readouterr()
-    saved = tmp_path / "pre_linear_cached_model.pth"
-    bytes_before = saved.read_bytes()
-    judge(saved, tmp_path, "--evaluate_only")
+# ---- a linear model that is there ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(pretrained, tmp_path_factory):
+    """A linear model on cached features, and its results."""
+    out = tmp_path_factory.mktemp("fitted")
+    judge(pretrained, out, "--cached", "--epochs", 60, "--lr", 3, "--no-pictures")
+    return out / "pre_linear_cached_model.pth"
+
+
+def test_evaluate_only_and_predict_agree(fitted, folder, tmp_path, capsys):
+    table = pandas.read_csv(fitted.with_name("pre_linear_cached_statistics.csv"))
+    bytes_before = fitted.read_bytes()
+    judge(fitted, tmp_path, "--evaluate_only")
     out = capsys.readouterr().out
     top1 = table["test_acc@1"].iloc[-1]
     assert f"top-1 {top1:.2f} %" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["pre_linear_cached_confusion.png"]
     assert Image.open(tmp_path / "pre_linear_cached_confusion.png").size[0] > 300
-    assert saved.read_bytes() == bytes_before
+    assert fitted.read_bytes() == bytes_before
 
-    judge(saved, tmp_path, "--predict", folder / "val", "--out_csv", tmp_path / "p.csv")
+    judge(fitted, tmp_path, "--predict", folder / "val", "--out_csv", tmp_path / "p.csv")
     found = pandas.read_csv(tmp_path / "p.csv")
     true = found["file"].map(lambda path: path.split("/")[-2])
     assert 100 * (found["class"] == true).mean() == pytest.approx(top1, abs=1e-3)
@@ -288,8 +394,7 @@ def test_evaluate_only_and_predict_agree(pretrained, folder, tmp_path, capsys):
     assert each == [f"blobs: {share:.1f} % of 20"]
 
 
-def test_predict_takes_any_size_and_mode(pretrained, tmp_path, capsys):
-    judge(pretrained, tmp_path, "--cached", "--epochs", 1)
+def test_predict_takes_any_size_and_mode(fitted, tmp_path, capsys):
     gradient = np.linspace(0, 255, 40 * 50).reshape(40, 50)
     gray = Image.fromarray(gradient.astype(np.uint8))
     files = {}
@@ -301,40 +406,37 @@ def test_predict_takes_any_size_and_mode(pretrained, tmp_path, capsys):
     for i, (mode, image) in enumerate(files.items()):
         names.append(tmp_path / f"{i}{'.jpg' if mode == 'CMYK' else '.png'}")
         image.save(names[-1])
-    saved = tmp_path / "pre_linear_cached_model.pth"
-    judge(saved, tmp_path, "--predict", *names, "--out_csv", tmp_path / "p.csv")
+    judge(fitted, tmp_path, "--predict", *names, "--out_csv", tmp_path / "p.csv")
     found = pandas.read_csv(tmp_path / "p.csv").set_index("file")["score"]
     assert len(found) == len(files)
     of = dict(zip(files, found, strict=True))
     assert of["I;16"] == pytest.approx(of["L"], abs=1e-3)  # 16 bits are not clipped to white
     assert of["RGBA"] == pytest.approx(of["L"], abs=1e-3)
-    err = refused(capsys, "--model_path", saved, "--predict", tmp_path / "none.png")
+    err = refused(capsys, "--model_path", fitted, "--predict", tmp_path / "none.png")
     assert "none.png" in err
 
 
-def test_class_order_survives(pretrained, folder, tmp_path, capsys):
+def test_class_order_survives(fitted, folder, tmp_path, capsys):
     """A folder with fewer classes, so other numbers, is scored by name."""
-    judge(pretrained, tmp_path, "--cached", "--epochs", 5)
-    saved = tmp_path / "pre_linear_cached_model.pth"
-    assert torch.load(saved)["classes"] == ["blobs", "columns", "diagonals", "rows"]
-    capsys.readouterr()
-    judge(saved, tmp_path, "--evaluate_only")
+    assert torch.load(fitted)["classes"] == ["blobs", "columns", "diagonals", "rows"]
+    judge(fitted, tmp_path, "--evaluate_only")
     whole = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rows:")]
     for split in ("train", "val"):
         (tmp_path / "few" / split).mkdir(parents=True)
         (tmp_path / "few" / split / "rows").symlink_to(folder / split / "rows")
         (tmp_path / "few" / split / "columns").symlink_to(folder / split / "columns")
-    judge(saved, tmp_path, "--evaluate_only", "--data_root", tmp_path / "few")
+    judge(fitted, tmp_path, "--evaluate_only", "--data_root", tmp_path / "few")
     assert whole[0] in capsys.readouterr().out
     (tmp_path / "few" / "train" / "zebra").symlink_to(folder / "train" / "rows")
-    args = ("--model_path", saved, "--evaluate_only", "--data_root", tmp_path / "few")
+    args = ("--model_path", fitted, "--evaluate_only", "--data_root", tmp_path / "few")
     assert "zebra" in refused(capsys, *args)
 
 
 def test_transfer_to_another_data_set(pretrained, tmp_path):
     judge(pretrained, tmp_path, "--cached", "--epochs", 1, "--data_name", "textures")
     state = torch.load(tmp_path / "pre_linear_cached_textures_model.pth")
-    assert state["classes"] == list(data.TEXTURES)
+    assert state["classes"] == list(TEXTURES)
+    assert state["args"]["data_name"] == "textures"
     assert pandas.read_csv(tmp_path / "results.csv")["data"].tolist() == ["textures"]
 
 
@@ -343,11 +445,14 @@ def test_transfer_to_another_data_set(pretrained, tmp_path):
     [("resnet18", "cifar", 10, 11_173_962), ("resnet50", "imagenet", 1000, 25_557_032)],
 )
 def test_params_of_the_linear_models(arch, stem, classes, params):
-    net = model.Classifier(*model.backbone(arch, stem), classes)
-    assert model.params_and_flops(net, 32)[0] == params
+    net = network.Classifier(*network.backbone(arch, stem), classes)
+    assert network.params_and_flops(net, 32)[0] == params
 
 
-def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
+# ---- what it refuses ----------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line(pretrained, fitted, tmp_path, capsys):
     def err(*flags, path=pretrained):
         found = refused(capsys, "--model_path", path, "--out", tmp_path / "out", *flags)
         assert not (tmp_path / "out").exists()
@@ -355,12 +460,13 @@ def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
 
     state = torch.load(pretrained)
     other = copy.deepcopy(state)
-    other["args"]["arch"] = "resnet14"
+    other["encoder"]["arch"] = "resnet14"
     torch.save(other, tmp_path / "arch.pth")
     assert "arch.pth: its weights do not fit" in err(path=tmp_path / "arch.pth")
-    other["args"] = {"data_name": "textures"}
-    torch.save(other, tmp_path / "args.pth")
+    torch.save(state | {"args": {"data_name": "textures"}}, tmp_path / "args.pth")
     assert "not main.py's" in err(path=tmp_path / "args.pth")
+    torch.save(state | {"version": 1}, tmp_path / "version.pth")
+    assert "version.pth: has version 1 " in err(path=tmp_path / "version.pth")
     (tmp_path / "cut.pth").write_bytes(pretrained.read_bytes()[:1000])
     assert "cut.pth" in err(path=tmp_path / "cut.pth")
     assert "nowhere.pth" in err(path=tmp_path / "nowhere.pth")
@@ -372,9 +478,9 @@ def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
         ("--label_fraction 1.1", "--label_fraction"),
         ("--lr 0", "--lr"),
         ("--epochs 0", "--epochs"),
-        ("--optimizer adam", "--optimizer"),
+        ("--optimizer adam", "--optimizer: invalid choice: 'adam'"),
         ("--out_csv x.csv", "--out_csv"),
-        ("--data_name nothing", "--data_name nothing"),
+        ("--data_name nothing", "--data_name: invalid choice: 'nothing'"),
         ("--data_name folder --data_root /not/there", "/not/there"),
         ("--device cuda:99", "--device cuda:99"),
         ("--evaluate_only --predict x", "--predict"),
@@ -382,9 +488,6 @@ def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
         ("--predict x --cached", "does not go with --predict"),
     ]:
         assert named in err(*flags.split())
-    judge(pretrained, tmp_path, "--cached", "--epochs", 1)
-    assert utils.load_checkpoint(tmp_path / "pre_linear_cached_model.pth")
-    again = ("--model_path", pretrained, "--out", tmp_path, "--cached", "--epochs", 1)
+    again = ("--model_path", pretrained, "--out", fitted.parent, "--cached", "--epochs", 1)
     assert "--overwrite" in refused(capsys, *again)
-    linear_path = tmp_path / "pre_linear_cached_model.pth"
-    assert "is a linear model" in refused(capsys, "--model_path", linear_path)
+    assert "is a linear model" in err(path=fitted)

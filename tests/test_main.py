@@ -1,41 +1,93 @@
-"""The commands: a run, what it writes, resume, refusals; and the shape of the tree."""
+"""main.py: what a run writes, how it goes on, what it draws, says and refuses."""
 
-import ast
-import inspect
-import pathlib
-import re
+import copy
+import os
 import socket
 import sys
-import time
 
+import matplotlib.figure
+import numpy as np
 import pandas
 import pytest
 import torch
-import torch.distributed.run
+import torch.nn.functional as F
 from PIL import Image
 
-import data
 import linear
 import main
-import model
+import utils
+from simsiam import checkpoint, metrics, network, pictures
+from simsiam.files import RunError, read_csv
+from simsiam.loader import Data, Files
+from simsiam.monitor import Monitor, Tally
+from simsiam.run import Run
+from simsiam.textures import TEXTURES, textures
+from simsiam.views import NORMALISATION, Augmentation, Batch, Views
+from tests import helpers
 
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32"
+TIMES = ["images_per_sec", "seconds"]
+
+
+class Stop(Exception):
+    """Ends a run as a power cut would: nothing is written after it."""
 
 
 def run(tmp_path, flags):
     main.main([*TINY.split(), "--no-pictures", "--out", str(tmp_path), *flags.split()])
 
 
+def run_until(monkeypatch, epoch, step, begin):
+    """`begin()` a run that ends before this step is counted; the step before it is saved."""
+    train = main.train
+
+    def stopped(*args):
+        for done in train(*args):
+            if (args[5], done) == (epoch, step):
+                raise Stop
+            yield done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "train", stopped)
+        with pytest.raises(Stop):
+            begin()
+
+
 def refused(capsys, *argv):
-    """Exit code 2, one line on stderr, and that line."""
-    with pytest.raises(SystemExit) as stop:
-        main.main([str(word) for word in argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert err.count("\n") == 1
+    err = helpers.refused(capsys, main, *argv)
     assert err.startswith("main.py: ")
     return err
+
+
+def model_of(tmp_path, name):
+    return torch.load(tmp_path / f"{name}_model.pth", weights_only=True)["model"]
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder as ImageNet's: 120 images to train on and 40 to score with, of three modes."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, number, seed in [("train", 120, 1), ("val", 40, 2)]:
+        images, labels = textures(number, seed)
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            path = root / split / TEXTURES[label] / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((40 + i % 9, 40))
+            image.convert(("RGB", "L", "CMYK")[i % 3]).save(path)
+    return root
+
+
+def of_photos(photos, out, *more):
+    flags = "--data_name imagenet --arch resnet8 --stem cifar --image_size 32 --feature_dim 16"
+    flags += f" --batch_size 32 --bank_size 60 --k 5 --data_root {photos} --out {out}"
+    return [*flags.split(), *map(str, more)]
+
+
+# ---- a run, and how it goes on ------------------------------------------------------------------
 
 
 def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
@@ -65,13 +117,19 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     assert result["protocol"] == "KNN"
     assert result["top1"] == table["test_acc@1"].iloc[-1]
     assert result["best_top1"] == table["test_acc@1"].iloc[1:].max()
-    net = model.SimSiam("resnet8", feature_dim=16, width=4)
+    net = network.SimSiam("resnet8", feature_dim=16, width=4)
     assert round(result["params_m"] * 1e6) == sum(p.numel() for p in net.parameters())
 
     state = torch.load(tmp_path / "a_model.pth", weights_only=True)
-    assert sorted(state) == (
-        "args epoch history images_crc made_on model optimizer seconds step sums version".split()
+    assert " ".join(sorted(state)) == (
+        "args augmentation classes command encoder epoch facts history images_crc made_on model "
+        "optimizer seconds step tally version"
     )
+    assert state["args"].keys() == main.make_flags().defaults.keys()  # flags, and nothing else
+    assert (state["command"], state["classes"]) == ("main.py", list(TEXTURES))
+    mean, std = NORMALISATION["cifar"]
+    encoder = {"arch": "resnet8", "stem": "cifar", "width": 4, "image_size": 32}
+    assert state["encoder"] == encoder | {"mean": mean, "std": std}
     net.load_state_dict(state["model"])
     for name in ("curves", "neighbours", "embedding", "confusion"):
         assert Image.open(tmp_path / f"a_{name}.png").size[0] > 400
@@ -79,35 +137,22 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
 
 def test_resume_ends_at_the_same_bits(tmp_path, capsys, monkeypatch):
     run(tmp_path, "--epochs 3 --name whole --seed 5")
-
-    class Stop(Exception):
-        pass
-
-    real = main.train
-
-    def train_one_epoch(*args):
-        if args[4] == 1:
-            raise Stop
-        return real(*args)
-
-    monkeypatch.setattr(main, "train", train_one_epoch)
-    with pytest.raises(Stop):
-        run(tmp_path, "--epochs 3 --name cut --seed 5")
-    monkeypatch.undo()
+    cut = "--epochs 3 --name cut --seed 5"
+    run_until(monkeypatch, 1, 0, lambda: run(tmp_path, f"{cut} --checkpoint_minutes 0"))
     torch.manual_seed(123)
-    run(tmp_path, "--epochs 3 --name cut --seed 5 --resume")
+    run(tmp_path, f"{cut} --resume")
     assert "resumed after epoch 1 of 3" in capsys.readouterr().out
 
-    whole, cut = (torch.load(tmp_path / f"{name}_model.pth") for name in ("whole", "cut"))
-    for key, tensor in whole["model"].items():
-        assert torch.equal(tensor, cut["model"][key]), key
-    for i, state in whole["optimizer"]["state"].items():
-        assert torch.equal(
-            state["momentum_buffer"], cut["optimizer"]["state"][i]["momentum_buffer"]
-        )
+    assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
+    whole, cut = (
+        torch.load(tmp_path / f"{name}_model.pth")["optimizer"]["state"]
+        for name in ("whole", "cut")
+    )
+    assert whole.keys() == cut.keys()
+    for i, state in whole.items():
+        assert torch.equal(state["momentum_buffer"], cut[i]["momentum_buffer"])
     tables = [pandas.read_csv(tmp_path / f"{name}_statistics.csv") for name in ("whole", "cut")]
-    times = ["images_per_sec", "seconds"]
-    assert tables[0].drop(columns=times).equals(tables[1].drop(columns=times))
+    assert tables[0].drop(columns=TIMES).equals(tables[1].drop(columns=TIMES))
 
     err = refused(
         capsys, *TINY.split(), "--out", tmp_path, "--name", "cut", "--epochs", 4, "--resume"
@@ -121,9 +166,15 @@ def test_resume_ends_at_the_same_bits(tmp_path, capsys, monkeypatch):
 def test_seeds_differ_and_repeat(tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         run(tmp_path, f"--epochs 1 --name {name} --seed {seed}")
-    a, b, c = (torch.load(tmp_path / f"{n}_model.pth")["model"] for n in "abc")
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b, c = (model_of(tmp_path, name) for name in "abc")
+    assert same_bits(a, b)
     assert not torch.equal(a["backbone.conv1.weight"], c["backbone.conv1.weight"])
+    a, b, c = (
+        main.initial_network(main.make_flags().read([*TINY.split(), "--seed", seed])[0])
+        for seed in "112"
+    )
+    assert same_bits(a.state_dict(), b.state_dict())
+    assert not torch.equal(a.backbone.conv1.weight, c.backbone.conv1.weight)
 
 
 def test_an_existing_run_is_refused_and_overwritten_on_demand(tmp_path, capsys):
@@ -138,8 +189,136 @@ def test_an_existing_run_is_refused_and_overwritten_on_demand(tmp_path, capsys):
     assert len(pandas.read_csv(tmp_path / "results.csv")) == 1
 
 
+def test_a_run_keeps_the_augmentation_that_it_began_with(tmp_path, monkeypatch):
+    """Begun by a version whose recipe has another crop scale, and all views gray."""
+    begun = Augmentation(crop_scale=(0.9, 1.0), gray_p=1.0)
+    run_until(monkeypatch, 0, 0, lambda: run(tmp_path, "--epochs 2 --name new"))
+    state = torch.load(tmp_path / "new_model.pth")
+    assert state["augmentation"] == vars(Augmentation())
+    for name in ("whole", "cut"):
+        torch.save(state | {"augmentation": vars(begun)}, tmp_path / f"{name}_model.pth")
+
+    flags = main.make_flags()
+    argv = [*TINY.split(), "--epochs", "2", "--name", "cut", "--out", str(tmp_path), "--resume"]
+    with Run(*flags.read(argv), flags, main.STATISTICS) as resumed:
+        made = main.prepare(resumed)
+    assert made.views.augmentation == begun
+    mean, std = (torch.tensor(part)[:, None, None] for part in NORMALISATION["cifar"])
+    for view in made.views(next(made.loader.epoch(0))):
+        red, green, blue = (view * std + mean).unbind(1)
+        torch.testing.assert_close(red, green, atol=1e-3, rtol=0)
+        torch.testing.assert_close(red, blue, atol=1e-3, rtol=0)
+
+    again = "--epochs 2 --resume --checkpoint_minutes 0 --name"
+    run_until(monkeypatch, 1, 3, lambda: run(tmp_path, f"{again} cut"))
+    for name in ("new", "whole", "cut"):
+        run(tmp_path, f"{again} {name}")
+    assert torch.load(tmp_path / "cut_model.pth")["augmentation"] == vars(begun)
+    assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
+    assert not same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "new"))
+
+
+def test_a_checkpoint_of_version_1_is_refused_but_its_weights_are_taken(tmp_path, capsys):
+    run(tmp_path, "--epochs 1 --name new")
+    new = torch.load(tmp_path / "new_model.pth")
+    kept = "args epoch history images_crc made_on model optimizer seconds step".split()
+    old = {name: new[name] for name in kept} | {"version": 1, "sums": torch.zeros(4)}
+    path = tmp_path / "old_model.pth"
+    torch.save(old, path)
+    before = path.read_bytes()
+    for flags in (["--resume", path], ["--resume", "--name", "old", "--out", tmp_path]):
+        err = refused(capsys, *TINY.split(), "--epochs", 1, *flags)
+        assert str(path) in err
+        assert "version 1" in err
+        assert "reads 2" in err
+        assert "--init" in err
+    assert path.read_bytes() == before
+    err = helpers.refused(capsys, linear, "--model_path", path, "--out", tmp_path)
+    assert "version 1" in err
+    run(tmp_path, f"--epochs 1 --name again --init {path} --lr 1e-12 --weight_decay 0")
+    again = model_of(tmp_path, "again")
+    name = "backbone.conv1.weight"
+    torch.testing.assert_close(again[name], old["model"][name], atol=1e-6, rtol=0)
+
+
+def test_nothing_writes_into_the_arguments(tmp_path):
+    flags = main.make_flags()
+    argv = [*TINY.split(), "--no-pictures", "--epochs", "2", "--name", "a", "--out", str(tmp_path)]
+    for more in ([], ["--resume"]):
+        args, given = flags.read([*argv, *more])
+        before = copy.deepcopy((vars(args), given, flags.defaults))
+        with Run(args, given, flags, main.STATISTICS) as entered:
+            of_run = copy.deepcopy(vars(entered.args))
+            main.pretrain(entered, main.prepare(entered))
+            assert vars(entered.args) == of_run
+        assert (vars(args), given, flags.defaults) == before
+    recipes = copy.deepcopy((main.RECIPES, main.VIEWS))
+    main.make_flags().read([])
+    assert recipes == (main.RECIPES, main.VIEWS)
+
+
+def test_seconds_are_of_an_epoch_s_own_steps(tmp_path, monkeypatch):
+    """Not of what is before the training; and of all steps, in whichever life of the run."""
+    now = [0.0]
+    train, eigvalsh = main.train, torch.linalg.eigvalsh
+
+    def a_second_a_step(*args):
+        for step in train(*args):
+            now[0] += 1
+            yield step
+            if (args[5], step) == stop:
+                raise Stop
+
+    def slow(gram):  # a part of each kNN
+        now[0] += 1000
+        return eigvalsh(gram)
+
+    monkeypatch.setattr(main, "train", a_second_a_step)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", slow)
+    flags = main.make_flags()
+    argv = f"{TINY} --no-pictures --epochs 3 --knn_every 3 --checkpoint_minutes 0 --name a".split()
+
+    def live(*more):
+        args, given = flags.read([*argv, "--out", str(tmp_path), *more])
+        with Run(args, given, flags, main.STATISTICS, clock=lambda: now[0]) as begun:
+            main.pretrain(begun, main.prepare(begun))
+
+    stop = (1, 2)  # with the third of six steps saved
+    with pytest.raises(Stop):
+        live()
+    stop, now[0] = None, 1e6
+    live("--resume")
+    table = pandas.read_csv(tmp_path / "a_statistics.csv")[1:]
+    assert table["seconds"].tolist() == [6, 6, 1006]  # a kNN is its epoch's
+    assert table["images_per_sec"].tolist() == [32, 32, 32]  # and not of the steps
+    assert pandas.read_csv(tmp_path / "results.csv")["seconds"].tolist() == [1018]
+
+
+def test_fix_pred_lr_keeps_the_predictors_lr(tmp_path):
+    for name, fixed in [("fixed", "--fix_pred_lr"), ("free", "--no-fix_pred_lr")]:
+        run(tmp_path, f"--epochs 2 --name {name} {fixed}")
+        groups = torch.load(tmp_path / f"{name}_model.pth")["optimizer"]["param_groups"]
+        peak = main.SHORT["lr"] * 32 / 256
+        assert groups[0]["lr"] < 0.1 * peak  # the cosine's end
+        assert (groups[1]["lr"] == peak) == (name == "fixed")
+        net = network.SimSiam("resnet8", feature_dim=16, width=4)
+        assert len(groups[1]["params"]) == len(list(net.predictor.parameters()))
+
+
+def test_compile_trains_the_same_network(tmp_path):
+    run(tmp_path, "--epochs 1 --name eager")
+    run(tmp_path, "--epochs 1 --name compiled --compile")
+    a, b = (model_of(tmp_path, name) for name in ("eager", "compiled"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-2, rtol=1e-2)
+
+
+# ---- images in files ----------------------------------------------------------------------------
+
+
 def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
-    images, _ = data.textures(24, seed=3)
+    images, _ = textures(24, seed=3)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).resize((40, 48)).save(tmp_path / f"{i}.png")
     main.main(
@@ -152,61 +331,26 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
     assert table["rank"].notna().all()
     assert not (tmp_path / "r" / "results.csv").exists()
     state = torch.load(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
-    assert state["args"]["blur_p"] == 0.5
+    assert state["augmentation"]["blur_p"] == 0.5
+    assert state["args"]["fix_pred_lr"] is True
+    assert state["encoder"]["mean"] == NORMALISATION["imagenet"][0]
     assert "projector.7.running_mean" in state["model"]  # three layers
 
 
-def test_imagenet_from_files_to_a_judged_head(tmp_path, capsys, monkeypatch):
+def test_imagenet_from_files_to_a_judged_head(photos, tmp_path, capsys, monkeypatch):
     """Whole, and stopped within an epoch and resumed with other workers: the same bits."""
-    for split, number, seed in [("train", 120, 1), ("val", 40, 2)]:
-        images, labels = data.textures(number, seed)
-        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            path = tmp_path / split / data.TEXTURES[label] / f"{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((40 + i % 9, 40))
-            image.convert(("RGB", "L", "CMYK")[i % 3]).save(path)
-    flags = (
-        f"--data_name imagenet --data_root {tmp_path} --arch resnet8 --stem cifar --image_size 32 "
-        f"--feature_dim 16 --batch_size 32 --epochs 2 --bank_size 60 --k 5 --no-pictures "
-        f"--out {tmp_path} --name"
-    ).split()
-    banks, real_knn = [], main.utils.knn
-    monkeypatch.setattr(main.utils, "knn", lambda b, *a: banks.append(len(b)) or real_knn(b, *a))
-    main.main([*flags, "whole", "--profile"])
-    assert banks == [60, 60, 60, 60]  # two before the training, and one each epoch
+    flags = of_photos(photos, tmp_path, "--epochs", 2, "--no-pictures", "--name")
+    main.main([*flags, "whole"])
     out = capsys.readouterr().out
     assert "imagenet: 120 training images, 40 test images, 10 classes, 32 pixels" in out
-    parts = "loading views forward backward optimizer monitor checkpoint all".split()
-    shares = {
-        part: float(line.split()[-1].rstrip("%"))
-        for part in parts
-        for line in out.splitlines()
-        if line.startswith(f"{part} ")
-    }
-    assert list(shares) == parts
-    assert sum(shares.values()) == pytest.approx(200, abs=0.5)
-    assert min(shares["views"], shares["forward"], shares["backward"], shares["monitor"]) > 0
     results = pandas.read_csv(tmp_path / "results.csv")
     assert results["protocol"].tolist() == ["KNN, bank of 60"]
 
-    class Stop(Exception):
-        pass
-
-    real = main.utils.save_checkpoint
-
-    def save_and_stop(*args, **state):
-        real(*args, **state)
-        if (state["epoch"], state["step"]) == (1, 2):
-            raise Stop
-
-    monkeypatch.setattr(main.utils, "save_checkpoint", save_and_stop)
-    with pytest.raises(Stop):
-        main.main([*flags, "cut", "--checkpoint_minutes", "0"])
-    monkeypatch.undo()
+    cut = [*flags, "cut", "--checkpoint_minutes", "0"]
+    run_until(monkeypatch, 1, 2, lambda: main.main(cut))
     main.main([*flags, "cut", "--resume", "--num_workers", "0"])
     assert "and step 2 of 3" in capsys.readouterr().out
-    whole, cut = (torch.load(tmp_path / f"{name}_model.pth")["model"] for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
 
     judge = f"--model_path {tmp_path}/whole_model.pth --out {tmp_path} --epochs 1 --batch_size 32"
     linear.main([*judge.split(), "--lr", "1", "0.1"])
@@ -215,25 +359,35 @@ def test_imagenet_from_files_to_a_judged_head(tmp_path, capsys, monkeypatch):
     judged = f"--model_path {tmp_path}/whole_linear_model.pth"
     linear.main([*judged.split(), "--evaluate_only", "--out", str(tmp_path)])
     assert f"top-1 {table['test_acc@1'].iloc[-1]:.2f} %" in capsys.readouterr().out
-    linear.main([*judged.split(), "--predict", f"{tmp_path}/val", "--out_csv", f"{tmp_path}/p.csv"])
+    linear.main([*judged.split(), "--predict", f"{photos}/val", "--out_csv", f"{tmp_path}/p.csv"])
     found = pandas.read_csv(tmp_path / "p.csv")
     right = found["class"] == found["file"].map(lambda path: path.split("/")[-2])
     assert 100 * right.mean() == pytest.approx(table["test_acc@1"].iloc[-1], abs=1e-3)
 
 
-def test_the_first_epochs_seconds_are_its_own(tmp_path, monkeypatch):
-    real, ends = main.monitor, []
+def test_pictures_look_at_no_image_for_its_features_again(photos, tmp_path, monkeypatch):
+    """How many files are opened: the steps', the kNNs', and of the pictures those shown."""
+    opened = []
+    usual = Image.open
 
-    def slow_at_first(*args):
-        time.sleep(0 if ends else 5)  # before the training; longer than drawing the curves takes
-        row = real(*args)
-        ends.append(time.perf_counter())
-        return row
+    def counting(path, *args):
+        opened.append(str(path))
+        return usual(path, *args)
 
-    monkeypatch.setattr(main, "monitor", slow_at_first)
-    run(tmp_path, "--epochs 1 --name a")
-    seconds = pandas.read_csv(tmp_path / "a_statistics.csv")["seconds"][1]
-    assert 0 < seconds < time.perf_counter() - ends[0]
+    monkeypatch.setattr(Image, "open", counting)
+    flags = of_photos(photos, tmp_path, "--epochs", 2, "--num_workers", 0, "--name")
+    main.main([*flags, "plain", "--no-pictures"])
+    # Two epochs of three steps; the bank and the test images for the untrained encoder, for the
+    # raw pixels, and after each epoch.
+    assert len(opened) == 2 * 3 * 32 + 4 * (60 + 40)
+    opened.clear()
+    main.main([*flags, "drawn", "--pictures"])
+    assert len(opened) == 2 * 3 * 32 + 4 * (60 + 40) + 8 + 8 * 8  # queries and neighbours
+    assert (tmp_path / "drawn_confusion.png").exists()
+    opened.clear()
+    main.main([*flags, "drawn", "--pictures", "--resume"])  # finished: only to be drawn again
+    assert len(opened) == 60 + 40 + 8 + 8 * 8
+    assert same_bits(model_of(tmp_path, "plain"), model_of(tmp_path, "drawn"))
 
 
 def test_a_bad_image_met_late_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
@@ -248,7 +402,7 @@ def test_a_bad_image_met_late_is_one_line_and_exit_code_2(tmp_path, capsys, monk
     )
     monkeypatch.setattr(sys, "argv", ["main.py", *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        main.utils.run_command(main.main, data.BadImage)
+        utils.run_command(main.main)
     err = capsys.readouterr().err
     assert stop.value.code == 2
     assert err.startswith(f"main.py: {path}: cannot be read")
@@ -259,25 +413,7 @@ def test_a_bad_image_met_late_is_one_line_and_exit_code_2(tmp_path, capsys, monk
     assert "19 training images" in capsys.readouterr().out
 
 
-def test_fix_pred_lr_keeps_the_predictors_lr(tmp_path):
-    for name, fixed in [("fixed", "--fix_pred_lr"), ("free", "--no-fix_pred_lr")]:
-        run(tmp_path, f"--epochs 2 --name {name} {fixed}")
-        groups = torch.load(tmp_path / f"{name}_model.pth")["optimizer"]["param_groups"]
-        peak = main.SHORT["lr"] * 32 / 256
-        assert groups[0]["lr"] < 0.1 * peak  # the cosine's end
-        assert (groups[1]["lr"] == peak) == (name == "fixed")
-        net = model.SimSiam("resnet8", feature_dim=16, width=4)
-        assert len(groups[1]["params"]) == len(list(net.predictor.parameters()))
-
-
-def test_compile_trains_the_same_network(tmp_path):
-    run(tmp_path, "--epochs 1 --name eager")
-    run(tmp_path, "--epochs 1 --name compiled --compile")
-    a, b = (torch.load(tmp_path / f"{n}_model.pth")["model"] for n in ("eager", "compiled"))
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], atol=1e-2, rtol=1e-2)
-
+# ---- a collapse, and the ablations --------------------------------------------------------------
 
 COLLAPSING = "--stop_grad off --bn hidden --lr 2"
 
@@ -290,7 +426,7 @@ def test_a_collapse_is_said_once_with_its_cause(tmp_path, capsys):
     assert "--stop_grad off" in line
     assert "--bn hidden" in line
     assert "--batch_size" not in line
-    rows = main.utils.read_csv(tmp_path / "a_statistics.csv")
+    rows = read_csv(tmp_path / "a_statistics.csv")
     (found,) = (row for row in rows if "collapse" in row)
     assert found["collapse"] == 6 * found["epoch"]  # steps so far, of 6 an epoch
     assert f"epoch {found['epoch']}, step 6" in line
@@ -302,149 +438,242 @@ def test_a_collapse_is_said_once_with_its_cause(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_stop_on_collapse_ends_the_run_and_resume_goes_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(main.utils, "WINDOW", 2)
-    run(tmp_path, f"--epochs 3 --name whole --train_size 400 {COLLAPSING}")  # 12 steps an epoch
-    flags = f"--epochs 3 --name cut --train_size 400 {COLLAPSING}"
-    with pytest.raises(main.utils.RunError, match="--no-stop_on_collapse"):
-        run(tmp_path, f"{flags} --stop_on_collapse")
+def test_a_healthy_run_resumed_within_a_window_is_not_warned(tmp_path, capsys, monkeypatch):
+    """The std of a window's first steps is in the checkpoint: 20 of 25 here, of small batches."""
+    flags = f"--train_size 240 --batch_size 8 --epochs 1 --out {tmp_path} --name a --no-pictures"
+    flags = [*TINY.split(), *flags.split(), "--checkpoint_minutes", "0"]
+    run_until(monkeypatch, 0, 20, lambda: main.main(flags))
+    assert torch.load(tmp_path / "a_model.pth")["step"] == 20
+    main.main([*flags, "--resume"])
+    out = capsys.readouterr().out
+    assert "and step 20 of 30" in out
+    assert "warning" not in out
+    assert "collapse" not in read_csv(tmp_path / "a_statistics.csv")[1]
+
+
+def test_stop_on_collapse_ends_the_run_and_resume_goes_on(tmp_path, capsys):
+    collapsing = f"--epochs 1 --train_size 1000 {COLLAPSING}"  # 31 steps an epoch
+    run(tmp_path, f"{collapsing} --name whole")
+    with pytest.raises(RunError, match="--no-stop_on_collapse"):
+        run(tmp_path, f"{collapsing} --name cut --stop_on_collapse")
     state = torch.load(tmp_path / "cut_model.pth")
-    assert (state["epoch"], state["step"]) == (0, 6)  # at once, not at the epoch's end
-    with pytest.raises(main.utils.RunError, match="--no-stop_on_collapse"):
-        run(tmp_path, f"{flags} --resume")
-    assert torch.load(tmp_path / "cut_model.pth")["step"] == 6
-    run(tmp_path, f"{flags} --resume --no-stop_on_collapse")
+    assert (state["epoch"], state["step"]) == (0, 25)  # at once, not at the epoch's end
+    assert state["facts"] == {"collapse": 25}
+    with pytest.raises(RunError, match="--no-stop_on_collapse"):
+        run(tmp_path, f"{collapsing} --name cut --resume")
+    assert torch.load(tmp_path / "cut_model.pth")["step"] == 25
+    capsys.readouterr()
+    run(tmp_path, f"{collapsing} --name cut --resume --no-stop_on_collapse")
+    assert "warning" not in capsys.readouterr().out  # it was said
     whole, cut = (
-        pandas.read_csv(tmp_path / f"{name}_statistics.csv").drop(
-            columns=["images_per_sec", "seconds"]
-        )
+        pandas.read_csv(tmp_path / f"{name}_statistics.csv").drop(columns=TIMES)
         for name in ("whole", "cut")
     )
     assert whole.equals(cut)
-    assert whole["collapse"].dropna().tolist() == [6]
+    assert whole["collapse"].dropna().tolist() == [25]
+    assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
 
 
 def test_ablations_are_kept_in_the_checkpoint(tmp_path, capsys):
     flags = "--stop_grad off --predictor fixed --bn all --similarity cross_entropy"
     run(tmp_path, f"--epochs 1 --name a {flags} --loss asymmetric_2x")
-    state = main.utils.load_checkpoint(tmp_path / "a_model.pth")
-    net = model.pretrained(state)
+    state = checkpoint.load(tmp_path / "a_model.pth")
+    net = checkpoint.network(state)
     assert net.stop_grad is False
-    assert net.D is model.cross_entropy
-    assert net.looks == 4
+    assert net.D is network.cross_entropy
+    assert net.num_views == 4
     assert not any(p.requires_grad for p in net.predictor.parameters())
     torch.manual_seed(0)  # the predictor is as it started
-    begun = model.simsiam(state["args"]).predictor.state_dict()
+    begun = network.simsiam(state["args"]).predictor.state_dict()
     for name, value in net.predictor.state_dict().items():
         assert torch.equal(value, begun[name]) == ("weight" in name or "bias" in name), name
     err = refused(capsys, "--resume", tmp_path / "a_model.pth", "--stop_grad", "on")
     assert "--stop_grad off" in err
-    for name in (*model.ABLATIONS, "stop_grad"):  # a checkpoint of before there were any
-        del state["args"][name]
-    state["model"] = model.SimSiam("resnet8", "cifar", 16, 2, 4).state_dict()
-    assert model.pretrained(state).stop_grad is True
 
 
-def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, monkeypatch):
+# ---- pictures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, by the names of their files."""
+    figures = {}
+    save = matplotlib.figure.Figure.savefig
+
+    def savefig(self, file, **how):
+        kind = os.path.basename(file.name).split("_")[-1].split(".")[0]  # .a_curves.png.part
+        figures[kind] = self
+        save(self, file, **how)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return figures
+
+
+def tiles_in(figure, columns):
+    """The images in a figure, that are 32 pixels wide: rows x columns x 3 x 32 x 32 of uint8."""
+    canvas = torch.from_numpy(figure.axes[0].images[0].get_array().data.copy())
+    pitch = (canvas.shape[1] - 32) // (columns - 1)
+    return canvas.unfold(0, 32, pitch).unfold(1, 32, pitch)
+
+
+def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, drawn):
     run(tmp_path, "--epochs 1 --name a")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    sheets = []
-    real = main.figures.sheet
-    monkeypatch.setattr(main.figures, "sheet", lambda *args: sheets.append(args) or real(*args))
     run(tmp_path, "--name a --show_views")
     assert "a_views.png" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
     assert Image.open(tmp_path / "a_views.png").size[0] > 300
-    found = torch.from_numpy(sheets[0][0]).permute(0, 1, 4, 2, 3)  # 8 x 3 of 3 x 32 x 32
-    args = main.parse_args([*TINY.split(), "--name", "a"])[0]
-    images, views = main.load_images(args).train_images, main.make_views(args)
-    shown = found[:, 0]
+    found = tiles_in(drawn["views"], columns=3)
+    assert found.shape == (8, 3, 3, 32, 32)
+    args = main.make_flags().read([*TINY.split(), "--name", "a"])[0]
+    images = main.images_of(args).train_images
+    shown = found[:, 0].contiguous()
     assert all((image == images).flatten(1).all(1).any() for image in shown)
-    views.seed(0, 0)
-    for i in (1, 2):
-        undone = found[:, i] / 255
-        expected = views(shown.contiguous())
+    views = Views(32, *NORMALISATION["cifar"])
+    for i, expected in enumerate(views(Batch.alone(shown)), 1):  # of epoch 0, step 0
         for c in range(3):
             wanted = expected[:, c] * views.std[c] + views.mean[c]
-            torch.testing.assert_close(undone[:, c], wanted, atol=0.51 / 255, rtol=0)
+            undone = found[:, i, c] / 255
+            torch.testing.assert_close(undone, wanted, atol=0.51 / 255, rtol=0)
 
 
-def test_neighbours_and_map_of_test_images_or_of_the_users_own(tmp_path, monkeypatch):
-    drawn = {}
-    for name in ("neighbours", "embedding", "confusion"):
-        monkeypatch.setattr(main.figures, name, lambda *args, n=name: drawn.update({n: args}))
-    args = main.parse_args([*TINY.split(), "--name", "a"])[0]
-    images, views = main.load_images(args), main.make_views(args)
-    net = model.simsiam(vars(args))
-    amp = torch.autocast("cpu", enabled=False)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_views_stand_beside_their_own_image(tmp_path, in_files):
+    """Each image has one colour, and chance leaves it: in the PNG there are three tiles of each."""
+    colours = [(15 * i, 255 - 15 * i, 100) for i in range(16)]
+    images = torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(1, 1, 32, 32)
+    if in_files:
+        for i, colour in enumerate(colours):
+            Image.new("RGB", (32, 32), colour).save(tmp_path / f"{i}.png")
+        images = Files([tmp_path / f"{i}.png" for i in range(16)], 32, workers=0)
+    views = Views(32, *NORMALISATION["cifar"], Augmentation(jitter_p=0.0, gray_p=0.0))
+    path = tmp_path / "a_views.png"
+    pictures.draw_views(str(path), "a", images, views, 0)
+    pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy())
+    places = [pixels.eq(torch.tensor(colour)).all(2).nonzero() for colour in colours]
+    shown = [place for place in places if len(place)]
+    assert len(shown) == 8
+    height, width, _ = pixels.shape
+    for place in shown:
+        (top, left), (bottom, right) = place.min(0).values, place.max(0).values
+        assert bottom - top < height / 8  # one row
+        assert right - left > 0.8 * width  # of three tiles
+        assert len(place) > 0.9 * 3 * (bottom - top) ** 2
 
-    def found(part):
-        """Brute force: features, in eval mode, normalised."""
+
+def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_path, drawn):
+    args = main.make_flags().read([*TINY.split(), "--name", "a"])[0]
+    images, views = main.images_of(args), Views(32, *NORMALISATION["cifar"])
+    images.test_images, images.test_labels = images.test_images[:123], images.test_labels[:123]
+    net, history = (
+        network.simsiam(vars(args)),
+        [{"epoch": 0, "rank": 1.0}, {"epoch": 1, "rank": 2.0}],
+    )
+
+    def draw(name):
+        drawn.clear()
+        monitor = Monitor(net, views, images, args, 1.0, torch.autocast("cpu", enabled=False))
+        pictures.draw_run(str(tmp_path / name), name, history, monitor)
+        return monitor
+
+    def features(part):
+        """Brute force: in eval mode, normalised."""
         net.eval()
         with torch.no_grad():
-            return torch.nn.functional.normalize(net.backbone(views.plain(part)), dim=1)
+            return F.normalize(net.backbone(views.plain(part)), dim=1)
 
-    main.draw(str(tmp_path / "a"), [{"epoch": 0, "rank": 1.0}], net, views, images, args, amp)
-    tiles, similarity, right, names = drawn["neighbours"][:4]
-    places = torch.linspace(0, 999, 8).long()
-    cosine = found(images.test_images[places]) @ found(images.train_images).T
-    best, nearest = cosine.sort(1, descending=True)
-    torch.testing.assert_close(torch.from_numpy(similarity), best[:, :8], atol=1e-5, rtol=0)
-    same = images.train_labels[nearest[:, :8]] == images.test_labels[places][:, None]
-    assert (right == same.numpy()).all()
+    def numbers(axes):
+        """The cosines that are written below the neighbours."""
+        return torch.tensor([float(text.get_text()) for text in axes.texts]).view(8, 8)
+
+    def check_tiles(places, queries, cosine):
+        """That these are the queries, and their neighbours those that brute force finds."""
+        axes, tiles = drawn["neighbours"].axes[0], tiles_in(drawn["neighbours"], columns=9)
+        best, nearest = cosine.sort(1, descending=True)
+        torch.testing.assert_close(numbers(axes), best[:, :8], atol=6e-4, rtol=0)
+        assert torch.equal(tiles[:, 0], queries[places])
+        shown = tiles[:, 1:].reshape(64, 1, -1)
+        same = (shown == images.train_images.flatten(1)).all(2)
+        assert (same.sum(1) == 1).all()
+        found = cosine.gather(1, same.long().argmax(1).view(8, 8))
+        torch.testing.assert_close(found, best[:, :8], atol=1e-5, rtol=0)
+        return axes, nearest[:, :8]
+
+    monitor = draw("a")
+    assert set(drawn) == {"curves", "neighbours", "embedding", "confusion"}
+    bank, queries = features(images.train_images), features(images.test_images)
+    places = torch.linspace(0, 122, 8).long()
+    axes, nearest = check_tiles(places, images.test_images, queries[places] @ bank.T)
+    right = images.train_labels[nearest] == images.test_labels[places][:, None]
+    framed = torch.zeros(8, 9)
+    for patch in axes.patches:
+        framed[round(patch.get_y() / 42), round(patch.get_x() / 42)] += 1  # 32 pixels, 10 between
+    assert torch.equal(framed[:, 1:], right.float())
+    assert framed[:, 0].sum() == 0
+    names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [images.classes[i] for i in images.test_labels[places]]
-    assert (tiles[3, 0] == images.test_images[places[3]].permute(1, 2, 0).numpy()).all()
-    assert (tiles[3, 1] == images.train_images[nearest[3, 0]].permute(1, 2, 0).numpy()).all()
-    matrix = torch.tensor(drawn["confusion"][0])
-    assert matrix.sum(1).tolist() == images.test_labels.bincount().tolist()
-    bank, queries = found(images.train_images), found(images.test_images)
-    top1 = main.knn_accuracy(bank, queries, images, args)[0]
-    assert 100 * matrix.trace() / matrix.sum() == pytest.approx(top1, abs=0.2)
 
-    drawn.clear()
-    images.train_labels, images.test_images, images.test_labels = (
-        -1 - 0 * images.train_labels,
-        None,
-        None,
-    )
-    main.draw(str(tmp_path / "b"), [{"epoch": 0, "rank": 1.0}], net, views, images, args, amp)
-    assert set(drawn) == {"neighbours", "embedding"}
-    tiles, similarity, right, _ = drawn["neighbours"][:4]
-    assert right is None
+    numbers_of_classes = images.test_labels.bincount()
+    shares = torch.from_numpy(drawn["confusion"].axes[0].images[0].get_array().data)
+    matrix = (shares / 100 * numbers_of_classes[:, None]).round().long()
+    ranking = monitor.found().ranking
+    assert matrix.tolist() == metrics.confusion_matrix(images.test_labels, ranking[:, 0], 10)
+    top1 = monitor.measure()["test_acc@1"]
+    assert 100 * matrix.trace() / 123 == pytest.approx(top1, abs=1e-3)
+    assert f"top-1 {top1:.2f} % of 123 images" in drawn["confusion"].axes[0].get_title()
+    points = [len(part.get_offsets()) for part in drawn["embedding"].axes[0].collections]
+    assert points == numbers_of_classes.tolist()
+
+    nobody = torch.full_like(images.train_labels, -1)
+    images = Data(images.train_images, nobody, None, None, images.classes)
+    draw("b")
+    assert set(drawn) == {"curves", "neighbours", "embedding"}
     cosine = bank @ bank.T
     cosine.fill_diagonal_(-2)  # an image is not its own neighbour
     places = torch.linspace(0, 199, 8).long()
-    best = cosine[places].sort(1, descending=True).values[:, :8]
-    torch.testing.assert_close(torch.from_numpy(similarity), best, atol=1e-5, rtol=0)
-    assert drawn["embedding"][1] is None
+    axes, _ = check_tiles(places, images.train_images, cosine[places])
+    assert not axes.patches
+    (points,) = drawn["embedding"].axes[0].collections  # of one colour
+    assert len(points.get_offsets()) == 200
 
 
-def test_tensorboard_gets_scalars_pictures_and_features(tmp_path, capsys, monkeypatch):
+def test_tensorboard_gets_scalars_pictures_and_features(photos, tmp_path, capsys, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(tmp_path, "--epochs 2 --name a --tensorboard --pictures")
+    flags = of_photos(photos, tmp_path, "--epochs", 2, "--name", "a", "--tensorboard")
+    main.main(flags)
     events = EventAccumulator(str(tmp_path / "a_tensorboard")).Reload()
-    table = main.utils.read_csv(tmp_path / "a_statistics.csv")
+    table = read_csv(tmp_path / "a_statistics.csv")
     for column in ("train_loss", "std", "rank", "test_acc@1"):
         points = [(event.step, event.value) for event in events.Scalars(column)]
         wanted = [(row["epoch"], row[column]) for row in table[1:]]
         assert points == [pytest.approx(point, rel=1e-4) for point in wanted]
     assert set(events.Tags()["images"]) == {"curves", "neighbours", "embedding", "confusion"}
     folder = tmp_path / "a_tensorboard" / "00002" / "default"
-    assert pandas.read_csv(folder / "tensors.tsv", sep="\t", header=None).shape == (1000, 16)
+    found = pandas.read_csv(folder / "tensors.tsv", sep="\t", header=None).values
+    net = checkpoint.network(checkpoint.load(tmp_path / "a_model.pth")).eval()
+    (images,) = main.images_of(main.make_flags().read(flags)[0]).test_images.split(40)
+    with torch.no_grad():
+        features = net.backbone(Views(32, *NORMALISATION["imagenet"]).plain(images))
+    wanted = F.normalize(features, dim=1)
+    torch.testing.assert_close(torch.tensor(found).float(), wanted, atol=1e-4, rtol=0)
     metadata = (folder / "metadata.tsv").read_text().split()
-    assert (len(metadata), set(metadata)) == (1000, set(data.TEXTURES))
-    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None)
+    assert metadata == sorted(metadata)  # as the folders are
+    assert {name: metadata.count(name) for name in metadata} == dict.fromkeys(TEXTURES, 4)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     assert "pip install tensorboard" in refused(capsys, *TINY.split(), "--tensorboard")
+
+
+# ---- what it says -------------------------------------------------------------------------------
 
 
 def test_a_month_on_the_cpu_is_said(tmp_path, capsys):
     run(tmp_path, "--epochs 1 --name short")
     assert "days" not in capsys.readouterr().out
-    args = main.parse_args(["--epochs", "1000"])[0]
-    with main.utils.Progress(0, args, 10**9, ("loss",), "--recipe short") as progress:
-        progress(0, torch.zeros(1))
-        progress(1, torch.zeros(1))
+    args, tally = main.make_flags().read(["--epochs", "1000"])[0], Tally(torch.device("cpu"))
+    with utils.Progress(0, args, 10**9, {"loss": "loss"}, "--recipe short") as progress:
+        progress(0, tally)
+        progress(1, tally)
     out = capsys.readouterr().out
     assert "days" in out
     assert "--recipe short" in out
@@ -465,13 +694,13 @@ def test_no_network(tmp_path, capsys, monkeypatch, name):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--data_name imagnet", "--data_name imagnet"),
+        ("--data_name imagnet", "--data_name: invalid choice: 'imagnet'"),
         ("--arch vgg16", "--arch vgg16"),
-        ("--bn some", "--bn"),
-        ("--stop_grad maybe", "--stop_grad"),
+        ("--bn some", "--bn: invalid choice: 'some'"),
+        ("--stop_grad maybe", "--stop_grad: invalid choice: 'maybe'"),
         ("--show_views --resume", "--show_views"),
-        ("--recipe none", "--recipe none"),
-        ("--stem wide", "--stem wide"),
+        ("--recipe none", "--recipe: invalid choice: 'none'"),
+        ("--stem wide", "--stem: invalid choice: 'wide'"),
         ("--stem imagenet", "--stem"),
         ("--batch_size 5000", "--batch_size 5000"),
         ("--batch_size 1", "--batch_size"),
@@ -498,6 +727,7 @@ def test_no_network(tmp_path, capsys, monkeypatch, name):
         ("--resume --overwrite", "--overwrite"),
         ("--resume=", "--resume: must be the path of a file"),
         ("--nonsense 1", "--nonsense"),
+        ("--profile", "--profile"),
         ("--data_name folder --data_root /does/not/exist", "/does/not/exist"),
         ("--out /dev/null/x", "/dev/null"),
     ],
@@ -515,67 +745,3 @@ def test_an_unreadable_image_is_named(tmp_path, capsys):
     assert "notes.jpg" in refused(capsys, *flags)
     (tmp_path / "images" / "notes.jpg").unlink()
     assert str(tmp_path / "images") in refused(capsys, *flags)  # an empty folder
-
-
-# ---- the tree -----------------------------------------------------------------------------------
-
-ROOMS = {"model", "data", "utils", "figures"}
-COMMANDS = {"main", "linear"}
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (name.name.split(".")[0] for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield (node.module or "").split(".")[0]
-
-
-def test_the_arrows_of_the_design_hold():
-    ours = ROOMS | COMMANDS | {"tools", "hubconf"}
-    files = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
-    assert {path.stem for path in files} >= ROOMS | {"main"}
-    for path in files:
-        name = "tools" if path.parent.name == "tools" else path.stem
-        allowed = {"tools": ROOMS | COMMANDS | {"tools"}}.get(
-            name, set() if name in ROOMS else ROOMS
-        )
-        found = set(imports(path)) & ours
-        assert found <= allowed, f"{path.name} imports {found - allowed}"
-
-
-def test_the_loop_fits_a_screen():
-    assert len(inspect.getsource(main.train).splitlines()) <= 40
-
-
-def test_the_readmes_flags_exist():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    text = " ".join(line for line in lines if not line.startswith("#SBATCH"))
-    known = set(torch.distributed.run.get_args_parser()._option_string_actions)
-    known |= set(re.findall(r'"(--\w+)"', "".join(p.read_text() for p in ROOT.glob("tools/*.py"))))
-    for command in (main, linear):
-        known |= set(command.parse_args([])[1]._option_string_actions)
-    for flag in {word.strip("`,.();:") for word in text.split() if word.startswith(("--", "`--"))}:
-        assert flag in known, flag
-
-
-if sys.platform == "linux":
-
-    def test_the_kept_requirements_are_the_ones_imported():
-        """No dependency that nothing imports, none imported that is not required."""
-
-        def required(name):
-            lines = (ROOT / name).read_text().splitlines()
-            return {line.split(">=")[0].strip() for line in lines if line and line[0] not in "#-"}
-
-        def imported(*files):
-            found = {name for path in files for name in imports(path)}
-            names = {"PIL": "Pillow", "sklearn": "scikit-learn"}
-            ours = ROOMS | COMMANDS | {"tools"}
-            third = found - set(sys.stdlib_module_names) - ours
-            return {names.get(name, name) for name in third}
-
-        kept, others = required("requirements.txt"), required("requirements-dev.txt")
-        # These are optional: imported where they are used.
-        assert imported(*ROOT.glob("*.py")) - {"timm", "webdataset"} == kept
-        assert imported(*ROOT.glob("tools/*.py")) <= kept | others

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +17,20 @@ import numpy as np
 import pandas
 import pytest
 import torch
+import torch.distributed as dist
+import webdataset
 from PIL import Image
 
-import data
 import linear
 import main
-import model
-import utils
+from simsiam import checkpoint, ranks
+from simsiam.datasets import load
+from simsiam.loader import Files, Loader
+from simsiam.monitor import Monitor
+from simsiam.textures import TEXTURES, textures
+from simsiam.views import Augmentation, Views
 from tests import crash
-from tests.test_safety import ROOT, refused
+from tests.helpers import ROOT, refused
 
 TINY = (
     "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
@@ -59,7 +65,7 @@ def image_files(root, number=240, side=64):
     rng = np.random.default_rng(0)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03junk"
     for split, many, seed in (("train", number, 1), ("val", 61, 2)):
-        for i, (image, label) in enumerate(zip(*data.textures(many, seed), strict=True)):
+        for i, (image, label) in enumerate(zip(*textures(many, seed), strict=True)):
             file = io.BytesIO()
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
             image = image.resize(tuple(rng.integers(side, 2 * side, 2).tolist()))
@@ -68,7 +74,7 @@ def image_files(root, number=240, side=64):
             content = file.getvalue()
             if i % 10 == 7:
                 content = content[:2] + b"\xff\xe1" + struct_size(exif) + exif + content[2:]
-            path = Path(root, split, data.TEXTURES[label], f"{i}.jpg")
+            path = Path(root, split, TEXTURES[label], f"{i}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     return root
@@ -86,7 +92,7 @@ def shard_files(folder, root, each=30):
         for first in range(0, len(files), each):
             with tarfile.open(folder / f"{split}-{first // each:06d}.tar", "w") as archive:
                 for path in files[first : first + each]:
-                    label = str(data.TEXTURES.index(path.parent.name)).encode()
+                    label = str(TEXTURES.index(path.parent.name)).encode()
                     for end, content in (("cls", label), ("jpg", path.read_bytes())):
                         info = tarfile.TarInfo(f"images/{path.stem}.{end}")
                         info.size = len(content)
@@ -94,13 +100,36 @@ def shard_files(folder, root, each=30):
     return folder
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """What ranks say in several short commands, by name: one process, which imports once."""
+    place = tmp_path_factory.mktemp("short")
+    root = image_files(place / "images")
+    folder = f"--data_name folder --data_root {root} --recipe short --image_size 64 --width 4 "
+    folder += f"--feature_dim 16 --batch_size 64 --epochs 1 --no-pictures --out {place}"
+    run = " ".join(("--ddp", *TINY, "--epochs", "2", "--out"))
+    commands = {
+        "gradients": ("2 gradients", "0 0"),
+        "agree": ("3 agree", "0 0 0"),
+        "first": (f"3 first {place}", "0 0 0"),
+        "sent": (f"2 sent --ddp {folder}", "0 0"),
+        "refused 32": (f"3 main {run} {place}/none --batch_size 32", "2 2 2"),
+        "refused 3": (f"3 main {run} {place}/none --batch_size 3", "2 2 2"),
+        "fail": (f"2 fail 1 3 {run} {place}", "1 1"),
+    }
+    command = " then ".join(line for line, _ in commands.values())
+    out = on_ranks(command, codes=", ".join(codes for _, codes in commands.values()))
+    assert not (place / "none").exists()
+    return dict(zip(commands, re.split(r"^exit codes .*\n", out, flags=re.M), strict=False))
+
+
 # ---- the work is shared -------------------------------------------------------------------------
 
 
 def test_every_row_has_one_rank():
     for number in range(1, 40):
-        for ranks in (1, 2, 3, 4, 7):
-            parts = [range(number)[utils.cut(number, i, ranks)] for i in range(ranks)]
+        for count in (1, 2, 3, 4, 7):
+            parts = [range(number)[ranks.cut(number, i, count)] for i in range(count)]
             assert [row for part in parts for row in part] == list(range(number))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -108,37 +137,36 @@ def test_every_row_has_one_rank():
 @pytest.mark.parametrize("looks", [1, 2])
 @pytest.mark.parametrize("files", [False, True])
 def test_views_and_order_do_not_depend_on_ranks_and_workers(tmp_path, monkeypatch, files, looks):
-    images, labels = data.textures(50, seed=1)
+    images, labels = textures(50, seed=1)
     found = []
     if files:
         paths = sorted(map(str, image_files(tmp_path, 50).rglob("train/*/*.jpg")))
-    for ranks, workers in [(1, 0), (2, 1), (4, 0), (1, 2)]:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for count, workers in [(1, 0), (2, 1), (4, 0), (1, 2)]:
         steps = []
-        for rank in range(ranks):
-            monkeypatch.setattr(utils, "rank", lambda: rank)  # noqa: B023
-            monkeypatch.setattr(utils, "ranks", lambda: ranks)  # noqa: B023
-            cut = {"seed": 3, "share": utils.share}
-            views = data.Views(24, (0.5,) * 3, (0.2,) * 3, blur_p=0.5, **cut)
-            source = data.Files(paths, 24, workers) if files else images
-            loader = data.Loader(
-                [source, labels], 16, keep_last=True, views=views, looks=looks, **cut
-            )
+        for rank in range(count):
+            monkeypatch.setattr(dist, "get_rank", lambda: rank)  # noqa: B023
+            monkeypatch.setattr(dist, "get_world_size", lambda: count)  # noqa: B023
+            blurred = Augmentation(blur_p=0.5)
+            views = Views(24, (0.5,) * 3, (0.2,) * 3, blurred, looks, seed=3)
+            source = Files(paths, 24, workers) if files else images
+            loader = Loader(source, 16, 3, labels, keep_last=True, views=views)
             parts = []
-            for step, (batch, answers) in loader.epoch(1, 1):
-                number = loader.number(step)
-                views.seed(1, step, number)
-                mine = len(range(number)[utils.cut(number, rank, ranks)])
-                parts.append([views(batch)[:mine] for _ in range(looks)])
-                assert len(answers) == number  # labels come whole
+            for batch in loader.epoch(1, 1):
+                mine = len(range(batch.size)[ranks.cut(batch.size, rank, count)])
+                parts.append([x[:mine] for x in views(batch)])
+                assert len(parts[-1]) == looks
+                assert len(batch.labels) == batch.size  # labels come whole
             steps.append(parts)
-        assert [len(parts) for parts in steps] == [3] * ranks  # of 16, 16 and 2, after the first
+        assert [len(parts) for parts in steps] == [3] * count  # of 16, 16 and 2, after the first
         found.append([torch.cat(look) for step in zip(*steps) for look in zip(*step)])  # noqa: B905
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    assert [len(x) for x in found[0]] == [16] * looks + [16] * looks + [2] * looks
 
 
-def test_gradients_of_two_ranks_are_one_process_s():
-    out = on_ranks(2, "gradients")
+def test_gradients_of_two_ranks_are_one_process_s(short):
+    out = short["gradients"]
     largest, difference, steps, equal = re.search(
         r"largest (\S+) difference (\S+) after (\d+) steps (\w+)", out
     ).groups()
@@ -169,19 +197,23 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     last = state["history"][-1]
     assert abs(last["std"] - 1) < 0.2
     assert -1 < last["train_loss"] < 0.5
-    args, net = SimpleNamespace(**state["args"]), model.pretrained(state)
-    images, views = (
-        data.load("imagenet", root, 32, 0).subset(100, 0),
-        data.Views(32, args.mean, args.std),
+    args, net, encoder = (
+        SimpleNamespace(**state["args"]),
+        checkpoint.network(state),
+        state["encoder"],
     )
-    again = main.monitor(net, views, images, args, torch.autocast("cpu", enabled=False))
+    images = load("imagenet", root, 32, 0).subset(100, 0)
+    views = Views(32, encoder["mean"], encoder["std"])
+    off = torch.autocast("cpu", enabled=False)
+    again = Monitor(net, views, images, args, 0.05, off).measure()
     assert again == pytest.approx({key: last[key] for key in again}, rel=1e-6)
     assert again["test_acc@1"] == last["test_acc@1"]
 
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
     linear.main(f"{fit}1".split())
-    torch.set_num_threads(2)
-    one, *others = (torch.load(tmp_path / f"linear{ranks}_model.pth") for ranks in (1, 2, 3))
+    torch.set_num_threads(threads)
+    one, *others = (torch.load(tmp_path / f"linear{count}_model.pth") for count in (1, 2, 3))
     for other in others:
         assert all(torch.equal(value, one["model"][key]) for key, value in other["model"].items())
         for row, same in zip(other["history"], one["history"], strict=True):
@@ -197,23 +229,65 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
+# ---- what ranks tell one another ----------------------------------------------------------------
+
+
+def test_ranks_agree_a_step_later(short):
+    expected = [
+        [0, 0],  # nothing was said before
+        [7, 12],  # what the third rank said in the call before: 7, and 10 + its number
+        [0, 0],  # and then nobody said anything
+        [5, 0],  # what the second says in this call, which waits
+        [0, 0],  # that was all
+        [0, 0],
+        [4, 3],  # the second in this call, which waits, and the third in the one before
+        [0, 0],
+        [0, 0],  # what the first said before this was forgotten
+        [0, 0],
+    ]
+    for rank in range(3):
+        assert f"rank {rank}: {expected}\n" in short["agree"], short["agree"]
+
+
+def test_without_ranks_an_agreement_is_one_s_own_and_new():
+    agree = ranks.Agreement()
+    assert [agree(7, True), agree(0, 0), agree(3, 0, wait=True)] == [[7, 1], [0, 0], [3, 0]]
+
+
+def test_the_first_rank_goes_first(short):
+    """It makes a file that the others read; an error of its own is everyone's."""
+    for rank in range(3):
+        assert f"rank {rank}: a file of the first's\n" in short["first"], short["first"]
+        assert f"rank {rank}: no room on rank 0\n" in short["first"], short["first"]
+
+
+def test_images_are_not_sent_between_ranks(short):
+    """2.9 MB of training images, which each rank decodes for itself."""
+    out = short["sent"]
+    assert "folder: 240 training images, 61 test images, 10 classes, 64 pixels" in out
+    times, most = map(int, re.search(r"(\d+) times, (\d+) bytes at most", out).groups())
+    assert times > 10
+    assert 100 < most < 100_000
+
+
 # ---- ranks that are lost ------------------------------------------------------------------------
 
 
 def test_a_killed_rank_costs_no_bit(tmp_path):
-    """The second is killed in the second epoch's second step; torchrun starts them again.
+    """The second is killed in the second epoch's third step; torchrun starts them again.
 
-    Three: the sums of two ranks would not depend on the order in which DDP packs gradients.
+    Three: the sums of two ranks would not depend on the order in which DDP packs gradients. They
+    agree a step later, so that there is a checkpoint every second step.
     """
     flags = [*TINY, "--batch_size", 48, "--epochs", 2, "--out", tmp_path, "--checkpoint_minutes", 0]
     on_ranks(3, "main", "--ddp", *flags, "--name", "whole", codes="0 0 0")
     out = said(
         *("torch.distributed.run", "--standalone", "--nproc_per_node", 3, "--max_restarts", 3),
-        *("-m", "tests.ranks", 3, "signal", 1, 6, int(signal.SIGKILL)),
+        *("-m", "tests.ranks", 3, "signal", 1, 7, int(signal.SIGKILL)),
         *("--ddp", *flags, "--name", "cut"),
     )
     assert "started again by torchrun (restart 1)" in out
-    assert "resumed after epoch 1 of 2 and step 1 of 4" in out
+    assert "resumed after epoch 1 of 2 and step 2 of 4" in out
     assert "[rank" not in out  # no traceback of those that lost it
     assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []
     # And the accuracies of the same, untrained weights are those of one process.
@@ -224,29 +298,31 @@ def test_a_killed_rank_costs_no_bit(tmp_path):
 
 
 def test_a_signal_to_one_rank_ends_all_and_others_go_on(tmp_path, capsys):
+    """All act on it a step later, or in the same step where that is the epoch's last."""
     flags = [*TINY, "--epochs", 2, "--out", tmp_path, "--name", "a"]
     on = [*flags[:-1], "b", "--resume", tmp_path / "a_model.pth"]
+    number = int(signal.SIGTERM)
     out = on_ranks(
-        *(2, "signal", 1, 3, int(signal.SIGTERM), "--ddp", *flags, "then", 4, "main", "--ddp", *on),
-        codes="143 143, 0 0 0 0",
+        *(2, "signal", 1, 3, number, "--ddp", *flags, "then", 4, "main", "--ddp", *on, "then"),
+        *(2, "signal", 1, 6, number, "--ddp", *flags[:-1], "last"),
+        codes="143 143, 0 0 0 0, 143 143",
     )
-    assert out.count("--resume go on after this step") == 1
-    state = utils.load_checkpoint(tmp_path / "a_model.pth")
-    assert (state["epoch"], state["step"]) == (0, 3)
+    assert out.count("--resume go on after this step") == 2
+    for name, step in (("a", 4), ("last", 6)):
+        state = checkpoint.load(tmp_path / f"{name}_model.pth")
+        assert (state["epoch"], state["step"]) == (0, step)
     assert "ranks: 4, 8 images each a step" in out
-    assert "resumed after epoch 0 of 2 and step 3 of 6" in out
+    assert "resumed after epoch 0 of 2 and step 4 of 6" in out
     assert "epoch 2/2" in out
     main.main([str(word) for word in (*flags, "--resume")])
     out = capsys.readouterr().out
-    assert "resumed after epoch 0 of 2 and step 3 of 6" in out
+    assert "resumed after epoch 0 of 2 and step 4 of 6" in out
     assert "'ranks': 2" in out  # where the checkpoint was made
 
 
-def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path):
-    flags = ["--ddp", *TINY, "--epochs", 2, "--out", tmp_path]
-    out = on_ranks(2, "fail", 1, 3, *flags, codes="1 1")
-    assert "ZeroDivisionError: a mistake of ours" in out
-    assert "rank 0: another rank is gone" in out
+def test_an_error_on_one_rank_ends_all_with_its_message(short):
+    assert "ZeroDivisionError: a mistake of ours" in short["fail"]
+    assert "rank 0: another rank is gone" in short["fail"]
 
 
 # ---- what cannot be -----------------------------------------------------------------------------
@@ -257,8 +333,8 @@ def test_ddp_and_torchrun_need_each_other(tmp_path, capsys, monkeypatch):
     for command in (main, linear):
         line = refused(capsys, command, *(flags if command is main else ()), "--ddp")
         assert "torchrun --standalone --nproc_per_node 2" in line
-    ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in ranks.items():
+    two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in two.items():
         monkeypatch.setenv(name, value)
     assert "torchrun started 2 of it: add --ddp" in refused(capsys, main, *flags)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
@@ -270,12 +346,10 @@ def test_ddp_and_torchrun_need_each_other(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""  # the first rank says it
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(utils, "ranks", lambda: 3)
-    for size in (32, 3):
-        line = refused(capsys, main, *TINY, "--batch_size", size, "--out", tmp_path / "none")
-        assert f"--batch_size {size}: is cut among 3 ranks" in line
-    assert not (tmp_path / "none").exists()
+@pytest.mark.parametrize("size", [32, 3])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(short, size):
+    (line,) = short[f"refused {size}"].splitlines()  # all meet it, the first says it
+    assert line.startswith(f"main.py: rank 0: --batch_size {size}: is cut among 3 ranks: give a")
 
 
 def test_too_little_shared_memory_is_said_before_the_run(tmp_path, capsys, monkeypatch):
@@ -293,9 +367,11 @@ def test_workers_do_not_outlive_an_error(tmp_path):
     """They heed no SIGTERM, by which multiprocessing would end them."""
     root = image_files(tmp_path, 40)
     script = f"""
-import data
-files = data.load("imagenet", {str(root)!r}, 32).train_images
-loader = data.Loader([files], 8, views=data.Views(32, (0,) * 3, (1,) * 3))
+from simsiam.datasets import load
+from simsiam.loader import Loader
+from simsiam.views import Views
+files = load("imagenet", {str(root)!r}, 32).train_images
+loader = Loader(files, 8, views=Views(32, (0,) * 3, (1,) * 3))
 batches = loader.epoch(0)
 next(batches)
 raise SystemExit(3)
@@ -315,40 +391,55 @@ def shards(tmp_path_factory):
     return shard_files(root / "tars", image_files(root / "images"))
 
 
-def streams(shards, ranks, workers, epoch, start=0, whole=False, size=None):
+def streams(shards, count, workers, epoch, start=0, whole=False, size=None):
     """Each rank's batches of an epoch, as bytes of the single images."""
-    images = data.load("webdataset", shards, 32, workers)
+    images = load("webdataset", shards, 32, workers)
     images = images.subset(size, 0) if size else images
-    scale = (1.0, 1.0) if whole else (0.2, 1.0)
+    augmentation = Augmentation(crop_scale=(1.0, 1.0) if whole else (0.2, 1.0))
     found = []
-    for rank in range(ranks):
-        share = partial(utils.cut, rank=rank, ranks=ranks)
-        views = data.Views(32, (0,) * 3, (1,) * 3, crop_scale=scale)
-        loader = data.Loader([images.train_images], 24, views=views, share=share)
-        steps = [batch for _, (batch,) in loader.epoch(epoch, start)]
+    for rank in range(count):
+        share = partial(ranks.cut, rank=rank, count=count)
+        views = Views(32, (0,) * 3, (1,) * 3, augmentation)
+        loader = Loader(images.train_images, 24, views=views, share=share)
+        steps = [batch.images for batch in loader.epoch(epoch, start)]
         assert len(steps) == len(loader) - start
         found.append([[image.numpy().tobytes() for image in batch] for batch in steps])
     return found
 
 
 def test_an_epoch_of_shards_has_each_image_once(shards, monkeypatch):
-    for ranks, workers in [(1, 0), (2, 2)]:
-        found = streams(shards, ranks, workers, 0, whole=True)
+    for count, workers in [(1, 0), (2, 2)]:
+        found = streams(shards, count, workers, 0, whole=True)
         images = [image for steps in found for batch in steps for image in batch]
         assert len(images) == len(set(images)) == 240
     one, other = (streams(shards, 1, 0, epoch, whole=True)[0] for epoch in (0, 1))
     assert one != other
-    seen, cut = [], data.Stream.cut
-    monkeypatch.setattr(data.Stream, "cut", lambda self, s: (seen.append(s), cut(self, s))[1])
+
+
+def test_which_images_of_shards_an_epoch_has(shards, monkeypatch):
+    """Those of a subset alone; and neighbours in time are not neighbours in a shard."""
+    files = (shards.parent / "images" / "train").rglob("*.jpg")
+    numbers = {zlib.crc32(path.read_bytes()): int(path.stem) for path in files}
+    assert len(numbers) == 240
+    seen, opened = [], Image.open
+
+    def watched(file, *args):
+        seen.append(numbers[zlib.crc32(file.getvalue())])
+        return opened(file, *args)
+
+    monkeypatch.setattr(Image, "open", watched)
     for epoch in range(3):
         streams(shards, 1, 0, epoch, size=48)
     assert len(seen) == 3 * 48
-    assert len({sample["__key__"] for sample in seen}) == 48
-    for shuffled, several in [(1000, True), (1, False)]:
-        monkeypatch.setattr(data, "SHUFFLED", shuffled)
-        seen.clear()
-        streams(shards, 1, 0, 0)
-        assert (len({sample["__url__"] for sample in seen[:24]}) > 1) == several  # shards have 30
+    assert len(set(seen)) == 48
+    seen.clear()
+    streams(shards, 1, 0, 0)
+    assert len({number // 30 for number in seen[:24]}) > 2  # shards have 30 each
+    shuffle = webdataset.shuffle
+    monkeypatch.setattr(webdataset, "shuffle", lambda *_, rng, **__: shuffle(1, rng=rng, initial=1))
+    seen.clear()
+    streams(shards, 1, 0, 0)
+    assert len({number // 30 for number in seen[:24]}) == 1
 
 
 def test_shards_go_on_after_any_step(shards):
@@ -359,14 +450,14 @@ def test_shards_go_on_after_any_step(shards):
 
 def test_shards_are_judged_like_files(shards):
     """Their labels and pixels, each by its own name, are those of the files in them."""
-    found = data.load("webdataset", shards, 32, 0)
-    files = data.load("imagenet", shards.parent / "images", 32, 0)
+    found = load("webdataset", shards, 32, 0)
+    files = load("imagenet", shards.parent / "images", 32, 0)
     assert len(found.train_images) == 240
     names = [member.key.split("/")[-1] for member in found.train_images.paths]
     order = {Path(path).stem: i for i, path in enumerate(files.train_images.paths)}
     where = torch.tensor([order[name] for name in names])
     assert [int(found.classes[i]) for i in found.train_labels] == [
-        data.TEXTURES.index(files.classes[i]) for i in files.train_labels[where]
+        TEXTURES.index(files.classes[i]) for i in files.train_labels[where]
     ]
     for part in (slice(0, 3), slice(100, 103)):
         mine, theirs = (
@@ -384,7 +475,7 @@ def test_a_run_on_shards(shards, tmp_path, capsys):
     flags += f" --width 4 --feature_dim 16 --batch_size 48 --epochs 2 --out {tmp_path} "
     flags += "--no-pictures --name"
     main.main([*flags.split(), "whole"])
-    state = utils.load_checkpoint(tmp_path / "whole_model.pth")
+    state = checkpoint.load(tmp_path / "whole_model.pth")
     assert state["args"]["recipe"] == "imagenet"
     row = pandas.read_csv(tmp_path / "results.csv").iloc[0]
     assert (row["data"], row["protocol"]) == ("webdataset:tars", "KNN")

@@ -1,228 +1,495 @@
-"""kNN against scikit-learn, collapse measures on known cases, files that are whole."""
+"""What the commands share: flags and back again, errors in one line, the device, the progress."""
 
 import argparse
+import io
 import math
 import os
 import re
-import stat
+import sys
+import time
+import types
+import warnings
 
-import numpy as np
-import pandas
 import pytest
-import sklearn.metrics
 import torch
-import torch.nn.functional as F
-from sklearn.neighbors import KNeighborsClassifier
-from torch import nn
+from PIL import Image
 
+import linear
+import main
 import utils
+from simsiam.files import RunError
+from simsiam.images import BadImage
+from simsiam.loader import Data
+from simsiam.monitor import Sums, Tally
+from simsiam.network import SimSiam
+from simsiam.textures import textures
+from tests.helpers import refused
+
+CPU = torch.device("cpu")
+
+# ---- flags --------------------------------------------------------------------------------------
+
+RECIPES = {
+    "long": {"epochs": 800, "lr": 0.03, "fixed": False},
+    "short": {"epochs": 20, "lr": 0.03, "fixed": True},
+}
 
 
-def test_knn_by_hand():
-    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
-    labels = torch.tensor([0, 1, 1, 2])
-    query = F.normalize(torch.tensor([[2.0, 1.0]]), dim=1)
-    # k = 1: the nearest. k = 3 at T = 1: e^.894 for 0, e^.447 + e^-.447... for 1, which wins when
-    # the temperature is so high that all votes count alike.
-    assert utils.knn(bank, labels, query, k=1)[0, 0] == 0
-    assert utils.knn(bank, labels, query, k=3, temperature=0.1).tolist() == [[0, 1, 2]]
-    assert utils.knn(bank, labels, query, k=4, temperature=100)[0, 0] == 1
-    assert utils.knn(bank, labels, query, k=200).shape == (1, 3)  # k and top are clamped
+def fill(flags, given):
+    """As main.py's: the recipe under what is given, and something that does not go together."""
+    flags = flags | RECIPES[flags["recipe"]] | given
+    if flags["epochs"] < flags["warmup"]:
+        raise ValueError(f"--warmup {flags['warmup']}: is longer than the run")
+    return flags
 
 
-def test_knn_predictions_equal_scikit_learn():
-    generator = torch.Generator().manual_seed(0)
-    bank = F.normalize(torch.randn(3000, 16, generator=generator), dim=1)
-    queries = F.normalize(torch.randn(1000, 16, generator=generator), dim=1)
-    labels = torch.randint(0, 7, (3000,), generator=generator)
-    # Of unit vectors, squared distance = 2 - 2 cosine similarity.
-    weights = lambda distance: np.exp((1 - distance**2 / 2) / 0.1)  # noqa: E731
-    judge = KNeighborsClassifier(200, weights=weights, algorithm="brute")
-    theirs = judge.fit(bank.double(), labels).predict(queries.double())
-    ours = utils.knn(bank, labels, queries, k=200, temperature=0.1)
-    assert (ours[:, 0].numpy() == theirs).all()
-    order = judge.predict_proba(queries.double()).argsort(1)[:, ::-1][:, :5]
-    assert (ours.numpy() == order).mean() > 0.999  # near-ties in fp32
+def make_flags():
+    flags = utils.Flags("some.py", "What it does.", fill, RECIPES)
+    add = flags.group("some")
+    add("recipe", tuple(RECIPES), "defaults", "long")
+    add("epochs", utils.number(int, 1), "sweeps")
+    add("lr", utils.number(float, 1e-12), "rate")
+    add("fixed", "two", "keep it")
+    add("warmup", utils.number(int, 0), "epochs before", 5)
+    add("size", utils.number(int, 8, 1024), "pixels; None: as they are")
+    add("pictures", "two", "draw", True)
+    add("quiet", "two", "say less", False)
+    add("overwrite", "switch", "replace", False)
+    add("out", str, "folder", "results")
+    add("lrs", utils.number(float, 0), "several", nargs="+")
+    more = {"nargs": "?", "const": True, "metavar": "PATH"}
+    add("resume", utils.file_path, "go on", False, **more)
+    return flags
 
 
-def test_knn_does_not_depend_on_its_tiles(monkeypatch):
-    torch.manual_seed(0)
-    bank, queries = torch.randn(500, 8), torch.randn(90, 8)
-    labels = torch.randint(0, 3, (500,))
-    whole = utils.knn(bank, labels, queries, k=20)
-    monkeypatch.setattr(utils, "KNN_TILE", (7, 130))  # parts of 130, and one of 110
-    assert torch.equal(utils.knn(bank, labels, queries, k=20), whole)
-    assert torch.equal(utils.knn(bank, labels, queries, k=200), utils.knn(bank, labels, queries))
-
-
-@pytest.mark.parametrize(("size", "n"), [(6, 20), (4, 400), (4, 403), (3, 1000), (6, 1000)])
-def test_largest_equals_topk(size, n):
-    torch.manual_seed(0)
-    x = torch.randn(30, n)
-    x[:, -1] = 10  # in no group, where they do not come out even
-    x[0, ::2] = 0.5  # ties
-    x[1] = 0
-    values, places = utils.largest(x, 25, size)
-    assert torch.equal(values.sort().values, x.topk(min(25, n)).values.sort().values)
-    assert torch.equal(x.gather(1, places), values)
-    assert all(len(set(row)) == len(row) for row in places.tolist())  # none twice
-
-
-def test_accuracy():
-    ranking = torch.tensor([[0, 1], [1, 0], [2, 1], [2, 0]])
-    assert utils.accuracy(ranking, torch.tensor([0, 0, 0, 2])) == (50.0, 75.0)
-
-
-def test_collapse_std():
-    torch.manual_seed(0)
-    z = torch.randn(4096, 64)
-    assert utils.collapse_std(z).item() == pytest.approx(1, abs=0.01)
-    assert utils.collapse_std(5 * z).item() == pytest.approx(1, abs=0.01)
-    assert utils.collapse_std(torch.ones(8, 64)).item() == 0
-
-
-def test_collapse_by_its_thresholds():
-    def kind(std, rank=None, bn="default", start=6.0, images=64):
-        found = utils.collapse(utils.least_std(bn, images), std, rank, start, 64)
-        return found and re.search(r"(total|dimensional) collapse", found[0])[1]
-
-    assert kind(0.99) is kind(0.55) is kind(0.99, 5.0) is None
-    assert kind(0.45) == kind(0.1) == kind(0.1, 2.0) == "total"
-    assert kind(0.99, 3.0) == "dimensional"
-    assert kind(0.99, 1.4, start=1.1) == "dimensional"  # as of images that are all the same
-    assert kind(0.7, bn="hidden") is kind(0.35, bn="none") is None
-    assert kind(0.2, bn="hidden") == kind(0.2, bn="none") == "total"
-    # As collapsed as z can be after a BN without affine: one image against the others.
-    for images in (8, 16, 64, 512):
-        z = torch.ones(images, 32)
-        z[0] = -1
-        std = utils.collapse_std(F.batch_norm(z, None, None, training=True)).item()
-        assert std == pytest.approx(2 / math.sqrt(images), rel=1e-3)
-        assert kind(std, images=images) == "total"
-        healthy = F.batch_norm(torch.randn(images, 32), None, None, training=True)
-        assert kind(utils.collapse_std(healthy).item(), images=images) is None
-
-
-def test_likely_causes_are_those_of_the_run():
-    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    base = {"batch_size": 64, "lr": 1.0, "stop_grad": "on", "predictor": "mlp", "bn": "default"}
-
-    def causes(some=images, **flags):
-        return utils.likely_causes(argparse.Namespace(**base | flags), 1.0, some)
-
-    assert causes() == []
-    for flag, value in (
-        ("stop_grad", "off"),
-        ("predictor", "none"),
-        ("predictor", "fixed"),
-        ("bn", "none"),
-        ("lr", 30.0),
+def test_the_help_tells_the_defaults():
+    text = " ".join(make_flags().format_help().split())
+    assert "What it does." in text
+    for part in (
+        "defaults (long)",
+        "sweeps (by recipe: 800, 20)",
+        "rate (0.03)",  # the same in all recipes
+        "keep it (by recipe: False, True)",
+        "epochs before (5)",
+        "pixels; None: as they are --",  # none to tell
+        "draw (yes)",
+        "say less (no)",
+        "replace --",  # a switch is off until it is given
+        "folder (results)",
+        "(by recipe: ...): the defaults of long, short, in this order.",
     ):
-        (line,) = causes(**{flag: value})
-        assert line.startswith(f"--{flag} {value:g}" if flag == "lr" else f"--{flag} {value}")
-    assert "4 images" in causes(batch_size=4)[0]
-    assert "30 times the recipe's" in causes(lr=30.0)[0]
-    assert "hardly differ" in causes(images // 64 + 100)[0]
-    assert len(causes(images // 64, stop_grad="off", lr=30.0)) == 3
+        assert part in text
 
 
-def test_confusion_matrix_equals_scikit_learn():
-    labels, predicted = torch.randint(0, 5, (2, 100))
-    theirs = sklearn.metrics.confusion_matrix(labels, predicted, labels=range(7))
-    assert utils.confusion_matrix(labels, predicted, 7) == theirs.tolist()
+@pytest.mark.parametrize("command", [main, linear])
+def test_the_help_of_the_commands_tells_every_default(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    flags = command.make_flags()
+    recipes = list(flags.recipes.values())
+    for action in flags._actions[1:]:  # after --help
+        name, text = action.dest, " ".join(action.help.split())
+        assert text in told
+        if name in recipes[0]:
+            values = {str(recipe[name]) for recipe in recipes}
+            assert all(value in text for value in values), name
+        elif flags.defaults[name] not in (None, True, False):
+            assert text.endswith(f"({flags.defaults[name]})"), name
+    assert flags.defaults.keys() == {action.dest for action in flags._actions[1:]}
 
 
-def test_effective_rank():
-    torch.manual_seed(0)
-    orthogonal = torch.linalg.qr(torch.randn(64, 64)).Q
-    assert utils.effective_rank(orthogonal) == pytest.approx(64, rel=1e-4)
-    assert utils.effective_rank(torch.ones(64, 8)) == pytest.approx(1, rel=1e-4)
-    bank = torch.randn(5000, 6)  # more rows than a chunk
-    singular = torch.linalg.svdvals(bank.double())
-    share = singular / singular.sum()
-    rank = math.exp(-(share * share.log()).sum())
-    assert utils.effective_rank(bank) == pytest.approx(rank, rel=1e-6)
+def test_given_flags_are_told_from_defaults():
+    flags = make_flags()
+    args, given = flags.read([])
+    assert given == {}
+    assert (args.epochs, args.lr, args.fixed, args.pictures) == (800, 0.03, False, True)
+    args, given = flags.read("--recipe short --lr 0.03 --no-pictures --lrs 1 2.5 --size 8".split())
+    assert given == {
+        "recipe": "short", "lr": 0.03, "pictures": False, "lrs": [1.0, 2.5], "size": 8
+    }  # fmt: skip
+    assert (args.epochs, args.fixed, args.warmup, args.size) == (20, True, 5, 8)
+    assert vars(args).keys() == flags.defaults.keys()
+    assert flags.read(["--resume"])[0].resume is True
+    assert flags.read(["--resume", "a.pth"])[0].resume == "a.pth"
+    assert flags.defaults["lr"] is None  # reading changes nothing
+    assert vars(flags.complete(given)) == vars(args)
+    with pytest.raises(ValueError, match="--warmup 900"):
+        flags.complete({"warmup": 900})
 
 
-def test_schedule():
-    share = [utils.schedule(e, 10) for e in (0, 2.5, 5, 10)]
-    assert share == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0])
-    warm = [utils.schedule(e, 12, warmup_epochs=2) for e in (0, 1, 2, 7, 12)]
-    assert warm == pytest.approx([0, 0.5, 1, 0.5, 0])
+LINES = [
+    "",
+    "--recipe short --lr 1e-05 --size 64 --lrs 0.1 3 --fixed --no-pictures --quiet --overwrite",
+    "--no-fixed --recipe short --out=-a --resume",
+    "--epochs 7 --resume=--b.pth --out=",
+]
 
 
-def test_features_are_normalised_and_change_nothing():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).train()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    images = torch.randint(0, 256, (1030, 3, 2, 2), dtype=torch.uint8)
-    amp = utils.autocast(torch.device("cpu"), "auto")
-    found = utils.features(net, lambda x: x.float(), images, amp)
-    assert net.training
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    net.eval()
-    torch.testing.assert_close(found, F.normalize(net(images.float()), dim=1))
+@pytest.mark.parametrize("line", LINES)
+def test_flags_of_a_checkpoint_come_back_as_they_were(line):
+    flags = make_flags()
+    args, given = flags.read(line.split())
+    saved = vars(args).copy()
+    read = flags.checked(saved, "a.pth")
+    assert vars(flags.complete(read)) == saved == vars(args)
+    assert read.items() >= given.items()
+    assert vars(flags.read(flags.as_argv(saved))[0]) == saved
+    # Of other defaults, as of a later version, the run's own values stay.
+    flags.defaults |= {"pictures": not args.pictures, "warmup": 1, "out": "elsewhere"}
+    assert vars(flags.complete(flags.checked(saved, "a.pth"))) == saved
 
 
-def test_amp_is_off_on_the_cpu_unless_asked_for():
-    cpu = torch.device("cpu")
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (main, ""),
+        (main, "--data_name textures --no-fix_pred_lr --warmup_epochs 2.5 --no-pictures --ddp"),
+        (main, "--data_name imagenet --arch resnet8 --width 8 --stem cifar --image_size 64"),
+        (main, "--loss asymmetric_2x --stop_grad off --bn all --seed 4294967295 --lr 1e-7"),
+        (main, "--resume results/2048_200_512_800_model.pth --k 7 --temperature 0.07"),
+        (main, "--name=-a --out=--b --stop_on_collapse --train_size 9 --init=-c.pth"),
+        (linear, ""),
+        (linear, "--optimizer lars --epochs 3 --no-pictures --checkpoint_minutes 0"),
+        (linear, "--cached --lr 0.1 1 10 --label_fraction 0.1"),
+    ],
+)
+def test_flags_of_the_commands_come_back_as_they_were(command, line):
+    flags = command.make_flags()
+    args, given = flags.read(line.split())
+    read = flags.checked(vars(args), "a.pth")
+    assert flags.complete(read) == args
+    assert read.items() >= given.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 0}, "argument --epochs: must be a whole number at least 1, not 0"),
+        ({"epochs": "many"}, "argument --epochs: must be a whole number at least 1, not many"),
+        ({"lr": math.nan}, "argument --lr: must be a number at least 1e-12, not nan"),
+        ({"recipe": "some"}, "argument --recipe: invalid choice: 'some'"),
+        ({"pictures": 7}, "argument --pictures/--no-pictures"),
+        ({"overwrite": "yes"}, "argument --overwrite: ignored explicit argument 'yes'"),
+        ({"lrs": []}, "argument --lrs: expected at least one argument"),
+        ({"lrs": [1.0, "-x"]}, "some.py|-x"),
+    ],
+)
+def test_flags_that_cannot_be_name_the_checkpoint(change, named, capsys):
+    flags = make_flags()
+    saved = vars(flags.read([])[0]) | change
+    with pytest.raises(ValueError, match=r"^a\.pth: ") as error:
+        flags.checked(saved, "a.pth")
+    assert re.search(named, str(error.value))
+    assert capsys.readouterr().err == ""
+    some = types.SimpleNamespace(main=flags.read)  # the command line's are argparse's again
+    assert refused(capsys, some, "--epochs", "0").startswith("some.py: argument --epochs: must")
+
+
+def test_wrong_flags_are_one_line(capsys):
+    some = types.SimpleNamespace(main=make_flags().read)
+    for line, named in (
+        ("--epochs 0", "some.py: argument --epochs: must be a whole number at least 1, not 0\n"),
+        ("--warmup 900", "some.py: --warmup 900: is longer than the run\n"),
+        ("--recipe mine", "argument --recipe: invalid choice: 'mine'"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3"),  # no abbreviations
+        ("--resume=", "argument --resume: must be the path of a file"),
+        ("--no-overwrite", "unrecognized arguments: --no-overwrite"),
+    ):
+        assert named in refused(capsys, some, *line.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most", "good", "bad"),
+    [
+        (int, 0, math.inf, ["0", "7", "-0"], ["-1", "0.5", "1e3", "", "x", "nan", "inf"]),
+        (int, 8, 1024, ["8", "1024"], ["7", "1025"]),
+        (float, 0, math.inf, ["0", "1e3", "0.5", "7"], ["-1e-9", "nan", "inf", "-inf", "", "x"]),
+        (float, 0, 1, ["0", "1", "0.25"], ["1.0001", "nan", "inf"]),
+    ],
+)
+def test_a_number_is_finite_and_in_its_range(kind, least, most, good, bad):
+    parse = utils.number(kind, least, most)
+    for text in good:
+        assert parse(text) == kind(text)
+        assert type(parse(text)) is kind
+    limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+    noun = "whole number" if kind is int else "number"
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            parse(text)
+        assert str(error.value) == f"must be a {noun} {limits}, not {text}"
+
+
+def test_names_of_files():
+    assert utils.file_name("a.b c") == "a.b c"
+    for text in ("", ".", "..", "a/b", "/a", "a/"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a file name"):
+            utils.file_name(text)
+    assert utils.file_path("a/b") == "a/b"
+    with pytest.raises(argparse.ArgumentTypeError, match="must be the path of a file"):
+        utils.file_path("")
+
+
+def test_a_run_at_a_path_has_its_folder_and_name():
+    flags = {"resume": "some/where/a_model.pth", "overwrite": False, "out": "results", "name": None}
+    assert utils.place_of_run(flags, {}) == flags | {"out": "some/where", "name": "a"}
+    given = {"out": "elsewhere", "name": "b"}
+    assert utils.place_of_run(flags | given, given) == flags | given
+    assert utils.place_of_run(flags | {"resume": True}, {})["name"] is None
+    with pytest.raises(ValueError, match="--overwrite: does not go with --resume"):
+        utils.place_of_run(flags | {"overwrite": True}, {})
+
+
+def test_the_users_own_data_are_called_by_their_folder():
+    assert utils.data_label("cifar10", "data") == "cifar10"
+    assert utils.data_label("folder", "/some/birds/") == "folder:birds"
+    assert utils.data_label("webdataset", "/some/train-{0..9}.tar") == "webdataset:train-{0..9}.tar"
+
+
+# ---- errors in one line -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, PermissionError])
+def test_what_the_user_can_mend_is_one_line(capsys, error):
+    parser = utils.Parser("some.py", "")
+    with pytest.raises(SystemExit) as stop, parser.bad_input():
+        raise error("--flag:\n  is wrong")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "some.py: --flag: is wrong\n"
+
+
+def test_mistakes_of_ours_keep_their_traceback():
+    parser = utils.Parser("some.py", "")
+    with pytest.raises(KeyError), parser.bad_input():
+        raise KeyError("ours")
+    with parser.bad_input():
+        pass
+
+    def wrong():
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        utils.run_command(wrong)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RunError("the disk is full"), 1, "some.py: the disk is full\n"),
+        (BadImage("a.jpg: cannot be read"), 2, "some.py: a.jpg: cannot be read\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+    ],
+)
+def test_each_end_of_a_command_is_one_line(capsys, monkeypatch, error, code, line):
+    monkeypatch.setattr(sys, "argv", ["/some/where/some.py"])
+
+    def ends():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_command(ends)
+    assert stop.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_command_ignores_pil_s_warnings_and_leaves_the_filters_as_they_were():
+    before = list(warnings.filters)
+    args = argparse.Namespace(ddp=False, overwrite=False)
+    with utils.joined(args, utils.Parser("some.py", "")):
+        assert any(one[2] is Image.DecompressionBombWarning for one in warnings.filters)
+    assert warnings.filters == before
+
+
+# ---- device -------------------------------------------------------------------------------------
+
+
+def test_amp_is_off_on_the_cpu_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
     x = torch.ones(2, 2)
     for amp, dtype in [("auto", torch.float32), ("off", torch.float32), ("bf16", torch.bfloat16)]:
-        with utils.autocast(cpu, amp):
+        args = argparse.Namespace(device="cpu", amp=amp, deterministic=False)
+        device, found = utils.set_up(args)
+        assert device == CPU
+        assert found == ("bf16" if dtype == torch.bfloat16 else "off")
+        assert args.amp == amp  # nothing is written into the flags
+        with utils.autocast(device, found):
             assert (x @ x).dtype == dtype
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_is_pytorch_s(monkeypatch, deterministic):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        args = argparse.Namespace(device="cpu", amp="auto", deterministic=deterministic)
+        utils.set_up(args)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+        assert vars(args) == {"device": "cpu", "amp": "auto", "deterministic": deterministic}
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_device_that_is_not_there():
-    assert utils.pick_device("cpu") == torch.device("cpu")
+    assert utils.pick_device("cpu") == CPU
     for name in ("cuda:77", "gpu", "meta", ""):
         with pytest.raises(ValueError, match="--device"):
             utils.pick_device(name)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"old")
-
-    def fail_halfway():
-        with utils.whole_file(path) as file:
-            file.write(b"new, but half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_halfway()
-    assert path.read_bytes() == b"old"
-    with utils.whole_file(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
+def test_auto_is_the_accelerator_that_is_there(monkeypatch):
+    there = torch.accelerator.is_available()
+    assert (utils.pick_device("auto").type != "cpu") == there
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert utils.pick_device("auto") == CPU
+    with pytest.raises(ValueError, match="--device cuda: is not there; choose auto or cpu"):
+        utils.pick_device("cuda")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert utils.pick_device("auto") == torch.device("mps")
+    assert utils.pick_device("cpu") == CPU
 
 
-def test_a_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
-    calls = []
-
-    def spy(name, real):
-        def call(*args):
-            folder = isinstance(args[0], int) and stat.S_ISDIR(os.fstat(args[0]).st_mode)
-            calls.append((name, folder))
-            return real(*args)
-
-        monkeypatch.setattr(os, name, call)
-
-    spy("fsync", os.fsync)
-    spy("replace", os.replace)
-    with utils.whole_file(tmp_path / "a.txt") as file:
-        file.write(b"new")
-    assert calls == [("fsync", False), ("replace", False), ("fsync", True)]  # the folder's last
+def test_a_run_introduces_itself(capsys):
+    net = SimSiam("resnet8", feature_dim=64)
+    images, labels = textures(30, seed=1)
+    data = Data(images, labels, images[:7], labels[:7], list("abcdefghij"))
+    columns = utils.introduce("some/run: SimSiam", net, data, "folder:birds", 32, CPU)
+    params = sum(p.numel() for p in net.parameters()) / 1e6
+    assert columns == {"params_m": params, "flops_g": pytest.approx(0.0126, abs=0.0005)}
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"some/run: SimSiam: {params:.2f}M parameters, 12.")
+    assert "folder:birds: 30 training images, 7 test images, 10 classes, 32 pixels" in second
 
 
-def test_results_gain_a_row_a_run_and_protocol(tmp_path):
-    path = tmp_path / "results.csv"
-    utils.add_result(path, {"protocol": "KNN", "run": "a", "top1": 50.0})
-    utils.add_result(path, {"protocol": "Linear", "run": "a", "top1": 60.0})
-    utils.add_result(path, {"protocol": "KNN", "run": "b", "top1": 1.50000001})
-    utils.add_result(path, {"protocol": "KNN", "run": "a", "top1": 51.0})
-    table = pandas.read_csv(path)
-    assert list(table.columns) == list(utils.RESULTS)
-    rows = table[["protocol", "run", "top1"]].values.tolist()
-    assert rows == [["Linear", "a", 60.0], ["KNN", "b", 1.5], ["KNN", "a", 51.0]]
+# ---- progress -----------------------------------------------------------------------------------
+
+
+class Clock:
+    """In the place of time.perf_counter: it stands still until it is moved."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+class Counted(Sums):
+    """Sums that count how often they are read from the device."""
+
+    reads = 0
+
+    def means(self, number):
+        self.reads += 1
+        self.number = number
+        return super().means(number)
+
+
+ARGS = argparse.Namespace(epochs=3, batch_size=64)
+SHOWN = {"loss": "loss", "top1": "top-1"}
+
+
+def test_progress_waits_for_the_device_once_a_second(clock):
+    tally = Counted(CPU, "top1")
+    read = []
+    with utils.Progress(0, ARGS, 100, SHOWN, "a smaller one") as progress:
+        for step in range(50):
+            tally.count(loss=torch.tensor(1.0), top1=torch.tensor(0.5))
+            read.append(progress(step, tally))
+            clock.now += 0.3
+    # Not at the first, which holds the warm-up; at the second, for the estimate; then where more
+    # than a second has passed, which is every fourth step of 0.3 s.
+    assert [step for step, seen in enumerate(read) if seen] == list(range(1, 50, 4))
+    assert tally.reads == sum(read)
+    assert tally.number == 50  # the sums over the steps of the epoch
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock, capsys):
+    tally = Sums(CPU, "top1")
+    with utils.Progress(1, ARGS, 600, SHOWN, "a smaller one") as progress:
+        for step in range(600):
+            tally.count(loss=torch.tensor(2.0), top1=torch.tensor(0.25))
+            clock.now += 0.5
+            progress(step, tally)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert len(lines) == 5  # of 300 seconds
+    # A minute is 120 steps of 0.5 s at 64 images: 480 steps are left, and a whole epoch after it.
+    assert lines[0] == (
+        "epoch 2/3 loss 2.000 top-1 0.250 128 images/s, left 04:00, run 09:00 (step 120 of 600)"
+    )
+    assert lines[-1].endswith("left 00:00, run 05:00 (step 600 of 600)")
+
+
+def test_progress_after_a_resume_counts_its_own_steps(clock, capsys):
+    """From step 400 of 600 on: the speed is of what was done here, the mean of the epoch."""
+    tally = Counted(CPU, "top1")
+    with utils.Progress(2, ARGS, 600, SHOWN, "a smaller one", start=400, unit=64) as progress:
+        for step in range(400, 600):
+            clock.now += 0.5
+            progress(step, tally)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "128 images/s, left 00:40, run 00:40 (step 520 of 600)" in line
+    assert tally.number % 64 == 0
+    assert tally.number > 64 * 590
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal(clock, capsys, monkeypatch):
+    terminal, tally = Terminal(), Sums(CPU, "top1")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with utils.Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
+        for step in range(600):
+            tally.count(loss=torch.tensor(-0.5), top1=torch.tensor(0.5))
+            clock.now += 0.5
+            progress(step, tally)
+    assert capsys.readouterr().out == ""  # no lines besides
+    looks = [look for look in terminal.getvalue().split("\r") if "images/s" in look]
+    assert len(looks) > 100
+    text = looks[-1].split("|")[0]
+    assert text.startswith("1/3 loss -0.500 top-1 0.500 128 images/s, left 00:0")
+    assert len(text) < 80
+    assert terminal.getvalue().endswith("\r")  # it is wiped away at the epoch's end
+
+
+@pytest.mark.parametrize(
+    ("epoch", "seconds", "said"), [(0, 30, True), (0, 28, False), (1, 30, False)]
+)
+def test_a_run_of_more_than_a_day_is_said_at_its_start(clock, capsys, epoch, seconds, said):
+    """3 epochs of 1000 steps, of 30 s each: 25 hours; of 28 s: 23.3."""
+    tally = Tally(CPU)
+    with utils.Progress(epoch, ARGS, 1000, {"loss": "loss"}, "--epochs 5") as progress:
+        for step in range(3):
+            tally.add(torch.tensor(-0.5), torch.randn(4, 4))
+            progress(step, tally)
+            clock.now += seconds
+    out = capsys.readouterr().out
+    assert ("the run takes 1 days on this machine. A smaller one: --epochs 5" in out) == said
+    assert out.count("note:") == said
+
+
+def test_ranks_other_than_the_first_show_nothing(clock, capsys, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    tally = Counted(CPU, "top1")
+    with utils.Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
+        for step in range(600):
+            clock.now += 0.5
+            assert not progress(step, tally)
+    assert tally.reads == 0  # nor do they wait for their device
+    assert sys.stderr.getvalue() == capsys.readouterr().out == ""

@@ -7,6 +7,7 @@ A run that is there is not done again, and one that was cut is gone on with. Res
 results/ablations.csv or results/collapse.csv, a row a run, and a picture of the same name.
 """
 
+import csv
 import operator
 import os
 import subprocess
@@ -19,23 +20,14 @@ import pandas
 import torch
 from tqdm import tqdm
 
-import figures
-import main
 import utils
+from simsiam import figures
+from simsiam.files import RunError, read_csv, whole_file, write_csv
+from simsiam.ranks import say
 
-MAIN = Path(main.__file__)
-COLUMNS = (
-    "data",
-    "epochs",
-    "setting",
-    "seed",
-    "flags",
-    "loss",
-    "std",
-    "rank",
-    "knn",
-    "untrained_rank",
-    "untrained_knn",
+MAIN = Path(utils.__file__).with_name("main.py")
+COLUMNS = tuple(
+    ("data epochs setting seed flags loss std rank knn untrained_rank untrained_knn").split()
 )
 WARNED = (*COLUMNS, "collapses", "warned_at_step")
 
@@ -54,65 +46,17 @@ class Setting(NamedTuple):
     collapses: bool = False
 
 
-STUDIES = {
-    "ablations": (
-        Setting("default", "", "68.1", "Table 1c"),
-        Setting("predictor's lr decays", "--no-fix_pred_lr", "67.7", "Table 1, baseline"),
-        Setting("no stop-gradient", "--stop_grad off", "0.1", "Fig. 2"),
-        Setting("no stop-gradient, BN hidden", "--stop_grad off --bn hidden"),
-        Setting("no predictor", "--predictor none", "0.1", "Table 1a"),
-        Setting("no predictor, BN hidden", "--predictor none --bn hidden"),
-        Setting("fixed predictor", "--predictor fixed", "1.5", "Table 1b"),
-        Setting("batch 32", "--batch_size 32"),
-        Setting("batch 128", "--batch_size 128", "67.3", "Table 2"),
-        Setting("batch 256", "--batch_size 256", "68.1", "Table 2"),
-        Setting("BN none", "--bn none", "34.6", "Table 3a"),
-        Setting("BN hidden", "--bn hidden", "67.4", "Table 3b"),
-        Setting("BN all", "--bn all", "unstable", "Table 3d"),
-        Setting("cross-entropy", "--similarity cross_entropy", "63.2", "sec. 4.5"),
-        Setting("asymmetric", "--loss asymmetric", "64.8", "sec. 4.6"),
-        Setting("asymmetric, 2x", "--loss asymmetric_2x", "67.3", "sec. 4.6"),
-        Setting("projector of 1 layer", "--projector_layers 1"),
-        Setting("projector of 3 layers", "--projector_layers 3"),
-    ),
-    "collapse": (
-        Setting("no stop-gradient", "--stop_grad off", collapses=True),
-        Setting("no stop-gradient, batch 16", "--stop_grad off --batch_size 16", collapses=True),
-        Setting("no stop-gradient, batch 128", "--stop_grad off --batch_size 128", collapses=True),
-        Setting("no stop-gradient, batch 256", "--stop_grad off --batch_size 256", collapses=True),
-        Setting("no stop-gradient, lr 0.3", "--stop_grad off --lr 0.3", collapses=True),
-        Setting("no stop-gradient, lr 3", "--stop_grad off --lr 3", collapses=True),
-        Setting(
-            "no stop-gradient, asymmetric", "--stop_grad off --loss asymmetric", collapses=True
-        ),
-        Setting("no stop-gradient, BN hidden", "--stop_grad off --bn hidden", collapses=True),
-        Setting("no stop-gradient, d 2048", "--stop_grad off --feature_dim 2048", collapses=True),
-        Setting("no stop-gradient, resnet14", "--stop_grad off --arch resnet14", collapses=True),
-        Setting(
-            "no stop-gradient, no predictor", "--stop_grad off --predictor none", collapses=True
-        ),
-        Setting("BN none", "--bn none", collapses=True),
-        Setting("lr 30", "--lr 30", collapses=True),
-        Setting("batch 2", "--batch_size 2 --train_size 1000", collapses=True),
-        Setting("default"),
-        Setting("predictor's lr decays", "--no-fix_pred_lr"),
-        Setting("lr 0.3", "--lr 0.3"),
-        Setting("lr 3", "--lr 3"),
-        Setting("lr 10", "--lr 10"),
-        Setting("batch 16", "--batch_size 16"),
-        Setting("batch 128", "--batch_size 128"),
-        Setting("batch 256", "--batch_size 256"),
-        Setting("BN hidden", "--bn hidden"),
-        Setting("BN all", "--bn all"),
-        Setting("asymmetric", "--loss asymmetric"),
-        Setting("d 64", "--feature_dim 64"),
-        Setting("d 2048", "--feature_dim 2048"),
-        Setting("resnet14", "--arch resnet14"),
-        Setting("half of the images", "--train_size 2000"),
-    ),
-}
+def read_studies() -> dict[str, tuple[Setting, ...]]:
+    """The settings of each study, from studies.csv."""
+    studies = {}
+    with open(Path(__file__).with_name("studies.csv"), newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            study, collapses = row.pop("study"), row.pop("collapses") == "yes"
+            studies[study] = (*studies.get(study, ()), Setting(**row, collapses=collapses))
+    return studies
 
 
+STUDIES = read_studies()
 # Those with curves, as in the paper's Fig. 2.
 FIG_2 = (
     "default",
@@ -134,7 +78,7 @@ class Run(NamedTuple):
     def rows(self) -> list[dict]:
         """The statistics, if the run has any."""
         table = Path(f"{self.path}_statistics.csv")
-        return utils.read_csv(table) if table.is_file() else []
+        return read_csv(table) if table.is_file() else []
 
 
 def train(run: Run, flags: list[str], threads: int, bar: tqdm) -> None:
@@ -154,7 +98,7 @@ def train(run: Run, flags: list[str], threads: int, bar: tqdm) -> None:
             bar.update()
     errors = process.stderr.read()
     if process.wait():
-        raise utils.RunError(f"{run.path}: {errors.strip() or process.returncode}")
+        raise RunError(f"{run.path}: {errors.strip() or process.returncode}")
 
 
 def summary(label: str, run: Run) -> dict:
@@ -180,7 +124,7 @@ def summary(label: str, run: Run) -> dict:
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser("tools.ablate", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = utils.Parser("tools.ablate", __doc__.split("\n")[0])
     add, count = parser.add_argument, utils.number(int, 1)
     add("--study", default="ablations", choices=tuple(STUDIES), help="(ablations)")
     add("--data_name", default="textures", help="as of main.py (textures)")
@@ -197,7 +141,9 @@ def command(argv: list[str] | None = None) -> None:
     flags += ["--epochs", str(args.epochs), "--num_workers", "1"]
     if args.train_size:
         flags += ["--train_size", str(args.train_size)]
-    label = utils.data_label(args) + (f", {args.train_size} images" if args.train_size else "")
+    label = utils.data_label(args.data_name, args.data_root) + (
+        f", {args.train_size} images" if args.train_size else ""
+    )
     folder = Path(args.out, args.study)
     runs = []
     for seed in args.seeds:
@@ -227,24 +173,34 @@ def command(argv: list[str] | None = None) -> None:
         sys.exit(130)
     found = [summary(label, run) for run in runs]
     table = Path(args.out, f"{args.study}.csv")
-    with utils.last_try():
-        rows = found
-        if table.is_file():
-            key = operator.itemgetter("data", "epochs", "setting", "seed")
-            new = set(map(key, found))
-            rows = [row for row in utils.read_csv(table) if key(row) not in new] + found
-        utils.write_csv(table, rows, COLUMNS if args.study == "ablations" else WARNED)
-        with utils.whole_file(table.with_suffix(".png")) as file:
-            if args.study == "ablations":
-                histories = {}
-                for run in runs:
-                    histories.setdefault(run.setting.name, []).append(run.rows())
-                shown = [name for name in FIG_2 if name in histories]
-                figures.ablations(histories, shown, f"{label}, {args.epochs} epochs", file)
-            else:
-                figures.rank_and_knn(rows, file)
-    utils.say(report(args.study, pandas.DataFrame(found, columns=WARNED)))
-    utils.say(f"wrote {table} and {table.with_suffix('.png')}")
+    try:
+        write(table, args.study, found, runs, f"{label}, {args.epochs} epochs")
+    except OSError as error:
+        raise RunError(
+            f"{error.filename}: could not be written ({error.strerror}); the same command tries "
+            "again"
+        ) from error
+    say(report(args.study, pandas.DataFrame(found, columns=WARNED)))
+    say(f"wrote {table} and {table.with_suffix('.png')}")
+
+
+def write(table: Path, study: str, found: list[dict], runs: list[Run], title: str) -> None:
+    """The rows `found`, among those of other data, epochs and settings; and the picture."""
+    rows = found
+    if table.is_file():
+        key = operator.itemgetter("data", "epochs", "setting", "seed")
+        new = set(map(key, found))
+        rows = [row for row in read_csv(table) if key(row) not in new] + found
+    write_csv(table, rows, COLUMNS if study == "ablations" else WARNED)
+    with whole_file(table.with_suffix(".png")) as file:
+        if study == "ablations":
+            histories = {}
+            for run in runs:
+                histories.setdefault(run.setting.name, []).append(run.rows())
+            shown = [name for name in FIG_2 if name in histories]
+            figures.ablations(histories, shown, title, file)
+        else:
+            figures.rank_and_knn(rows, file)
 
 
 def report(study: str, found: pandas.DataFrame) -> str:

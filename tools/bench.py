@@ -2,6 +2,7 @@
 
 python -m tools.bench                  # all of them, half an hour on two cores
 python -m tools.bench views train      # some
+python -m tools.bench profile --data_name textures  # where the time of main.py's steps goes
 
 What is timed are the functions of the rooms and the commands themselves, never a copy of them.
 Results are added to results/benchmarks.csv.
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,26 +28,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
 import linear
 import main
-import model
 import utils
-from tools import peers
+from simsiam import files, metrics, network
+from simsiam.loader import Data, Files, Loader
+from simsiam.monitor import Monitor, Tally
+from simsiam.textures import TEXTURES, textures
+from simsiam.views import Batch, Views
+from tools import peers, profiler
 from tools.peers import Peer
 
-COLUMNS = (
-    "benchmark",
-    "ours",
-    "peer",
-    "peer_name",
-    "ratio",
-    "unit",
-    "threads",
-    "cpu",
-    "torch",
-    "date",
-)
+COLUMNS = tuple("benchmark ours peer peer_name ratio unit threads cpu torch date".split())
 # What a benchmark yields: its name, ours, the peer's, the peer's name, the unit.
 Row = tuple[str, float, float | None, str | None, str]
 
@@ -81,17 +75,36 @@ def noise(number: int) -> torch.Tensor:
     return torch.randint(0, 256, (number, 3, 32, 32), dtype=torch.uint8, generator=generator)
 
 
+def arguments(flags: str) -> tuple[Namespace, torch.autocast]:
+    """main.py's flags on this CPU, and their autocast."""
+    args = main.make_flags().read([*flags.split(), "--device", "cpu"])[0]
+    return args, utils.autocast(*utils.set_up(args))
+
+
+def views_of(recipe: str, size: int, seed: int = 0) -> Views:
+    """A recipe's views."""
+    augmentation, mean, std = main.VIEWS[recipe]
+    return Views(size, mean, std, augmentation, seed=seed)
+
+
+def recipe_of(name: str) -> dict:
+    """What a peer needs to know of a recipe."""
+    augmentation, mean, std = main.VIEWS[name]
+    return main.RECIPES[name] | {"blur_p": augmentation.blur_p, "mean": mean, "std": std}
+
+
 def bench_views() -> Iterator[Row]:
     """The CIFAR recipe's augmentation, batches of 512."""
-    images, recipe = noise(512 * 16), main.CIFAR
-    utils.set_up(main.parse_args(["--device", "cpu"])[0])
-    views = data.Views(32, recipe["mean"], recipe["std"])
+    images, recipe = noise(512 * 16), recipe_of("cifar")
+    arguments("")
+    views = views_of("cifar", 32)
+    views.number = 1
     with (
         Peer(peers.torchvision_views, images, recipe, 512) as torchvision,
         Peer(peers.kornia_views, images, recipe, 512) as kornia,
     ):
         ours, theirs, kornias = in_turns(
-            lambda: [views(batch) for batch in images.split(512)], torchvision, kornia
+            lambda: [views(Batch.alone(batch)) for batch in images.split(512)], torchvision, kornia
         )
     n = len(images)
     name = versioned("torchvision", "PIL transforms, DataLoader, 2 workers")
@@ -99,23 +112,22 @@ def bench_views() -> Iterator[Row]:
     yield "views", n / ours, n / kornias, versioned("kornia", "batched, eager"), "views/s"
 
 
+def training(flags: str, images: torch.Tensor) -> tuple[Callable[[], object], network.SimSiam]:
+    """An epoch of main.py's loop on `images`, and its network."""
+    args, autocast = arguments(flags)
+    net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
+    optimizer, tally = main.make_optimizer(net, args), Tally(torch.device("cpu"))
+    loader = Loader(images, args.batch_size)
+    rest = (loader, views_of("cifar", 32), tally, 0, 0, args, autocast)
+    return lambda: list(main.train(net, optimizer, *rest)), net
+
+
 def bench_train() -> Iterator[Row]:
     """ResNet-18 CIFAR steps of 128 images, augmentation included, against a plain loop."""
     images = noise(2 * 128)
-    flags = ["--batch_size", "128", "--device", "cpu"]
-
-    def training(amp: str) -> tuple[Callable[[], object], model.SimSiam]:
-        args = main.parse_args([*flags, "--amp", amp])[0]
-        device, autocast = utils.set_up(args)
-        net = model.SimSiam().to(device, memory_format=torch.channels_last)
-        optimizer = main.optimizer_of(net, args)
-        loader = data.Loader([images], args.batch_size)
-        views = data.Views(32, args.mean, args.std)
-        settings = (loader, views, 0, 0, torch.zeros(5), args, autocast, lambda step: None)
-        return lambda: main.train(net, optimizer, *settings), net
-
-    (fp32, net), (bf16, _) = training("off"), training("bf16")
-    with Peer(peers.plain_training, images, main.CIFAR, 128) as plain:
+    fp32, net = training("--batch_size 128 --amp off", images)
+    bf16, _ = training("--batch_size 128 --amp bf16", images)
+    with Peer(peers.plain_training, images, recipe_of("cifar"), 128) as plain:
         product = sgemm()  # four a turn: about as long as a turn of the others
         fast, faster, slow, products = in_turns(
             fp32, bf16, plain, lambda: [product() for _ in range(4)], rounds=7
@@ -125,38 +137,32 @@ def bench_train() -> Iterator[Row]:
     yield "train", n / fast, n / slow, name, "images/s"
     yield "train, --amp bf16", n / faster, n / slow, name, "images/s"
     # Forward, and twice that backward, of two views; a multiply-add counts two.
-    backbone = model.Classifier(net.backbone, 512, 10)
-    gflop = 2 * 3 * 2 * model.params_and_flops(backbone, 32)[1] / 1e9
+    backbone = network.Classifier(net.backbone, 512, 10)
+    gflop = 2 * 3 * 2 * network.params_and_flops(backbone, 32)[1] / 1e9
     rate = 4 * 2 * SGEMM / products / 1e9
     yield "train", gflop * n / fast, rate, "this machine's sgemm", "GFLOP/s"
 
 
 def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
     """resnet20 on 5,000 textures: an epoch and the kNN at its end, against lightly's example."""
-    images = data.Data(
-        *data.textures(5000, seed=1), *data.textures(1000, seed=2), list(data.TEXTURES)
-    )
+    images = Data(*textures(5000, seed=1), *textures(1000, seed=2), list(TEXTURES))
     seconds, accuracies = ([], []), ([], [])
-
-    def one(seed: int) -> None:
+    for seed in range(seeds):
         # lr 0.06, as in lightly's example
         flags = f"--data_name textures --arch resnet20 --epochs {epochs} --seed {seed} --lr 0.24"
-        args = main.parse_args([*flags.split(), "--no-fix_pred_lr", "--device", "cpu"])[0]
-        args.image_size = 32
-        device, amp = utils.set_up(args)
+        args, amp = arguments(f"{flags} --no-fix_pred_lr")
         torch.manual_seed(seed)
-        net = model.SimSiam(args.arch, args.stem, args.feature_dim, args.projector_layers)
-        net.to(device, memory_format=torch.channels_last)
-        optimizer = main.optimizer_of(net, args)
-        loader = data.Loader([images.train_images], args.batch_size, seed)
-        views = data.Views(32, args.mean, args.std, seed=seed)
+        net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
+        optimizer, tally = main.make_optimizer(net, args), Tally(torch.device("cpu"))
+        loader, views = Loader(images.train_images, args.batch_size, seed), views_of("short", 32)
+        views.seed = seed
+        monitor = Monitor(net, views, images, args, args.lr, amp)
+
+        def ours(epoch: int) -> float:
+            list(main.train(net, optimizer, loader, views, tally, epoch, 0, args, amp))  # noqa: B023
+            return monitor.measure()["test_acc@1"]  # noqa: B023
+
         with Peer(peers.lightly_training, images, args) as lightly:
-
-            def ours(epoch: int) -> float:
-                more = (0, torch.zeros(5), args, amp, lambda step: None)
-                main.train(net, optimizer, loader, views, epoch, *more)
-                return main.monitor(net, views, images, args, amp)["test_acc@1"]
-
             for epoch in range(epochs):
                 for i, run in enumerate((ours, lightly)):
                     begun = time.perf_counter()
@@ -169,9 +175,6 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
                         f"{seconds[i][-1]:.1f} s, kNN {accuracy:.1f} %",
                         flush=True,
                     )
-
-    for seed in range(seeds):
-        one(seed)
     name = versioned("lightly", "its example's transform, loader, heads and knn_predict")
     yield "epoch", *map(statistics.median, seconds), name, "s"
     for seed, pair in enumerate(zip(*accuracies, strict=True)):
@@ -179,7 +182,7 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
 
 
 def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
-    """utils.knn for a process of its own: its peak of memory besides its arguments, in MB."""
+    """metrics.knn for a process of its own: its peak of memory besides its arguments, in MB."""
 
     def resident() -> int:
         """Pages of this process's own: the arguments are shared."""
@@ -187,7 +190,7 @@ def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
         return int(pages) - int(shared)
 
     utils.keep_memory()
-    utils.knn(bank[:1000], labels[:1000], queries[:100])  # the libraries' own memory
+    metrics.knn(bank[:1000], labels[:1000], queries[:100])  # the libraries' own memory
 
     def run() -> float:
         before = peak = resident()
@@ -200,7 +203,7 @@ def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        utils.knn(bank, labels, queries)
+        metrics.knn(bank, labels, queries)
         done.set()
         watcher.join()
         return (peak - before) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -210,7 +213,7 @@ def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
 
 def bench_knn() -> Iterator[Row]:
     """A bank of 50,000 x 512, 10,000 queries, k = 200, ten classes."""
-    utils.set_up(main.parse_args(["--device", "cpu"])[0])
+    arguments("")
     torch.manual_seed(0)
     centres = torch.randn(10, 512)
     bank_labels, query_labels = torch.arange(50_000) % 10, torch.arange(10_000) % 10
@@ -218,7 +221,7 @@ def bench_knn() -> Iterator[Row]:
         centres[labels] + 6 * torch.randn(len(labels), 512), dim=1
     )
     bank, queries = draw(bank_labels), draw(query_labels)
-    ours = lambda: utils.knn(bank, bank_labels, queries)[:, 0]  # noqa: E731
+    ours = lambda: metrics.knn(bank, bank_labels, queries)[:, 0]  # noqa: E731
     lightly_name = versioned("lightly", "knn_predict, chunks of 512")
     scikit_name = versioned("scikit-learn", "brute force, n_jobs=-1")
     with (
@@ -248,7 +251,7 @@ def bench_knn() -> Iterator[Row]:
     for size in (10_000, 50_000, 200_000, 1_000_000):
         large, some = F.normalize(torch.randn(size, 512), dim=1), queries[:2000]
         labels = torch.arange(size) % 10
-        run = lambda: utils.knn(large, labels, some)  # noqa: B023, E731
+        run = lambda: metrics.knn(large, labels, some)  # noqa: B023, E731
         yield f"knn, bank of {size}, 2000 queries", in_turns(run)[0], None, None, "s"
         with Peer(knn_memory, large, labels, some) as memory:
             yield f"knn, bank of {size}, memory", memory(), None, None, "MB"
@@ -256,8 +259,8 @@ def bench_knn() -> Iterator[Row]:
 
 def bench_jpeg(number: int = 256, batch: int = 64) -> Iterator[Row]:
     """The ImageNet recipe's views of JPEG files of 500 x 375, delivered by one loader worker."""
-    recipe = main.IMAGENET
-    utils.set_up(main.parse_args(["--device", "cpu"])[0])
+    recipe = recipe_of("imagenet")
+    arguments("")
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as place:
         for i in range(number):  # blurred noise and a little grain: files of about 60 kB, as photos
@@ -268,19 +271,12 @@ def bench_jpeg(number: int = 256, batch: int = 64) -> Iterator[Row]:
             Image.fromarray(image).save(f"{place}/{i}.jpg", quality=90)
         paths = [f"{place}/{i}.jpg" for i in range(number)]
         print(f"jpeg: {sum(map(os.path.getsize, paths)) / number / 1000:.0f} kB a file")
-        views = data.Views(224, recipe["mean"], recipe["std"], blur_p=recipe["blur_p"])
-        files = data.Files(paths, 224, workers=1)
-        loader = data.Loader([files], batch, views=views)
+        views = views_of("imagenet", 224)
+        loader = Loader(Files(paths, 224, workers=1), batch, views=views)
         with Peer(peers.torchvision_files, paths, recipe, batch) as torchvision:
             ours, theirs = in_turns(lambda: list(loader.epoch(0)), torchvision)
-        crops = [images for _, (images,) in loader.epoch(0)]
-
-        def both_views():
-            for images in crops:
-                views.seed(0, 0)
-                views(images), views(images)
-
-        device = in_turns(both_views)[0]
+        crops = list(loader.epoch(0))
+        device = in_turns(lambda: [views(batch) for batch in crops])[0]
     name = versioned("torchvision", "the authors' PIL transforms, one DataLoader worker")
     yield "jpeg, one worker", number / ours, number / theirs, name, "images/s"
     yield "jpeg, the device's part (this CPU)", number / device, None, None, "images/s"
@@ -311,25 +307,22 @@ def bench_linear(*flags: str) -> Iterator[Row]:
 
 
 STAGES = """
-import time, sys
+import sys, time
 stages = [("python", time.time())]
 def stage(name): stages.append((name, time.time()))
 import torch, torchvision; stage("import of torch and torchvision")
-import main, data; stage("other imports")
-load, monitor, train = data.load, main.monitor, main.train
+import main; stage("other imports")
+prepare, train, load = main.prepare, main.train, main.load
 def timed_load(*a):
     stage("network"); found = load(*a); stage("images"); return found
-def timed_monitor(*a):
-    stage("Params and FLOPs, optimizer"); found = monitor(*a); stage("kNN, untrained encoder")
-    return found
+def timed_prepare(run):
+    made = prepare(run); stage("Params and FLOPs, optimizer"); return made
 def first_step(*a):
-    stage("kNN, raw pixels; first checkpoint")
-    def stop(step):
-        stage("first step")
-        for name, when in stages: print(f"STAGE {when} {name}")
-        sys.exit()
-    train(*a[:9], stop)
-data.load, main.monitor, main.train = timed_load, timed_monitor, first_step
+    stage("kNN, untrained and of pixels; first checkpoint")
+    next(train(*a)); stage("first step")
+    for name, when in stages: print(f"STAGE {when} {name}")
+    sys.exit()
+main.load, main.prepare, main.train = timed_load, timed_prepare, first_step
 main.main(["--data_name", "textures", "--out", sys.argv[1]])
 """
 
@@ -390,40 +383,49 @@ BENCHMARKS = {
     "ddp": bench_ddp,
 }
 
-if __name__ == "__main__":
-    parser = utils.Parser(
-        prog="tools.bench",
-        description=__doc__.splitlines()[0],
-        epilog="; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items()),
-        allow_abbrev=False,
-    )
-    parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=", ".join(BENCHMARKS))
+
+def table_row(what: str, ours: float, peer: float | None, peer_name: str | None, unit: str) -> dict:
+    """A row of results/benchmarks.csv; prints it."""
+    ratio, text = None, f"{what}: {ours:.4g} {unit}"
+    if peer is not None:
+        text += f", {peer_name} {peer:.4g}"
+    if peer is not None and unit != "%":  # above 1 where ours is the better
+        ratio = peer / ours if unit == "s" else ours / peer
+        text += f": ratio {ratio:.2f}"
+    print(text, flush=True)
+    ours, peer, ratio = (None if x is None else f"{x:.6g}" for x in (ours, peer, ratio))
+    machine = (torch.get_num_threads(), cpu_name(), str(torch.__version__))
+    values = (what, ours, peer, peer_name, ratio, unit, *machine, datetime.date.today())
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def command(argv: list[str] | None = None) -> None:
+    """The command line."""
+    about = "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items())
+    parser = utils.Parser("tools.bench", __doc__.splitlines()[0], epilog=about)
+    names = ", ".join((*BENCHMARKS, "profile"))
+    parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=names)
     parser.add_argument("--csv", default="results/benchmarks.csv", help="(results/benchmarks.csv)")
-    args, rest = parser.parse_known_args()  # what is left are linear.py's flags
-    names = args.benchmarks or list(BENCHMARKS)
-    for name in names:
+    trace = "of `profile` (results/profile.json)"
+    parser.add_argument("--trace", default="results/profile.json", help=trace)
+    args, rest = parser.parse_known_args(argv)  # what is left are flags of linear.py or main.py
+    if args.benchmarks == ["profile"]:
+        profiler.profile(args.trace, rest)
+        return
+    for name in args.benchmarks:
         if name not in BENCHMARKS:
-            parser.error(f"{name}: choose from {', '.join(BENCHMARKS)}")
-    if rest and names != ["linear"]:
-        parser.error(f"{rest[0]}: `linear` alone takes more flags, linear.py's")
-    for name in names:
-        rows = []
-        for what, ours, peer, peer_name, unit in BENCHMARKS[name](*rest):
-            ratio, text = None, f"{what}: {ours:.4g} {unit}"
-            if peer is not None:
-                text += f", {peer_name} {peer:.4g}"
-            if peer is not None and unit != "%":  # above 1 where ours is the better
-                ratio = peer / ours if unit == "s" else ours / peer
-                text += f": ratio {ratio:.2f}"
-            print(text, flush=True)
-            numbers = [None if x is None else f"{x:.6g}" for x in (ours, peer, ratio)]
-            ours, peer, ratio = numbers
-            machine = (torch.get_num_threads(), cpu_name(), str(torch.__version__))
-            values = (what, ours, peer, peer_name, ratio, unit, *machine, datetime.date.today())
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            parser.error(f"{name}: choose from {names}")
+    if rest and args.benchmarks != ["linear"]:
+        parser.error(f"{rest[0]}: only `linear` and `profile`, alone, take more flags")
+    for name in args.benchmarks or BENCHMARKS:
+        rows = [table_row(*row) for row in BENCHMARKS[name](*rest)]
         old = []
         if Path(args.csv).is_file():
             old = pandas.read_csv(args.csv, dtype=str, keep_default_na=False).to_dict("records")
         new = {(row["benchmark"], row["peer_name"] or "") for row in rows}
         old = [row for row in old if (row["benchmark"], row["peer_name"]) not in new]
-        utils.write_csv(args.csv, [*old, *rows], COLUMNS)
+        files.write_csv(args.csv, [*old, *rows], COLUMNS)
+
+
+if __name__ == "__main__":
+    command()

@@ -5,42 +5,47 @@ python -m tools.convert results/..._model.pth encoder.pth --to torchvision
 
 import io
 import pickle
+import shlex
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import data
-import linear
-import main
-import model
 import utils
+from simsiam import files, ranks
+from simsiam.layouts import EXPORTS, exported
+from simsiam.weights import Source
 
-FORMATS = (*model.EXPORTS, "safetensors", "onnx")
-
-
-def ours(path: str) -> dict | None:
-    """The content of a checkpoint of ours, None if it is another project's. FileNotFoundError."""
-    try:
-        return utils.load_checkpoint(path)
-    except ValueError:
-        return None
+FORMATS = (*EXPORTS, "safetensors", "onnx")
 
 
 def metadata(state: dict | None) -> dict[str, str]:
-    """Where a checkpoint of ours comes from, as text."""
+    """Where a checkpoint of this program comes from, as text; nothing of another project's."""
     if state is None:
         return {}
-    args, command = state["args"], linear if "encoder" in state["args"] else main
-    parser = command.parse_args([])[1]
-    words = ["python", f"{command.__name__}.py", *parser.as_argv(args)]
-    source = args.get("encoder", args)
-    found = {name: source[name] for name in ("arch", "stem", "image_size", "mean", "std")}
-    found |= {"data": args["data_name"], "epochs": len(state["history"]) - (command is main)}
-    return {name: str(value) for name, value in (found | {"command": " ".join(words)}).items()}
+    names = ("arch", "stem", "image_size", "mean", "std")
+    found = {name: state["encoder"][name] for name in names}
+    found |= {"data": state["args"].get("data_name"), "epochs": state["epoch"]}
+    words = ["python", state["command"], *as_argv(state["args"])]
+    return {name: str(value) for name, value in (found | {"command": shlex.join(words)}).items()}
 
 
-def onnx_bytes(net: nn.Module, size: int, about: dict[str, str]) -> bytes:
+# Flags that can be said with --no- before them, and those that are of one start of a run only.
+OF_TWO_FORMS = ("fix_pred_lr", "pictures", "stop_on_collapse")
+OF_ONE_START = ("resume", "overwrite", "ddp")
+
+
+def as_argv(args: dict) -> list[str]:
+    """The flags that give the values of `args`, a checkpoint's."""
+    told = (
+        name
+        for name, value in args.items()
+        if name not in OF_ONE_START and (value is not False or name in OF_TWO_FORMS)
+    )
+    return [word for name in told for word in utils.words(name, args[name])]
+
+
+def onnx_bytes(source: Source, about: dict[str, str]) -> bytes:
     """The encoder's features, or a linear model's logits: images (N x 3 x size x size) -> output.
 
     Raises ValueError where onnx is not installed, or its runtime finds other numbers.
@@ -51,10 +56,11 @@ def onnx_bytes(net: nn.Module, size: int, about: dict[str, str]) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("--to onnx: pip install onnx onnxruntime onnxscript") from error
-    network = net if isinstance(net, model.Classifier) else net.backbone
+    net: nn.Module = source.net if source.is_linear else source.net.backbone
+    size = source.encoder["image_size"]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
-        network.eval(),
+        net,
         (images,),
         input_names=["images"],
         output_names=["output"],
@@ -68,48 +74,45 @@ def onnx_bytes(net: nn.Module, size: int, about: dict[str, str]) -> bytes:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     images = torch.cat([images, images.flip(3)[:1]])  # another number than that of the export
     with torch.no_grad():
-        ours = network(images)
-    theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    if not torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4):
-        raise ValueError(f"onnxruntime's output is {(ours - theirs).abs().max():.2g} off")
+        expected = net(images)
+    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if not torch.allclose(expected, found, atol=1e-4, rtol=1e-4):
+        raise ValueError(f"onnxruntime's output is {(expected - found).abs().max():.2g} off")
     return content
 
 
-def convert(source: str, to: str) -> tuple[bytes, list[str]]:
-    """The content of a file in the format `to`, and what to know of its source.
+def convert(source: Source, to: str) -> bytes:
+    """The content of a file in the format `to`, one of FORMATS. Raises ValueError if it has none.
 
-    Raises FileNotFoundError or ValueError.
+    The message does not name the source's file.
     """
-    state = ours(source)
-    net, args, notes = model.load_any(source, state)
-    about, content = metadata(state), io.BytesIO()
+    about, content = metadata(source.state), io.BytesIO()
     if to == "onnx":
-        size = (data.usual_input(args["stem"]) | args)["image_size"]
-        return onnx_bytes(net, size, about), notes
+        return onnx_bytes(source, about)
     if to == "safetensors":
         try:
             from safetensors.torch import save
         except ImportError as error:
             raise ValueError("--to safetensors: pip install safetensors") from error
-        weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-        return save(weights, {"format": "pt"} | about), notes
-    weights = model.exported(net, args, to)
+        weights = {name: value.contiguous() for name, value in source.net.state_dict().items()}
+        return save(weights, {"format": "pt"} | about)
+    weights = exported(source.net, source.encoder, to)
     if to == "detectron2":
         arrays = {name: value.numpy() for name, value in weights.items()}
         whole = {"model": arrays, "__author__": "SimSiam", "matching_heuristics": True}
-        return pickle.dumps(whole), notes
+        return pickle.dumps(whole)
     if to == "authors":
-        epoch = int(about.get("epochs", 0))
-        weights = {"epoch": epoch, "arch": args["arch"], "state_dict": weights, "meta": about}
+        epoch, arch = int(about.get("epochs", 0)), source.encoder["arch"]
+        weights = {"epoch": epoch, "arch": arch, "state_dict": weights, "meta": about}
     elif to == "mmpretrain":
         weights = {"meta": about, "state_dict": weights}
     torch.save(weights, content)
-    return content.getvalue(), notes
+    return content.getvalue()
 
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser("tools.convert", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = utils.Parser(prog="tools.convert", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar="IN", help="a checkpoint")
     parser.add_argument("target", metavar="OUT", help="a file that is not there yet")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format of OUT")
@@ -117,13 +120,14 @@ def command(argv: list[str] | None = None) -> None:
     with parser.bad_input():
         if Path(args.target).exists():
             raise ValueError(f"{args.target} exists: choose another name")
-        with utils.about(args.source):
-            content, notes = convert(args.source, args.to)
-        with utils.whole_file(args.target) as file:
+        source = Source.open(args.source)
+        with files.about(args.source):
+            content = convert(source, args.to)
+        with files.whole_file(args.target) as file:
             file.write(content)
-    for note in notes:
-        utils.say(f"{args.source}: {note}")
-    utils.say(f"wrote {args.target}, {len(content) / 1e6:.1f} MB")
+    for note in source.notes:
+        ranks.say(f"{args.source}: {note}")
+    ranks.say(f"wrote {args.target}, {len(content) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 python -m tools.features --model_path results/..._model.pth --data_root my_images --out found.npz
 """
 
+import warnings
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import pandas
 from torch import nn
 from tqdm import tqdm
 
-import data
-import model
 import utils
-from tools import convert
+from simsiam import datasets, metrics, ranks
+from simsiam.files import whole_file
+from simsiam.images import decode, ignore_pil_warnings
+from simsiam.weights import Source
 
 BATCH = 256  # files decoded at a time
 ENDS = (".npz", ".csv", ".parquet")
@@ -22,28 +25,67 @@ ENDS = (".npz", ".csv", ".parquet")
 def listed(root: Path) -> tuple[list[Path], list[str]]:
     """The images of a folder, labelled by the folder that each lies in, or those of a CSV list."""
     if root.suffix.lower() == ".csv":
-        files, labels = data.list_csv(root)
+        files, labels = datasets.list_csv(root)
         return files, [label or "" for label in labels]
     if not root.is_dir():
         raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
-    files = data.list_folder(root, labelled=False)[0]
+    files = datasets.list_folder(root, labelled=False)[0]
     return files, ["" if path.parent == root else path.parent.name for path in files]
 
 
-def network(path: str, layer: str) -> tuple[nn.Module, dict, list[str], str | None]:
-    """Images to features; an encoder's input; what to know; the name of its data set."""
-    state = convert.ours(path)
-    net, args, notes = model.load_any(path, state)
-    if layer == "projector" and not len(getattr(net, "projector", ())):
-        raise ValueError("has no projector: leave out --layer")
-    part = nn.Sequential(net.backbone, net.projector) if layer == "projector" else net.backbone
-    name = None if state is None else state["args"].get("data_name")
-    return part, data.usual_input(args["stem"]) | args, notes, name
+def chosen_part(source: Source, layer: str) -> nn.Module:
+    """What makes features of images. Raises ValueError where the checkpoint has no such layer."""
+    if layer == "backbone":
+        return source.net.backbone
+    if source.is_linear or not len(source.net.projector):
+        raise ValueError(f"{source.path}: has no projector: leave out --layer")
+    return nn.Sequential(source.net.backbone, source.net.projector)
+
+
+def found(source: Source, files: list[Path], args: Namespace) -> tuple[np.ndarray, list[int]]:
+    """Features of files, fp32, N x features, and which of the files they are of.
+
+    Raises ValueError, naming the file, for one that cannot be read, unless those are skipped.
+    """
+    part = chosen_part(source, args.layer)
+    device, amp_name = utils.set_up(args)
+    source.to(device)
+    amp = utils.autocast(device, amp_name)
+    views, rows, kept = source.views, [], []
+    for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
+        some = files[start : start + BATCH]
+        images, bad = decode(some, views.size, args.num_workers, args.bad_images, source.shorter)
+        for reason in bad.values():
+            ranks.say(reason)
+        kept += [start + i for i in range(len(some)) if i not in bad]
+        features = metrics.features(part, views.plain, images.to(device), amp, normalise=False)
+        rows.append(features.cpu().numpy())
+    return np.concatenate(rows), kept
+
+
+def write(out: Path, names: list[str], labels: list[str], features: np.ndarray) -> None:
+    """The table of `features`, N x features, in the format of the file's end, one of ENDS."""
+    with whole_file(out) as file:
+        if out.suffix == ".npz":
+            np.savez(file, files=names, features=features, labels=labels)
+            return
+        columns = [f"f{i}" for i in range(features.shape[1])]
+        table = pandas.DataFrame(features, columns=columns)
+        table.insert(0, "file", names)
+        if any(labels):
+            table.insert(1, "label", labels)
+        if out.suffix == ".csv":
+            table.to_csv(file, index=False)
+            return
+        try:
+            table.to_parquet(file)
+        except ImportError as error:
+            raise ValueError(f"--out {out}: pip install pyarrow") from error
 
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser("tools.features", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = utils.Parser(prog="tools.features", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model_path", required=True, help="a checkpoint, ours or another project's")
     add("--data_root", required=True, help="a folder of images of any size, or a CSV list")
@@ -58,45 +100,15 @@ def command(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.suffix not in ENDS:
         parser.error(f"--out {out}: choose an end of {', '.join(ENDS)}")
-    with parser.bad_input():
-        device, amp = utils.set_up(args)
-        with utils.about(f"--model_path {args.model_path}"):
-            net, encoder, notes, name = network(args.model_path, args.layer)
-        for note in notes:
-            utils.say(f"{args.model_path}: {note}")
-        net.to(device)
-        size = encoder["image_size"]
-        views = data.Views(size, encoder["mean"], encoder["std"])
-        shorter = data.shorter_side(name or "", size)
+    with warnings.catch_warnings(), parser.bad_input():
+        ignore_pil_warnings()
+        source = Source.open(args.model_path)
+        for note in source.notes:
+            ranks.say(f"{args.model_path}: {note}")
         files, labels = listed(Path(args.data_root))
-        rows, kept = [], []
-        for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
-            part = files[start : start + BATCH]
-            more = (args.num_workers, args.bad_images, shorter)
-            images, bad = data.decode(part, size, *more)
-            for reason in bad.values():
-                utils.say(reason)
-            kept += [start + i for i in range(len(part)) if i not in bad]
-            rows.append(utils.features(net, views.plain, images.to(device), amp, False).cpu())
-        features = np.concatenate([row.numpy() for row in rows])
-        names, labels = ([str(of[i]) for i in kept] for of in (files, labels))
-        with utils.whole_file(out) as file:
-            if out.suffix == ".npz":
-                np.savez(file, files=names, features=features, labels=labels)
-            else:
-                columns = [f"f{i}" for i in range(features.shape[1])]
-                table = pandas.DataFrame(features, columns=columns)
-                table.insert(0, "file", names)
-                if any(labels):
-                    table.insert(1, "label", labels)
-                if out.suffix == ".csv":
-                    table.to_csv(file, index=False)
-                else:
-                    try:
-                        table.to_parquet(file)
-                    except ImportError as error:
-                        raise ValueError(f"--out {out}: pip install pyarrow") from error
-    utils.say(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
+        features, kept = found(source, files, args)
+        write(out, *([str(of[i]) for i in kept] for of in (files, labels)), features)
+    ranks.say(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
 
 
 if __name__ == "__main__":

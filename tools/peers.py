@@ -118,9 +118,9 @@ def kornia_views(images: Tensor, recipe: dict, batch: int) -> Callable:
 
 def plain_training(images: Tensor, recipe: dict, batch: int) -> Callable:
     """Steps of SimSiam as a plain loop has them: NCHW, PIL views, `.item()` each step."""
-    import model
+    from simsiam.network import SimSiam
 
-    net = model.SimSiam()
+    net = SimSiam()
     optimizer = torch.optim.SGD(
         net.parameters(), recipe["lr"], recipe["momentum"], weight_decay=recipe["weight_decay"]
     )
@@ -156,7 +156,7 @@ class Labelled(Dataset):
 def lightly_training(images, args) -> Callable:
     """Lightly's SimSiam example: its transform, heads, loss and `knn_predict`; an epoch a call.
 
-    `images` is a data.Data. Backbone, optimizer, schedule and batches are those of main.py's
+    `images` is a `Data`. Backbone, optimizer, schedule and batches are those of main.py's
     `args`.
     """
     import torchvision.transforms as t
@@ -165,12 +165,11 @@ def lightly_training(images, args) -> Callable:
     from lightly.transforms import SimSiamTransform
     from lightly.utils.benchmarking import knn_predict
 
-    import model
-    import utils
+    from simsiam import network
 
     torch.manual_seed(args.seed)
     d = args.feature_dim
-    backbone, features = model.backbone(args.arch, args.stem, args.width)
+    backbone, features = network.backbone(args.arch, args.stem, args.width)
     projector = SimSiamProjectionHead(features, d, d)
     predictor = SimSiamPredictionHead(d, d // 4, d)
     criterion = NegativeCosineSimilarity()
@@ -205,7 +204,7 @@ def lightly_training(images, args) -> Callable:
             progress = epoch + step / len(loader)
             for group in optimizer.param_groups:
                 fixed = group.get("fix_lr")
-                group["lr"] = peak * (1 if fixed else utils.schedule(progress, args.epochs))
+                group["lr"] = peak * (1 if fixed else network.schedule(progress, args.epochs))
             z0, z1 = projector(backbone(x0)), projector(backbone(x1))
             p0, p1 = predictor(z0), predictor(z1)
             loss = 0.5 * (criterion(z0.detach(), p1) + criterion(z1.detach(), p0))

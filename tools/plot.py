@@ -5,41 +5,45 @@ python -m tools.plot results/a results/b --out ab.png    # for comparison
 """
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
-import figures
-import linear
-import main
-import model
 import utils
+from simsiam import datasets, figures, files, pictures, ranks
+from simsiam.monitor import Monitor
+from simsiam.weights import Source
 
 ENDS = ("_model.prev.pth", "_model.pth", "_statistics.csv", "_curves.png")
 
 
-def one(run: str, flags: list[str]) -> None:
-    """All pictures of a run, from its checkpoint; without it, from its table the curves."""
+def one(run: str, data_root: str | None, device_name: str) -> None:
+    """All pictures of a run, from its checkpoint; without it, from its table the curves.
+
+    `data_root`: where the images are now; by default where they were.
+    """
     path = f"{run}_model.pth"
     if not os.path.isfile(path):
         several([run], f"{run}_curves.png")
-        utils.say(f"{path} is not there: its other pictures cannot be drawn")
+        ranks.say(f"{path} is not there: its other pictures cannot be drawn")
         return
-    state = utils.load_checkpoint(path)
-    if "encoder" in state["args"]:
+    source = Source.open(path)
+    if source.is_linear:
         several([run], f"{run}_curves.png")
-        folder, name = os.path.split(run)
-        place = ["--out", folder or ".", "--name", name]
-        linear.main(["--model_path", path, "--evaluate_only", *place, *flags])
+        evaluate = f"python linear.py --model_path {path} --evaluate_only"
+        ranks.say(f"for its confusion matrix: {evaluate}")
         return
-    parser = main.parse_args([])[1]
-    args = main.parse_args([*parser.as_argv(state["args"]), *flags], parser.prog)[0]
-    device, amp = utils.set_up(args)
-    with utils.about(path):
-        net = model.pretrained(state).to(device)
-    images = main.load_images(args).to(device)
-    if args.bank_size is not None:
-        images = images.subset(args.bank_size, args.seed, "--bank_size")
-    main.draw(run, state["history"], net, main.make_views(args), images, args, amp)
-    utils.say(f"wrote the pictures of {run}")
+    saved = source.state["args"]
+    args = Namespace(**saved | {"data_root": data_root or saved["data_root"]})
+    device = utils.pick_device(device_name)
+    images = datasets.load(
+        args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images
+    )
+    for size, flag in ((args.train_size, "--train_size"), (args.bank_size, "--bank_size")):
+        images = images if size is None else images.subset(size, args.seed, flag)
+    net, amp = source.to(device).net, utils.autocast(device, args.amp)
+    monitor = Monitor(net, source.views, images.to(device), args, args.lr, amp)
+    pictures.draw_run(run, os.path.basename(run), source.state["history"], monitor)
+    ranks.say(f"wrote the pictures of {run}")
 
 
 def several(runs: list[str], out: str) -> None:
@@ -49,15 +53,15 @@ def several(runs: list[str], out: str) -> None:
         table = f"{run}_statistics.csv"
         if not os.path.isfile(table):
             raise FileNotFoundError(f"{run}: there is no {table}")
-        histories[os.path.basename(run)] = utils.read_csv(table)
-    with utils.whole_file(out) as file:
+        histories[os.path.basename(run)] = files.read_csv(table)
+    with files.whole_file(out) as file:
         figures.curves(histories, file)
-    utils.say(f"wrote {out}")
+    ranks.say(f"wrote {out}")
 
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser("tools.plot", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = utils.Parser("tools.plot", __doc__.split("\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="results/<run>, or one of its files")
     add("--out", help="of several runs: the picture (overlay.png beside the first one)")
@@ -77,7 +81,7 @@ def command(argv: list[str] | None = None) -> None:
         if len(runs) > 1:
             several(runs, args.out or str(Path(runs[0]).parent / "overlay.png"))
         else:
-            one(runs[0], [f"--{name}={value}" for name, value in one_only.items() if value])
+            one(runs[0], args.data_root, args.device or "auto")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What people look at: pictures of a run, as PNG files.
+"""Pictures from numbers, as PNG files: curves, neighbours, embedding, confusion matrix, ablations.
 
 No pyplot, so no window system and no global state. Colours are those of Okabe and Ito, which
 colour-blind people tell apart; what matters is told by a shape, a frame or a number besides.

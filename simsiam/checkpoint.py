@@ -1,0 +1,266 @@
+"""Checkpoints: the one place for what a checkpoint of a run holds, and how it is read back."""
+
+import io
+import math
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from simsiam import ranks
+from simsiam.files import RunError, whole_file
+from simsiam.network import Classifier, SimSiam, backbone, simsiam
+
+VERSION = 2
+# What `<run>_model.pth` holds: plain tensors and Python types only, so that torch.load reads it
+# with weights_only=True, and no code of a stranger's file is run.
+FORMAT = {
+    "version": (int, f"{VERSION}: of this format; another one is refused"),
+    "command": (str, "main.py or linear.py, whichever wrote it"),
+    "model": (dict, "the network's state_dict: backbone.*, projector.*, predictor.*, or fc.*"),
+    "optimizer": (dict, "the optimizer's state_dict"),
+    "args": (dict, "the value of each flag"),
+    "encoder": (dict, "the backbone's arch, stem and width; its images' image_size, mean and std"),
+    "augmentation": (dict, "the fields of simsiam.views.Augmentation"),
+    "images_crc": (int, "a checksum of the training images"),
+    "classes": (list, "their classes' names"),
+    "epoch": (int, "epochs that are finished"),
+    "step": (int, "steps that are finished in the epoch after them"),
+    "tally": (dict, "the sums over these steps, by name"),
+    "seconds": (float, "what these steps took"),
+    "history": (list, "a dict for each row of the statistics"),
+    "facts": (dict, "what a run found out, and keeps: the step of a collapse, a chosen lr, ..."),
+    "made_on": (dict, "device, threads, torch version: what the last bits depend on"),
+}
+
+
+class NotOursError(ValueError):
+    """A file that is damaged, or not a checkpoint of this program."""
+
+
+def save(path: str, previous: str | None, net: nn.Module, optimizer: Optimizer, **state) -> None:
+    """Write a checkpoint of `FORMAT`; the one before it stays as `previous`.
+
+    `state`: what of FORMAT is not of the network and the optimizer. Only the first rank writes.
+    Raises RunError where the file cannot be written or the weights are not finite: then the
+    checkpoint before stays.
+    """
+    if ranks.rank() > 0:
+        return
+    weights = net.state_dict()
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise RunError(f"the weights are not finite; {path} keeps those before. {DIVERGED}")
+    state |= {
+        "version": VERSION,
+        "model": weights,
+        "optimizer": optimizer.state_dict(),
+        "made_on": machine(net),
+    }
+    content = io.BytesIO()  # whole in memory first: torch.save hides why a write failed
+    torch.save({name: state[name] for name in FORMAT}, content)
+    try:
+        with whole_file(path, previous) as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        raise RunError(
+            f"{path}: could not be written ({error.strerror}); the checkpoint before it is intact: "
+            "mend that, and give the same command with --resume"
+        ) from error
+
+
+DIVERGED = (
+    "--resume would only meet it again: try a lower --lr, --warmup_epochs 10 or --amp off, under "
+    "another --name or with --overwrite"
+)
+
+
+def machine(net: nn.Module) -> dict:
+    """What the last bits of a run depend on, besides its flags."""
+    return {
+        "device": next(net.parameters()).device.type,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    } | ({"ranks": ranks.count()} if ranks.count() > 1 else {})
+
+
+def load(path: str | Path) -> dict:
+    """What `save` wrote, on the CPU, without running any code of the file's.
+
+    Raises FileNotFoundError; NotOursError for a file that is damaged (torch.load itself does not
+    look at the checksums) or not ours; ValueError for a file of another VERSION.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is refused below
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+            damaged = not stored or archive.testzip() is not None
+            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # an unpickler fed with junk may raise anything
+        raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program") from error
+    if isinstance(state, dict) and state.keys() >= {"version", "model", "args", "history"}:
+        version = state["version"]
+        if type(version) is int and version != VERSION:
+            raise ValueError(
+                f"{path}: has version {version} of the format, and this program reads {VERSION}: "
+                "take its weights with main.py --init"
+            )
+    if damaged or not well_formed(state):
+        raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program")
+    return state
+
+
+def well_formed(state: object) -> bool:
+    """Whether a checkpoint has the parts of `FORMAT`, each of its type."""
+    return (
+        isinstance(state, dict)
+        and all(isinstance(state.get(name), kind) for name, (kind, _) in FORMAT.items())
+        and not any(isinstance(state[name], bool) for name in FORMAT)
+        and state["command"] in ("main.py", "linear.py")
+        and min(state["epoch"], state["step"]) >= 0
+        and math.isfinite(state["seconds"])
+        and all(isinstance(key, str) for key in (*state["model"], *state["args"]))
+        and all(map(is_flag, state["args"].values()))
+        and isinstance(state["args"].get("data_name"), str)
+        and all(map(is_tensor, state["model"].values()))
+        and all(isinstance(name, str) for name in state["classes"])
+        and is_history(state["history"], state["epoch"], state["command"] == "linear.py")
+        and all(is_number(value) and math.isfinite(value) for value in state["facts"].values())
+        and all(type(value) is float and math.isfinite(value) for value in state["tally"].values())
+    )
+
+
+def is_number(value: object) -> bool:
+    """An int or a float, but no bool."""
+    return type(value) in (int, float)
+
+
+def is_flag(value: object) -> bool:
+    """What the flag of a run can be: a word of it cannot be taken for another flag."""
+    if isinstance(value, list | tuple):
+        return all(map(is_number, value))
+    return value is None or isinstance(value, bool | str) or is_number(value)
+
+
+def is_history(rows: list, epoch: int, linear: bool) -> bool:
+    """A row of numbers an epoch, also for epoch 0 unless `linear`."""
+    return len(rows) == epoch + (not linear) and all(
+        isinstance(row, dict) and all(map(is_number, row.values())) and row.get("epoch") == i
+        for i, row in enumerate(rows, int(linear))
+    )
+
+
+def is_tensor(value: object) -> bool:
+    """A dense tensor that holds all of the numbers that its shape claims."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def load_strictly(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """A checkpoint's weights as the parameters and buffers of `net`, which may be on `meta`.
+
+    Raises ValueError naming what is missing, strange, misshapen or not finite.
+    """
+    ours = net.state_dict()
+    for name in sorted(ours.keys() ^ weights.keys()):
+        raise ValueError(f"its weights do not fit its arguments: {name}")
+    for name, value in weights.items():
+        if (value.shape, value.dtype) != (ours[name].shape, ours[name].dtype):
+            raise ValueError(f"its weights do not fit its arguments: shape of {name}")
+        if not value.isfinite().all():
+            raise ValueError(f"its weights are not finite: {name}")
+    net.load_state_dict(weights, assign=True)
+
+
+def network(state: dict) -> SimSiam | Classifier:
+    """The network in a checkpoint: main.py's SimSiam, or linear.py's Classifier.
+
+    It is built on `meta`, so that nothing is allocated at a size that only the arguments claim.
+    Raises ValueError where weights and arguments differ.
+    """
+    encoder, args = read_encoder(state["encoder"]), state["args"]
+    try:
+        with torch.device("meta"):
+            if state["command"] == "linear.py":
+                body, features = backbone(encoder["arch"], encoder["stem"], encoder["width"])
+                net = Classifier(body, features, len(state["classes"]))
+            elif args["projector_layers"] not in range(1, 9):
+                raise ValueError(f"its arguments claim {args['projector_layers']} projector layers")
+            else:
+                net = simsiam(args | encoder)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"its arguments are not {state['command']}'s: {error}") from error
+    load_strictly(net, state["model"])
+    return net
+
+
+ENCODER = ("arch", "stem", "width", "image_size", "mean", "std")
+
+
+def read_encoder(encoder: dict) -> dict:
+    """What a checkpoint says of its encoder: `ENCODER`'s names. Raises ValueError if it cannot be.
+
+    Its network's arguments are looked through where the network is built.
+    """
+    if encoder.keys() != set(ENCODER):
+        raise ValueError("its encoder is not one of this program")
+    size, mean, std = encoder["image_size"], encoder["mean"], encoder["std"]
+    triples = [
+        triple
+        for triple in (mean, std)
+        if isinstance(triple, list | tuple)
+        and len(triple) == 3
+        and all(type(value) is float and math.isfinite(value) for value in triple)
+    ]
+    if type(size) is not int or not 1 <= size <= 1024 or len(triples) < 2 or min(std) <= 0:
+        raise ValueError("its image size or normalisation is not one of this program")
+    return encoder
+
+
+def check_resumable(state: dict) -> None:
+    """Raises ValueError where a run cannot go on, or its end not be told, from a checkpoint."""
+    read_encoder(state["encoder"])
+    scores = {"test_acc@1", "test_acc@5"}
+    whole = (2,) if state["command"] == "linear.py" else (0, 2)  # a kNN is not in each epoch
+    for row in state["history"]:
+        if row["epoch"] and not ("seconds" in row and len(row.keys() & scores) in whole):
+            raise ValueError(f"its history lacks numbers of epoch {row['epoch']}")
+
+
+def restore(optimizer: Optimizer, state: dict, net: nn.Module) -> None:
+    """The momentum of a checkpoint; says so where the machine is another one.
+
+    Raises ValueError where it does not fit the parameters.
+    """
+    mine, saved = optimizer.state_dict(), state["optimizer"].get("state")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fits = isinstance(saved, dict) and saved.keys() <= set(range(len(parameters)))
+    for i, buffers in saved.items() if fits else ():
+        fits = fits and isinstance(buffers, dict) and buffers.keys() == {"momentum_buffer"}
+        momentum = buffers["momentum_buffer"] if fits else None
+        fits = fits and (
+            momentum is None
+            or (
+                is_tensor(momentum)
+                and (momentum.shape, momentum.dtype) == (parameters[i].shape, parameters[i].dtype)
+                and bool(momentum.isfinite().all())
+            )
+        )
+    if not fits:
+        raise ValueError("its optimizer does not fit its network")
+    optimizer.load_state_dict(mine | {"state": saved})
+    if state["made_on"] != machine(net):
+        ranks.say(
+            f"note: made on {state['made_on']}, now {machine(net)}: the last bits may differ from "
+            "here on"
+        )

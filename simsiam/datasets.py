@@ -1,0 +1,219 @@
+"""Data sets by name: torchvision's, the user's own folders and lists, shards, textures."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from simsiam import ranks
+from simsiam.images import EXTENSIONS, decode, imagenet_shorter, open_image
+from simsiam.loader import Data, Files, readable
+from simsiam.shards import load_shards
+from simsiam.textures import TEXTURES, textures
+
+DATA_NAMES = tuple(
+    ("cifar10 cifar100 stl10 svhn fashion_mnist folder imagenet webdataset textures").split()
+)
+
+
+def shorter_side(name: str, size: int) -> int:
+    """What the test transform of the data set `name` resizes to before its centre crop of `size`.
+
+    ImageNet's custom is 256 for a crop of 224; elsewhere no margin is cut off.
+    """
+    return imagenet_shorter(size) if name in ("imagenet", "webdataset") else size
+
+
+def load(
+    name: str,
+    root: str | Path,
+    image_size: int | None = None,
+    workers: int = 2,
+    bad_images: str = "error",
+    test_only: bool = False,
+) -> Data:
+    """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
+
+    `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads;
+    `imagenet` too, but keeps them as `Files`, which each epoch decodes again, and `webdataset`
+    (see `load_shards`) as `Shards`.
+
+    Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
+    folder that cannot be used, ConnectionError where a download fails.
+    """
+    if name == "textures":
+        return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
+    if name in ("folder", "imagenet"):
+        in_memory = name == "folder"
+        return load_folder(Path(root), image_size, workers, bad_images, test_only, in_memory)
+    if name == "webdataset":
+        return load_shards(str(root), image_size, workers, bad_images, test_only)
+    if name not in DATA_NAMES:
+        raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
+    return load_torchvision(name, Path(root))
+
+
+def load_torchvision(name: str, root: Path) -> Data:
+    """CIFAR-10/100, STL-10, SVHN or Fashion-MNIST at their native size, as `Data`.
+
+    STL-10's training images are its labelled and its unlabelled ones; Fashion-MNIST's one channel
+    is repeated three times. Raises ConnectionError where the download fails.
+    """
+    sets = torchvision.datasets
+    kinds = {
+        "cifar10": sets.CIFAR10,
+        "cifar100": sets.CIFAR100,
+        "stl10": sets.STL10,
+        "svhn": sets.SVHN,
+        "fashion_mnist": sets.FashionMNIST,
+    }
+    kind, place = kinds[name], root
+    splits = [{"train": True}, {"train": False}]
+    if name in ("stl10", "svhn"):
+        splits = [{"split": "train+unlabeled" if name == "stl10" else "train"}, {"split": "test"}]
+    if name == "svhn":
+        archive = "train_32x32.mat and test_32x32.mat"
+    elif name == "fashion_mnist":
+        archive, place = "its four *-ubyte.gz files", root / "FashionMNIST" / "raw"
+    else:
+        archive = kind.filename
+
+    def downloaded() -> list[torch.utils.data.Dataset]:
+        try:
+            return [kind(root, download=True, **split) for split in splits]
+        except ImportError as error:  # SVHN's reader
+            raise ValueError(
+                f"--data_name {name}: needs {error.name}: pip install scipy"
+            ) from error
+        except (OSError, RuntimeError) as error:  # URLError; RuntimeError at a bad MD5
+            reason = getattr(error, "reason", error)
+            raise ConnectionError(
+                f"--data_name {name}: could not be downloaded ({reason}); put {archive} into "
+                f"{place} yourself, or go on without a network: --data_name textures"
+            ) from error
+
+    parts = ranks.first_then_all(downloaded)
+    tensors = []
+    for part in parts:
+        images = torch.as_tensor(np.asarray(part.data))
+        if name.startswith("cifar"):
+            images = images.permute(0, 3, 1, 2)  # N x H x W x 3 -> N x 3 x H x W
+        elif name == "fashion_mnist":
+            images = images[:, None].expand(-1, 3, -1, -1)
+        labels = part.targets if hasattr(part, "targets") else part.labels
+        tensors += [images.contiguous(), torch.as_tensor(np.asarray(labels)).long()]
+    return Data(*tensors, list(getattr(parts[0], "classes", map(str, range(10)))))
+
+
+# ---- the user's own images ----------------------------------------------------------------------
+
+
+def load_folder(
+    root: Path,
+    image_size: int | None = None,
+    workers: int = 2,
+    bad_images: str = "error",
+    test_only: bool = False,
+    in_memory: bool = True,
+) -> Data:
+    """The user's own images, decoded once or left as `Files`; if `test_only`, no training image.
+
+    `root` is one of
+    - a folder with `train/<class>/*` and, to score with, `test/<class>/*` or `val/<class>/*`;
+    - a folder with `train.csv` and, to score with, `test.csv` or `val.csv`;
+    - a CSV list: column `path` (relative to the list's folder), optional column `label`;
+    - a folder of images at any depth, without labels.
+
+    Each image's shorter side is resized to `image_size`, then its centre is cropped: the default
+    is the median shorter side of (at most 100 of) the images, at most 96.
+
+    A file that cannot be read is an error or, if `bad_images` is "skip", left out.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
+    test = None
+    if root.suffix.lower() == ".csv":
+        train = list_csv(root)
+    elif not root.is_dir():
+        raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
+    elif (root / "train").is_dir() or (root / "train.csv").is_file():
+        for split in ("train", "val", "test"):  # test/ before val/ where there are both
+            if (root / split).is_dir():
+                found = list_folder(root / split, labelled=True)
+            elif (root / f"{split}.csv").is_file():
+                found = list_csv(root / f"{split}.csv")
+            else:
+                continue
+            if split == "train":
+                train = found
+            else:
+                test = found
+    else:
+        train = list_folder(root, labelled=False)
+
+    files, names = train
+    classes = sorted({name for name in names if name is not None})
+    number = {name: i for i, name in enumerate(classes)} | {None: -1}
+    if not classes:
+        test = None
+    if test:
+        for path, name in zip(*test, strict=True):
+            if name is None or name not in number:
+                raise ValueError(f"{path}: its class {name} is not among the training classes")
+    if image_size is None:
+        image_size = usual_size(files[:: max(1, len(files) // 100)], bad_images)
+    bad: list[str] = []
+
+    def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | Files, Tensor]:
+        if in_memory:
+            images, found = decode(files, image_size, workers, bad_images)
+        else:
+            good, found = readable([str(path) for path in files], workers, bad_images)
+            images = Files(good, image_size, workers)
+        bad.extend(found.values())
+        good = [name for i, name in enumerate(names) if i not in found]
+        return images, torch.tensor([number[name] for name in good], dtype=torch.int64)
+
+    train = ([], []) if test_only and test else train
+    return Data(*part(*train), *(part(*test) if test else (None, None)), classes, bad)
+
+
+def usual_size(files: list[Path], bad_images: str) -> int:
+    """The median shorter side of some images, at most 96."""
+    sides = []
+    for path in files:
+        try:
+            sides.append(min(open_image(path).size))
+        except ValueError:
+            if bad_images == "error":
+                raise
+    return min(96, int(np.median(sides))) if sides else 32
+
+
+def list_folder(folder: Path, labelled: bool) -> tuple[list[Path], list[str | None]]:
+    """Image files below `folder`, sorted, each with its class: the first folder's name, or None."""
+    files = sorted(
+        Path(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)  # as torchvision's ImageFolder
+        for name in names
+        if name.lower().endswith(EXTENSIONS) and name[0] != "."
+    )
+    if not files:
+        raise FileNotFoundError(f"{folder}: there are no images ({', '.join(EXTENSIONS)})")
+    parts = [path.relative_to(folder).parts for path in files]
+    return files, [part[0] if labelled and len(part) > 1 else None for part in parts]
+
+
+def list_csv(path: Path) -> tuple[list[Path], list[str | None]]:
+    """The files and labels of a CSV list (columns `path`, optional `label`)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--data_root {path}: there is no such list")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "path" not in rows[0]:
+        raise ValueError(f"{path}: needs a header with a column `path`, and at least one row")
+    return [path.parent / row["path"] for row in rows], [row.get("label") or None for row in rows]

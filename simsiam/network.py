@@ -1,0 +1,273 @@
+"""The network: backbones, heads, loss, linear model, Params/FLOPs, learning-rate schedule.
+
+The symbols are the paper's: x a view, z = projector(backbone(x)), p = predictor(z).
+Chen & He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+
+import thop
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+IMAGENET_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# First layers of those. For CIFAR: conv1 of 3x3, no max-pool (paper, App. D); in solo-learn's conv1
+# has a padding of 2, in lightly's benchmark there is no ReLU after bn1.
+STEMS = ("cifar", "imagenet", "cifar_pad2", "cifar_no_relu")
+
+
+class PadShortcut(nn.Module):
+    """He et al. 2016, option A: every second pixel, zeros for the new channels; no parameters."""
+
+    def __init__(self, new_channels: int):
+        super().__init__()
+        self.new_channels = new_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR ResNet of He et al. 2016, sec. 4.2, without its fc: depth 6n+2, three stages.
+
+    The stages are `width`, 2 `width` and 4 `width` channels wide (the paper: 16, 32, 64).
+    Parameters carry torchvision's names. N x 3 x H x W -> N x 4 `width`.
+    """
+
+    def __init__(self, depth: int, width: int = 16):
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks)))
+        self.layer2 = self._stage(width, 2 * width, blocks)
+        self.layer3 = self._stage(2 * width, 4 * width, blocks)
+        # As torchvision's ResNet with zero_init_residual=True.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+
+    @staticmethod
+    def _stage(before: int, after: int, blocks: int) -> nn.Sequential:
+        first = BasicBlock(before, after, stride=2, downsample=PadShortcut(after - before))
+        return nn.Sequential(first, *(BasicBlock(after, after) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean(dim=(2, 3))
+
+
+def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[nn.Module, int]:
+    """A randomly initialised ResNet that ends in its pooled features, and their number.
+
+    `arch` is one of torchvision's ResNets, `resnet18` to `resnet152`, with one of `STEMS`; or
+    `resnet{6n+2}` (`resnet8`, `resnet14`, `resnet20`, ...) of He et al. 2016, sec. 4.2, `width`
+    (16) channels wide at its start, which always has the CIFAR stem. (`resnet50` and `resnet152`
+    would fit both families: they are torchvision's.)
+
+    Raises ValueError for an unknown `arch` or `stem`, or one that does not go with the other flags.
+    """
+    if stem not in STEMS:
+        raise ValueError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
+    if arch in IMAGENET_ARCHS:
+        if width is not None:
+            raise ValueError(
+                f"--width {width}: {arch} has its own; it is for resnet8, resnet14, ..."
+            )
+        net = getattr(torchvision.models, arch)(zero_init_residual=True)
+        features = net.fc.in_features
+        net.fc = nn.Identity()
+        if stem != "imagenet":
+            padding = 2 if stem == "cifar_pad2" else 1
+            net.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+            net.maxpool = nn.Identity()
+        if stem == "cifar_no_relu":
+            net.relu = nn.Identity()  # that of the stem: blocks have their own
+        return net, features
+    depth = re.fullmatch(r"resnet(\d{1,4})", arch)
+    if not depth or int(depth[1]) < 8 or int(depth[1]) % 6 != 2:
+        raise ValueError(
+            f"--arch {arch}: choose one of {', '.join(IMAGENET_ARCHS)}, or a CIFAR ResNet "
+            "resnet8, resnet14, resnet20, ... (depth 6n+2)"
+        )
+    if stem != "cifar":
+        raise ValueError(f"--stem {stem}: {arch} has the CIFAR stem only; use --stem cifar")
+    net = CifarResNet(int(depth[1]), width or 16)
+    return net, 4 * net.conv1.out_channels
+
+
+def D(p: Tensor, z: Tensor) -> Tensor:
+    """Negative cosine similarity, Eq. 1 of the paper, mean over the batch: N x d, N x d -> scalar.
+
+    In fp32 whatever autocast says: bf16 cannot tell -0.999 from -1.
+    """
+    return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
+
+
+def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
+    """In the place of D (sec. 4.5): -softmax(z) . log softmax(p), over the channels.
+
+    N x d, N x d -> scalar, the mean over the batch, in fp32; from 0 to about log d.
+    """
+    return -(z.float().softmax(1) * p.float().log_softmax(1)).sum(1).mean()
+
+
+SIMILARITIES = {"cosine": D, "cross_entropy": cross_entropy}
+# Which view's p meets which view's z, by --loss (sec. 4.6).
+PAIRS = {"symmetric": ((0, 1), (1, 0)), "asymmetric": ((0, 1),), "asymmetric_2x": ((0, 1), (2, 3))}
+PREDICTORS = ("mlp", "none", "fixed")
+BN = ("default", "none", "hidden", "all")
+
+
+def mlp(widths: list[int], hidden_bn: bool, output_bn: bool, affine: bool = True) -> nn.Sequential:
+    """Linear layers from width to width, with BN if so asked, and ReLU after all but the last.
+
+    A Linear has a bias where no BN follows, which would cancel it. `affine`: the output's BN.
+    Layers have the same numbers, and parameters the same names, with BN and without.
+    """
+    *hidden, (before, d) = pairwise(widths)
+    layers: list[nn.Module] = []
+    for inputs, outputs in hidden:
+        layers += [
+            nn.Linear(inputs, outputs, bias=not hidden_bn),
+            nn.BatchNorm1d(outputs) if hidden_bn else nn.Identity(),
+            nn.ReLU(inplace=True),
+        ]
+    layers.append(nn.Linear(before, d, bias=not output_bn))
+    if output_bn:
+        layers.append(nn.BatchNorm1d(d, affine=affine))
+    return nn.Sequential(*layers)
+
+
+class SimSiam(nn.Module):
+    """A backbone f, a projection MLP (with it the paper's "encoder") and a prediction MLP h.
+
+    `feature_dim` is d, the width of z and of the projector's hidden layers. The predictor is a
+    bottleneck of d/4 (sec. 3). The paper has 3 projector layers on ImageNet, 2 on CIFAR (App. D).
+
+    The rest are the paper's ablations:
+    `stop_grad`: False lets the gradient through z as well (sec. 4.1, Fig. 2).
+    `predictor`: `none`, h is the identity; `fixed`, h keeps its random weights (sec. 4.2, Table 1;
+    its third row, a constant learning rate, is main.py's --fix_pred_lr).
+    `bn`: BN in the heads (sec. 4.4, Table 3). `none`; `hidden` layers of both; `default`, these and
+    the projector's output; `all`, and the predictor's output, affine there.
+    `similarity`: `cosine`, `D`; or `cross_entropy` (sec. 4.5).
+    `loss`: `symmetric`, Eq. 4; `asymmetric`, p of the first view only; `asymmetric_2x`, that of two
+    pairs of views an image (sec. 4.6).
+    `num_views` is how many views of an image a step takes.
+
+    Raises ValueError for an unknown value, or a `feature_dim` below 4.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        stem: str = "cifar",
+        feature_dim: int = 2048,
+        projector_layers: int = 2,
+        width: int | None = None,
+        stop_grad: bool = True,
+        predictor: str = "mlp",
+        bn: str = "default",
+        similarity: str = "cosine",
+        loss: str = "symmetric",
+    ):
+        super().__init__()
+        if feature_dim < 4:
+            raise ValueError(f"--feature_dim {feature_dim}: must be at least 4")
+        for name, value, known in (
+            ("predictor", predictor, PREDICTORS),
+            ("bn", bn, BN),
+            ("similarity", similarity, SIMILARITIES),
+            ("loss", loss, PAIRS),
+        ):
+            if value not in known:
+                raise ValueError(f"--{name} {value}: choose one of {', '.join(known)}")
+        d = feature_dim
+        hidden_bn, output_bn = bn != "none", bn in ("default", "all")
+        self.backbone, self.features = backbone(arch, stem, width)
+        widths = [self.features] + [d] * projector_layers
+        self.projector = mlp(widths, hidden_bn, output_bn, affine=False)
+        self.predictor = mlp([d, d // 4, d], hidden_bn, bn == "all")
+        if predictor == "none":
+            self.predictor = nn.Identity()
+        self.predictor.requires_grad_(predictor != "fixed")
+        self.stop_grad, self.D, self.pairs = stop_grad, SIMILARITIES[similarity], PAIRS[loss]
+        self.num_views = 1 + max(max(pair) for pair in self.pairs)
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """All but the predictor's, which may have a learning rate of its own."""
+        return [*self.backbone.parameters(), *self.projector.parameters()]
+
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
+        """`num_views` views, N x 3 x H x W each -> the loss (a scalar), and z1, detached, N x d.
+
+        The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what the ablations make of it.
+        Each view is its own forward pass: BN statistics are per view, as in the authors' code.
+        """
+        z = [self.projector(self.backbone(x)) for x in views]
+        target = [one.detach() for one in z] if self.stop_grad else z  # detach: the stop-gradient
+        D = [self.D(self.predictor(z[i]), target[j]) for i, j in self.pairs]
+        return sum(D) / len(D), z[0].detach()
+
+
+# What of main.py's flags makes a SimSiam, besides --stop_grad.
+NETWORK = tuple("arch stem feature_dim projector_layers width predictor bn similarity loss".split())
+
+
+def simsiam(args: Mapping) -> SimSiam:
+    """The network of main.py's flags. Raises ValueError as `SimSiam` does; KeyError."""
+    return SimSiam(**{name: args[name] for name in NETWORK}, stop_grad=args["stop_grad"] == "on")
+
+
+def linear_head(features: int, classes: int) -> nn.Linear:
+    """The head of linear evaluation as the authors start it: weight ~ N(0, 0.01), bias 0."""
+    head = nn.Linear(features, classes)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear head on its pooled features: N x 3 x H x W -> N x classes."""
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int):
+        super().__init__()
+        self.backbone, self.features = backbone, features
+        self.fc = linear_head(features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x))
+
+
+def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, int]:
+    """Parameters, and multiply-adds for one image through all parts of the network, in turn.
+
+    thop counts multiply-adds, also where others say FLOPs and count each one twice. Profiled is a
+    deep copy, since thop leaves `total_ops` and `total_params` buffers in what it profiles.
+    """
+    whole = copy.deepcopy(nn.Sequential(*net.children())).cpu().float()
+    image = torch.zeros(1, 3, image_size, image_size)
+    flops, params = thop.profile(whole, inputs=(image,), verbose=False)
+    return int(params), int(flops)
+
+
+def schedule(progress: float, epochs: int, warmup_epochs: float = 0) -> float:
+    """The learning rate over its peak, from 0 to 1, `progress` epochs into a run of `epochs`.
+
+    Linear warm-up, then a cosine to 0, a step at a time (the authors' code: an epoch at a time).
+    """
+    if progress < warmup_epochs:
+        return progress / warmup_epochs
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup_epochs) / (epochs - warmup_epochs)))

@@ -1,0 +1,229 @@
+"""Processes: this one's rank, its share of the work, what ranks gather, and who speaks."""
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or what sets its environment, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def grouped() -> bool:
+    """Whether this process is one of the ranks of --ddp."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number among the ranks, from 0 on; 0 without --ddp."""
+    return dist.get_rank() if grouped() else 0
+
+
+def count() -> int:
+    """How many ranks there are; 1 without --ddp."""
+    return dist.get_world_size() if grouped() else 1
+
+
+def label(number: int) -> str:
+    """How the lines of rank `number` begin."""
+    return f"rank {number}: " if count() > 1 else ""
+
+
+def say(text: str) -> None:
+    """Print a line on stdout, above a progress bar if there is one; only the first rank does."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def restarts() -> int:
+    """How many times torchrun has started the ranks again, after one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if grouped() else 0
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone, whose own message tells why."""
+    return grouped() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+@contextlib.contextmanager
+def joined(overwrite: bool = False) -> Iterator[None]:
+    """Make this process one of torchrun's ranks while the context lasts.
+
+    Tensors on the CPU travel by gloo, those of an accelerator by its own backend (NCCL on CUDA).
+    Raises ValueError if torchrun did not start it, or --overwrite could meet a restarted rank.
+    """
+    if not (dist.is_available() and under_torchrun()):
+        command = " ".join(["torchrun --standalone --nproc_per_node 2", *sys.argv])
+        raise ValueError(f"--ddp: torchrun must start it: {command}")
+    if overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ValueError(
+            "--overwrite: a restart by torchrun could not tell the files to replace from its own: "
+            "remove them yourself, or leave out --max_restarts"
+        )
+    backend = "gloo"
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        if kind != "mps":
+            backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    # One rank may have to look through all files while the others wait for it.
+    timeout = datetime.timedelta(hours=2)
+    # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, None, timeout, size, number, store)
+    yield
+    dist.destroy_process_group()
+
+
+def own_device(kind: str) -> torch.device:
+    """This rank's accelerator, made the current one. Raises ValueError if there are too few."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    there = 0 if kind == "mps" else torch.accelerator.device_count()
+    if local >= there:
+        raise ValueError(
+            f"--ddp: this machine has {there} {kind} devices that can take part: "
+            f"--nproc_per_node {there}, or --device cpu"
+        )
+    torch.accelerator.set_device_index(local)
+    return torch.device(kind, local)
+
+
+def cut(number: int, rank: int, count: int) -> slice:
+    """Which of `number` rows one of `count` ranks gets: runs of rows, as equal as can be."""
+    return slice(number * rank // count, number * (rank + 1) // count)
+
+
+def share(number: int) -> slice:
+    """This rank's rows of `number`. A rank without rows gets one of another's: none may be idle."""
+    mine = cut(number, rank(), count())
+    return slice(mine.start, max(mine.stop, mine.start + 1))
+
+
+def gathered(rows: Tensor, number: int) -> Tensor:
+    """All `number` rows in order, on every rank; each rank brings its `share` of them."""
+    if not grouped():
+        return rows
+    sizes = [len(range(number)[cut(number, i, count())]) for i in range(count())]
+    sent = rows.new_zeros(max(sizes), *rows.shape[1:])  # the same shape on all ranks
+    sent[: len(rows)] = rows[: len(sent)]
+    received = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(received, sent)
+    return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+
+def gathered_objects(mine: object) -> list:
+    """What each rank brings, in the order of the ranks, on every rank."""
+    found = [mine] * count()
+    if grouped():
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum over the ranks of a tensor that each has one of; changes `x`."""
+    if grouped():
+        dist.all_reduce(x)
+    return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean over the ranks of a tensor that each has one of; changes `x`."""
+    return summed(x).div_(count()) if grouped() else x
+
+
+def from_first(make: Callable[[], object]) -> object:
+    """What `make` gives on the first rank, on all of them; also its ValueError or OSError."""
+    if not grouped():
+        return make()
+    found = [None, None]
+    if rank() == 0:
+        try:
+            found = [make(), None]
+        except (ValueError, OSError) as error:
+            found = [None, error]
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def first_then_all(make: Callable[[], object]) -> object:
+    """What `make` gives, called on the first rank first: it downloads, then the others read.
+
+    Nothing large is sent between ranks. The first one's ValueError or OSError is raised on all.
+    """
+    made = []
+    from_first(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+class Agreement:
+    """Whole numbers on which all ranks agree: the largest that any rank says. No step waits.
+
+    Each call starts an all-reduce over gloo in the background, and returns what the call before it
+    came to, so that an answer is a step old. Without --ddp it is this process's, and new.
+    At 64 ranks three numbers of 8 bytes are sent about 2 log2(64) = 12 times, an estimated
+    millisecond, which passes while the device works on the step.
+    """
+
+    def __init__(self):
+        self.sent: list[tuple[dist.Work, Tensor]] = []
+
+    def __call__(self, *numbers: int, wait: bool = False) -> list[int]:
+        """`numbers` are this rank's; with `wait`, the answer holds those of this call too."""
+        if not grouped():
+            return list(numbers)
+        told = torch.tensor([int(number) for number in numbers])
+        before = torch.zeros_like(told)
+        self.sent.append((dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told))
+        while len(self.sent) > (not wait):
+            work, answer = self.sent.pop(0)
+            work.wait()
+            before = before.maximum(answer)
+        return before.tolist()
+
+    def forget(self) -> None:
+        """Drop what was said before now; all ranks call this after the same step."""
+        for work, _ in self.sent:
+            work.wait()
+        self.sent = []
+
+
+def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
+    """The SimSiam `net` as the loop needs it, with the same parameters: compiled, distributed.
+
+    Under --ddp gradients are means over the ranks. BN's statistics are of the global batch
+    (PyTorch's SyncBatchNorm); on CPUs, which it does not run on, of each rank's part of it.
+    """
+    device = next(net.parameters()).device
+    if count() > 1 and device.type != "cpu":
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
+    elif count() > 1:
+        say("note: on CPUs BN's statistics are of each rank's part of the batch (no SyncBatchNorm)")
+    trained = torch.compile(net) if compiled else net
+    if grouped():
+        trained = nn.parallel.DistributedDataParallel(trained)
+        # The first backward pass tells DDP in which order to pack gradients for sending, and from
+        # three ranks on their sums' last bits depend on it. So that a run that goes on packs them
+        # like one that was never stopped, here is a pass before the first step; it changes nothing.
+        nothing = torch.zeros(2, 3, image_size, image_size, device=device)
+        with torch.compiler.set_stance("force_eager"):  # not to compile for this
+            trained.eval()(*[nothing] * net.num_views)[0].backward()
+        net.zero_grad()
+    return trained
+
+
+def buffers_of_first(net: nn.Module) -> None:
+    """Give all ranks the first one's buffers: BN's running statistics, which checkpoints hold."""
+    for buffer in net.buffers() if grouped() else ():
+        dist.broadcast(buffer, 0)

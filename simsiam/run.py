@@ -1,0 +1,420 @@
+"""A run: its lock, its checkpoints and tables, signals, and how it goes on after any of its steps.
+
+Both commands train within this frame; neither has code of its own to save or to resume.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+from torch import nn
+from torch.optim import Optimizer
+
+from simsiam import checkpoint, ranks
+from simsiam.files import RunError, about, add_result, remove, whole_file, write_csv
+from simsiam.monitor import Sums
+
+# How the names of a run's files go on after the run's own.
+WRITTEN = "model.pth statistics.csv bad_images.txt".split()
+WRITTEN += "curves.png neighbours.png embedding.png confusion.png".split()
+# What a run may be resumed with another value of.
+FREE = "data_root model_path num_workers bad_images device compile deterministic knn_every".split()
+FREE += "checkpoint_minutes stop_on_collapse pictures tensorboard".split()
+# What is of a command, not of the run: never taken from a checkpoint.
+OF_THE_COMMAND = ("out", "name", "resume", "overwrite", "ddp")
+# An epoch's end, and a kNN, write no checkpoint so soon after the last one.
+SOON = 10.0  # seconds
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run_of(path: str) -> tuple[str, str]:
+    """The folder and the name of the run whose checkpoint is at `path`."""
+    folder, file = os.path.split(path)
+    for end in ("_model.prev.pth", "_model.pth", ".pth"):
+        file = file.removesuffix(end)
+    return folder or ".", file
+
+
+def unless_it_fails(function: Callable, *args: object) -> None:
+    """Call it; an OSError is passed over (Windows removes no open file)."""
+    with contextlib.suppress(OSError):
+        function(*args)
+
+
+class Run:
+    """A run of main.py or linear.py, from its lock to its last file, while the context lasts.
+
+    Entered, it holds the lock, and `args` are its arguments: those of the command line or, with
+    --resume, of the checkpoint `state`, with what the command line may change of them. Then, in
+    this order: `same` and `keep`; `begin`, if `state` is None; `epochs`, with `after_step` and
+    `after_epoch`; `finishing`. `epoch` and `step`: what is finished. `history`: rows of the
+    statistics. `facts`: numbers that the run found out and must not forget.
+
+    `given`: the flags of the command line; `flags`: a utils.Flags; `columns`: of the statistics;
+    `clock`: seconds. Entering raises ValueError or OSError for what the user is to mend; later
+    RunError ends the run, its last checkpoint intact.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        given: dict,
+        flags: argparse.ArgumentParser,
+        columns: tuple[str, ...],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.args, self.given, self.flags = args, given, flags
+        self.columns, self.clock = columns, clock
+        self.path = os.path.join(args.out, args.name)
+        self.state, self.from_path = None, ""  # where `state` was read
+        self.epoch, self.step, self.history, self.facts = 0, 0, [], {}
+        self.settled, self.fixed = {}, {}
+        self.good = False  # whether the newest checkpoint is one to fall back to
+        self.signal: int | None = None
+        self.handlers: dict = {}  # what heeded the signals before
+        self.agree = ranks.Agreement()
+        self.begun = self.written = self.tabled = self.clock()
+        self.open = contextlib.ExitStack()
+
+    # ---- the lock, and the checkpoint that is there
+
+    def __enter__(self) -> "Run":
+        try:
+            ranks.from_first(self._lock)
+            found = ranks.from_first(self._earlier)
+            if found:
+                self._resume(*found)
+        except BaseException:
+            self.open.close()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._listen(False)
+        self.open.close()
+
+    def _lock(self) -> None:
+        """Refuse a second process at the same run, naming the first.
+
+        The lock is the operating system's, which takes it back from a process that dies; what such
+        a process left half-written is removed. The folder is made, and removed if it stays empty.
+        """
+        folder, name = os.path.split(self.path)
+        path = Path(folder, f".{name}.lock")
+        if not os.path.isdir(folder or "."):
+            os.makedirs(folder)
+            self.open.callback(unless_it_fails, os.rmdir, folder)
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"{self.path}: process {path.read_text().strip()} is at work on it: wait for it, "
+                "or choose another --name"
+            ) from error
+        self.open.callback(lock.release)
+        # While it is held, so that a process that waits for it sees that it is gone.
+        self.open.callback(unless_it_fails, path.unlink)
+        path.write_text(f"{os.getpid()}\n")
+        for end in WRITTEN:
+            Path(folder, f".{name}_{end}.part").unlink(missing_ok=True)
+
+    def _earlier(self) -> tuple[str, dict] | None:
+        """The checkpoint to go on from, if --resume; refuses to replace a run unasked.
+
+        Where the newest is missing or damaged, the one before it. Where torchrun has started the
+        ranks again, what they have written is gone on from unasked.
+        """
+        newest, previous = f"{self.path}_model.pth", f"{self.path}_model.prev.pth"
+        path = newest if self.args.resume is True else self.args.resume
+        if ranks.restarts() and (os.path.exists(newest) or os.path.exists(previous)):
+            ranks.say(f"started again by torchrun (restart {ranks.restarts()})")
+            path = newest
+        for file in (newest, previous):
+            if path and os.path.abspath(path) == os.path.abspath(file):
+                path = file
+        own = path in (newest, previous)
+        replaced = (newest, previous, f"{self.path}_statistics.csv")
+        for file in () if own or self.args.overwrite else replaced:
+            if os.path.exists(file):
+                raise ValueError(
+                    f"{file} exists: go on with --resume, replace it with --overwrite, or choose "
+                    "another --name"
+                )
+        if not path:
+            return None
+        try:
+            return path, self._read(path)
+        except (FileNotFoundError, ValueError) as error:
+            if not own or not os.path.exists(previous):
+                raise
+            state = self._read(previous)
+            ranks.say(f"{error}; going on with the one before it, {previous}")
+            return previous, state
+
+    def _read(self, path: str) -> dict:
+        state = checkpoint.load(path)
+        if state["command"] != self.flags.prog:
+            raise ValueError(f"{path}: is a checkpoint of {state['command']}")
+        return state
+
+    def _resume(self, path: str, state: dict) -> None:
+        """Take a checkpoint's arguments, and what the command line may change; that is said."""
+        own = {name: getattr(self.args, name) for name in OF_THE_COMMAND} | {"overwrite": False}
+        saved, changed = self.flags.checked(state["args"], path) | own, {}
+        with about(path):
+            checkpoint.check_resumable(state)
+            args = self.flags.complete(saved)
+        # No step was yet after the warm-up: so far the learning rates are those of any --epochs.
+        warming = state["epoch"] + (state["step"] > 0) <= getattr(args, "warmup_epochs", 0)
+        for name, now in self.given.items():
+            before = getattr(args, name)
+            if now in (before, "auto") or name in OF_THE_COMMAND:
+                continue
+            if name not in FREE and not (name == "epochs" and warming):
+                cosine = "; the cosine schedule depends on it" if name == "epochs" else ""
+                raise ValueError(
+                    f"--resume: {path} was made with --{name} {before}, this command has {now}"
+                    f"{cosine}: give the same, or another --name for a new run"
+                )
+            changed[name] = now
+            ranks.say(f"resumed with --{name} {now} (was {before})")
+        self.args = self.flags.complete(saved | changed)
+        self.state, self.from_path, self.good = state, path, path == f"{self.path}_model.pth"
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.history, self.facts = state["history"], state["facts"]
+
+    # ---- what a checkpoint holds
+
+    def same(self, **fixed: object) -> None:
+        """What must be as the run began with it. Raises ValueError where a checkpoint's differs.
+
+        `images_crc`, `classes`: of the training images; `encoder`; `augmentation`.
+        """
+        self.fixed |= fixed
+        for name, value in fixed.items() if self.state else ():
+            if self.state[name] != value:
+                what = {"encoder": "--model_path: not the encoder"}.get(
+                    name, f"--data_root {self.args.data_root}: not the images"
+                )
+                raise ValueError(f"{what} that {self.from_path} began with")
+
+    def settle(self, **found: object) -> None:
+        """Flags that were left open, and what became of them here: a resume keeps to it."""
+        self.settled |= found
+
+    def keep(
+        self,
+        net: nn.Module,
+        optimizer: Optimizer,
+        tally: Sums,
+        steps: int,
+        rate: Callable[[float], float],
+    ) -> None:
+        """Say what a checkpoint holds besides; where the run is resumed, restore it.
+
+        `steps`: of an epoch; `rate`: the learning rate after so many epochs. The network has a
+        checkpoint's weights already. Raises ValueError where the rest does not fit.
+        """
+        self.net, self.optimizer, self.tally = net, optimizer, tally
+        self.steps, self.rate = steps, rate
+        if not self.state:
+            return
+        with about(self.from_path):
+            if self.epoch + (self.step > 0) > self.args.epochs or self.step > steps:
+                raise ValueError("is damaged, or not a checkpoint of this run")
+            checkpoint.restore(optimizer, self.state, net)
+            tally.load(self.state["tally"])
+        self.begun = self.clock() - self.state["seconds"]
+        del self.state["model"], self.state["optimizer"]  # they have their place now
+        ranks.say(
+            f"resumed after epoch {self.epoch} of {self.args.epochs}"
+            + f" and step {self.step} of {steps}" * (self.step > 0)
+            + ": the run is finished" * (self.epoch == self.args.epochs)
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises RunError where it cannot be written, or must not be."""
+        checkpoint.save(
+            f"{self.path}_model.pth",
+            f"{self.path}_model.prev.pth" if self.good else None,
+            self.net,
+            self.optimizer,
+            command=self.flags.prog,
+            args=vars(self.args) | self.settled,
+            epoch=self.epoch,
+            step=self.step,
+            tally=self.tally.state(),
+            seconds=self.seconds(),
+            history=self.history,
+            facts=self.facts,
+            **self.fixed,
+        )
+        self.written, self.good = self.clock(), True
+        self.agree.forget()
+
+    def seconds(self) -> float:
+        """What the epoch has taken so far, in this life of the run and those before."""
+        return self.clock() - self.begun
+
+    # ---- the way through the epochs
+
+    def begin(self, rows: list[dict], seconds: float = 0.0) -> None:
+        """The first checkpoint of a new run; `rows` begin its statistics.
+
+        `seconds`: what was spent before, and counts for the first epoch.
+        """
+        self.history = rows
+        self.save()
+        remove(f"{self.path}_model.prev.pth")  # --overwrite: another run's
+        self.begun = self.clock() - seconds
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are to do, from 0 on; the first may be done up to `step`.
+
+        While they last SIGTERM and SIGINT let the step in flight end, and then the process, with a
+        checkpoint. A second signal ends the process at once.
+        """
+        self._listen(True)
+        yield from range(self.epoch, self.args.epochs)
+        self._listen(False)
+
+    def _listen(self, on: bool) -> None:
+        if on and not self.handlers:
+            self.handlers = {number: signal.signal(number, self._arrived) for number in SIGNALS}
+        elif not on:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.handlers = {}
+
+    def _arrived(self, number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+
+    def after_step(self, step: int, seen: bool = False, due: bool = False) -> None:
+        """To be called after each step: saves where it is `due`, every --checkpoint_minutes, and
+        when a signal has come, after which the process ends.
+
+        `seen`: the tally was just read, so that to look at it costs nothing. Raises RunError for a
+        loss that was not finite.
+        """
+        self.step = step + 1
+        last = self.step == self.steps
+        late = ranks.rank() == 0 and self._age() >= 60 * self.args.checkpoint_minutes
+        bad = seen and self.tally.bad_step() is not None
+        late, number, bad = self.agree(late, self.signal or 0, bad, wait=last)
+        due = due or bool(late) or bool(number)
+        if bad or due or last:
+            self._check_finite()
+        if due:
+            self.save()
+        if number:
+            self._end(number)
+
+    def _age(self) -> float:
+        """Seconds since the last checkpoint."""
+        return self.clock() - self.written
+
+    def _end(self, number: int) -> None:
+        ranks.say("stopped; the same command and --resume go on after this step")
+        sys.exit(128 + number)
+
+    def _check_finite(self) -> None:
+        bad = self.tally.bad_step()
+        if bad is not None:
+            lr = self.rate(self.epoch + bad / self.steps)
+            raise RunError(
+                f"the loss is not finite in epoch {self.epoch + 1}, step {bad + 1}, at lr "
+                f"{lr:.3g}; {self.path}_model.pth is from before. {checkpoint.DIVERGED}"
+            )
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around work between an epoch's last step and its row that changes nothing of the run.
+
+        A signal ends the process at once: the checkpoint from before holds the epoch's steps
+        (unless it would have been written sooner than `SOON` seconds after another).
+        """
+        self._listen(False)
+        if self.signal is not None or self._age() >= SOON:
+            self.save()
+        if self.signal is not None:
+            self._end(self.signal)
+        yield
+        self._listen(True)
+
+    def after_epoch(self, row: dict) -> dict:
+        """Put an epoch's row into the statistics, with epoch, lr and seconds; the row.
+
+        Writes the table and a checkpoint, each unless its last one is younger than `SOON` seconds
+        (or --checkpoint_minutes); after the last epoch in any case.
+        """
+        row = {
+            "epoch": self.epoch + 1,
+            "lr": self.rate(self.epoch + 1 - 1 / self.steps),
+            **row,
+            "seconds": self.seconds(),
+        }
+        self.history.append(row)
+        self.epoch, self.step, self.begun = self.epoch + 1, 0, self.clock()
+        self.tally.clear()
+        soon = min(SOON, 60 * self.args.checkpoint_minutes)
+        last = self.epoch == self.args.epochs
+        if last or self.clock() - self.tabled >= soon:
+            try:
+                self.write_table()
+            except OSError as error:
+                ranks.say(
+                    f"warning: {error.filename}: could not be written ({error.strerror}); the next "
+                    "epoch tries again"
+                )
+        if last or self._age() >= soon:
+            self.save()
+        return row
+
+    def write_table(self) -> None:
+        """`<run>_statistics.csv`."""
+        self.tabled = self.clock()
+        write_csv(f"{self.path}_statistics.csv", self.history, self.columns)
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Around the writing of a run's last files; then the run is complete.
+
+        Raises RunError that names a file that cannot be written.
+        """
+        try:
+            self.write_table()
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{error.filename}: could not be written ({error.strerror}); the checkpoint is "
+                "complete: mend that, and give the same command with --resume"
+            ) from error
+        remove(f"{self.path}_model.prev.pth")
+
+    def report(self, **known: object) -> float:
+        """The run's row in `results.csv`, of what is `known` and of its table; the best top-1."""
+        rows = [row for row in self.history if row["epoch"]]
+        best = max(row["test_acc@1"] for row in rows if "test_acc@1" in row)
+        known |= {"top1": rows[-1]["test_acc@1"], "top5": rows[-1]["test_acc@5"]}
+        known |= {"best_top1": best, "seconds": sum(row["seconds"] for row in rows)}
+        known |= {name: getattr(self.args, name) for name in ("batch_size", "epochs")}
+        known |= {"device": self.tally.values.device.type, "run": self.args.name}
+        add_result(os.path.join(self.args.out, "results.csv"), known)
+        return best
+
+    def list_bad_images(self, bad: list[str]) -> None:
+        """Say and list what --bad_images skip left out."""
+        if bad:
+            path = f"{self.path}_bad_images.txt"
+            with whole_file(path) as file:
+                file.write("".join(f"{line}\n" for line in bad).encode())
+            ranks.say(f"{len(bad)} files could not be read and were left out: {path} lists them")

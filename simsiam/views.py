@@ -1,0 +1,308 @@
+"""Views: the random augmentation of SimSiam and the test transform, in batches on the device.
+
+Nothing is drawn from a global RNG: what a step sees is a function of (seed, epoch, step, sample).
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NORMALISATION = {  # mean and std of each channel
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What chance does to a view: the one place of its defaults. Recipes and checkpoints hold one.
+
+    The defaults are the paper's for ImageNet (App. A, "Image augmentation"), less the blur, which
+    it leaves out on CIFAR (App. D).
+
+    `crop_scale`: the crop's area over the image's, from and to; `crop_ratio`: its width over its
+    height. `jitter`: strengths for brightness, contrast, saturation, hue. `blur_sigma`: pixels.
+    Names that end in `_p` are probabilities.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    flip_p: float = 0.5
+
+    @classmethod
+    def read(cls, saved: object) -> "Augmentation":
+        """From a checkpoint's dict of its fields. Raises ValueError where it cannot be one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(saved, dict) or saved.keys() != set(names):
+            raise ValueError("its augmentation is not one of this program")
+        for name, value in saved.items():
+            usual = getattr(cls, name)
+            several = isinstance(usual, tuple)
+            numbers = value if several and isinstance(value, list | tuple) else [value]
+            if len(numbers) != (len(usual) if several else 1) or not all(
+                type(number) is float and math.isfinite(number) and number >= 0
+                for number in numbers
+            ):
+                raise ValueError(f"its augmentation's {name} is not one of this program")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+class Batch(NamedTuple):
+    """A rank's part of a global batch, and which one it is.
+
+    `images`: uint8, n x 3 x H x W; or n x views x 3 x size x size, crops that workers have cut.
+    `labels`: int64, of the whole global batch, or None. `size`: images in the global batch, of
+    which `rows` are these.
+    """
+
+    epoch: int
+    step: int
+    images: Tensor
+    labels: Tensor | None
+    size: int
+    rows: slice
+
+    @classmethod
+    def alone(cls, images: Tensor, epoch: int = 0, step: int = 0) -> "Batch":
+        """All `images` as one batch of one process."""
+        return cls(epoch, step, images, None, len(images), slice(0, len(images)))
+
+
+def crop_boxes(
+    rng: np.random.Generator,
+    number: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Boxes of torchvision's RandomResizedCrop: int64, `number` x 4 (top, left, height, width).
+
+    Ten tries of a random area and aspect ratio; where none fits, the whole image, cut centrally to
+    the nearest ratio allowed.
+    """
+    area = height * width * rng.uniform(*scale, (number, 10))
+    aspect = np.exp(rng.uniform(*np.log(ratio), (number, 10)))
+    tries = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=-1).round()
+    fits = ((tries > 0) & (tries <= (height, width))).all(-1)  # number x 10
+    sides = tries[np.arange(number), fits.argmax(1)]
+    fallback = (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
+    some = fits.any(1)
+    sides = np.where(some[:, None], sides, fallback)
+    room = (height, width) - sides
+    corner = np.floor(rng.random((number, 2)) * (room + 1))
+    corner = np.where(some[:, None], corner, room // 2)
+    return np.concatenate([corner, sides], axis=1).astype(np.int64)
+
+
+def resize_weights(start: Tensor, length: Tensor, before: int, after: int) -> Tensor:
+    """One axis of a crop and resize as matrices: N starts and lengths -> N x after x before.
+
+    Bilinear with antialiasing, as torchvision's `resize`: a triangle as wide as the step between
+    output pixels (but at least an input pixel), over the pixels of the crop only.
+    """
+    step = length[:, None, None] / after
+    out = torch.arange(after, device=start.device)[:, None] + 0.5
+    pixel = torch.arange(before, device=start.device) + 0.5 - start[:, None, None]  # N x 1 x before
+    weights = (1 - (pixel - step * out).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel > 0) & (pixel < length[:, None, None]))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def blur_weights(sigma: Tensor, size: int, taps: int) -> Tensor:
+    """One axis of a Gaussian blur as matrices: N sigmas (pixels) -> N x size x size.
+
+    `taps` wide, reflected at the borders, as torchvision's `gaussian_blur`. Sigma near 0: identity.
+    """
+    pixel = torch.arange(size, device=sigma.device)
+    out = pixel[:, None]
+    last = size - 1
+
+    def gauss(offset: Tensor) -> Tensor:
+        bell = torch.exp(-0.5 * (offset / sigma[:, None, None]) ** 2)
+        return bell * (offset.abs() <= taps // 2)
+
+    weights = gauss(pixel - out)
+    weights = weights + gauss(-pixel - out) * (pixel > 0)
+    weights = weights + gauss(2 * last - pixel - out) * (pixel < last)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Two matrix products a channel: N x 3 x H x W, N x h x H, N x w x W -> N x 3 x h x w.
+
+    The result is fp32, and in memory channel by channel: each one's N x h x w numbers lie
+    together, which the colour operations below run through several times faster.
+    """
+    n, channels = images.shape[:2]
+    x = by_channel(images)
+    found = x.new_empty(channels, n, rows.shape[1], columns.shape[1])
+    for plane, out in zip(x.unbind(1), found, strict=True):
+        torch.bmm(rows, plane @ columns.mT, out=out)
+    return found.transpose(0, 1)
+
+
+def by_channel(images: Tensor) -> Tensor:
+    """N x 3 x H x W -> the same in fp32, laid out in memory as by `resample`; copied if need be."""
+    planes = images.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    return planes.contiguous().transpose(0, 1)
+
+
+def to_gray(x: Tensor) -> Tensor:
+    """ITU-R 601 luma as torchvision rounds it: N x 3 x H x W -> N x 1 x H x W."""
+    return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
+
+
+# The colour operations: images in [0, 1], N x 3 x H x W, and a factor an image, N x 1 x 1 x 1.
+# A factor of 1 (hue: 0) leaves an image as it is.
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Toward black (below 1) or away from it."""
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Toward the image's mean gray (below 1) or away from it."""
+    mean = to_gray(x).flatten(1).mean(1).view_as(factor)
+    return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Toward each pixel's gray (below 1) or away from it."""
+    return (x * factor).add_(to_gray(x).mul_(1 - factor)).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of HSV by `turns` of the colour circle, value and chroma kept."""
+    red, green, blue = x.unbind(1)  # N x H x W
+    # Arithmetic instead of three cases by the largest channel, since `where` is slow. With green
+    # and blue in order, and then the larger of them and red, hue in sixths of the circle is
+    # |start + (middle - rest) / chroma|, `start` telling which were exchanged.
+    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)
+    value, middle = torch.maximum(red, larger), torch.minimum(red, larger)
+    lowest = torch.minimum(middle, smaller)
+    chroma = value - lowest
+    exchanged = (green < blue).float()
+    start = (exchanged * 12).sub_(2).mul_(red < larger).sub_(exchanged, alpha=6)
+    # No chroma, no hue: 0 / tiny is 0.
+    hue = (middle.sub_(smaller)).div_(chroma.clamp(min=1e-12)).add_(start).abs_()
+    hue = hue.add_(6 * turns[:, 0]).remainder_(6)
+    found = torch.empty_like(x)
+    # Each channel's part of the chroma is a trapezoid over the circle.
+    trapezoids = (3, 1, -1), (2, -1, 2), (4, -1, 2)
+    for out, (centre, slope, offset) in zip(found.unbind(1), trapezoids, strict=True):
+        part = (hue - centre).abs_().mul_(slope).add_(offset).clamp_(0, 1)
+        torch.addcmul(lowest, chroma, part, out=out)
+    return found
+
+
+COLOUR = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+class Views:
+    """The augmented views of SimSiam, made in batches on the images' device.
+
+    Random resized crop to `size`, flip, colour jitter, grayscale, Gaussian blur, normalise: what
+    the authors' torchvision pipeline does an image at a time (paper, App. A "Image augmentation").
+    Parameters are drawn an image, with torchvision's distributions; the order of the four jitter
+    operations is drawn a batch. All is drawn for the global batch, so that views do not depend on
+    the number of ranks.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augmentation: Augmentation = Augmentation(),
+        number: int = 2,
+        seed: int = 0,
+    ):
+        self.size, self.mean, self.std = size, mean, std
+        self.augmentation, self.number, self.seed = augmentation, number, seed
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        """`number` views an image: each normalised float32, n x 3 x size x size.
+
+        A function of the seed and the batch. The first of two views does not depend on `number`.
+        """
+        rng = np.random.default_rng([self.seed, batch.epoch, batch.step])
+        cut = batch.images.dim() == 5
+        return [
+            self.view(batch.images[:, i] if cut else batch.images, cut, batch, rng)
+            for i in range(self.number)
+        ]
+
+    def view(self, images: Tensor, cut: bool, batch: Batch, rng: np.random.Generator) -> Tensor:
+        """One view of `images`, n x 3 x H x W; without the crop where they are `cut` already."""
+        a, n = self.augmentation, batch.size
+        _, _, height, width = images.shape
+        boxes = np.zeros((n, 4))
+        if not cut:
+            boxes = crop_boxes(rng, n, height, width, a.crop_scale, a.crop_ratio)
+        strength = np.asarray(a.jitter)
+        factors = rng.uniform(-strength, strength, (n, 4)) + np.array([1, 1, 1, 0])
+        order = rng.permutation(4)
+        flip, jitter, gray, blur = (
+            rng.random((n, 4)) < (a.flip_p, a.jitter_p, a.gray_p, a.blur_p)
+        ).T
+        sigma = rng.uniform(*a.blur_sigma, n)
+        factors[~jitter] = (1, 1, 1, 0)
+        drawn = np.column_stack(
+            [boxes, flip, factors, 1 - gray, np.where(blur, sigma, 1e-3)]
+        ).astype(np.float32)
+        n = len(images)
+        # One transfer a view, and an asynchronous one: the device is never waited for.
+        table = torch.from_numpy(drawn[batch.rows])
+        if images.device.type == "cuda":
+            table = table.pin_memory()
+        top, left, tall, wide, flip, *factors, colour, sigma = table.to(
+            images.device, non_blocking=True
+        ).unbind(1)
+
+        flip = flip[:, None, None] > 0
+        if cut:
+            x = by_channel(images).div_(255)
+            x = torch.where(flip[..., None], x.flip(-1), x)
+        else:
+            rows = resize_weights(top, tall, height, self.size)
+            columns = resize_weights(left, wide, width, self.size)
+            columns = torch.where(flip, columns.flip(1), columns)
+            x = resample(images, rows / 255, columns)
+        if a.jitter_p:
+            for i in order:
+                x = COLOUR[i](x, factors[i].view(n, 1, 1, 1))
+        if a.gray_p:
+            x = adjust_saturation(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
+        if a.blur_p:
+            # The kernel is a tenth of the image wide, as in SimCLR (arXiv 2002.05709, App. A).
+            weights = blur_weights(sigma, self.size, self.size // 20 * 2 + 1)
+            x = resample(x, weights, weights)
+        return self.normalise(x)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """The test transform: no chance, the whole image; uint8, N x 3 x H x W -> as a view."""
+        height, width = images.shape[2:]
+        if (height, width) == (self.size, self.size):
+            return self.normalise(images.float().div_(255))
+        zero = torch.zeros(len(images), device=images.device)
+        rows = resize_weights(zero, zero + height, height, self.size)
+        columns = resize_weights(zero, zero + width, width, self.size)
+        return self.normalise(resample(images, rows / 255, columns))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """[0, 1] -> zero mean and unit variance over the data set, channels_last; overwrites x."""
+        # In place and by scalars: a tensor made of `mean` each step would make the host wait.
+        for channel, mean, std in zip(x.unbind(1), self.mean, self.std, strict=True):
+            channel.sub_(mean).div_(std)
+        return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,335 @@
+"""Checkpoints of any origin: their weights read safely, and the network, its input and its classes.
+
+A `Source` is an opened checkpoint, of this program or of another project. A `Predictor` is a linear
+model that knows its classes and its test transform.
+"""
+
+import contextlib
+import dataclasses
+import pickle
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from simsiam import checkpoint, metrics
+from simsiam.datasets import shorter_side
+from simsiam.files import about
+from simsiam.images import centre, to_rgb
+from simsiam.layouts import translated
+from simsiam.loader import Files
+from simsiam.network import Classifier, SimSiam
+from simsiam.views import NORMALISATION, Views
+
+# ---- files whose code must not be run -----------------------------------------------------------
+
+
+class Left:
+    """What stands for an object of a checkpoint that is no array, dict, list, number or text."""
+
+    def __init__(self, *args: object, **more: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, value: object) -> None:
+        """As of a list's subclass."""
+
+    def extend(self, values: object) -> None:
+        """As of a list's subclass."""
+
+
+class ArraysOnly(pickle.Unpickler):
+    """An unpickler that calls nothing but what makes tensors and NumPy arrays."""
+
+    ALLOWED = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_parameter"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),  # of NumPy's bytes in old pickles
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> object:
+        """The class or function of that name, if it is allowed."""
+        return super().find_class(module, name) if (module, name) in self.ALLOWED else Left
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of any checkpoint by their names there; runs no code of the file's.
+
+    PyTorch's, old ones too, with or without things around the `state_dict`, and Paddle's
+    `.pdparams`. Raises FileNotFoundError, or ValueError for a file that has none.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
+        with open(path, "rb") as file:
+            if str(path).endswith(".pdparams"):
+                state = ArraysOnly(file, encoding="latin1").load()
+            else:
+                reader = types.ModuleType("arrays_only")
+                reader.Unpickler = ArraysOnly
+                reader.load = lambda content, **how: ArraysOnly(content, **how).load()
+                state = torch.load(file, "cpu", pickle_module=reader, weights_only=False)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # an unpickler fed with junk may raise anything
+        raise ValueError("is damaged, or no checkpoint") from error
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    arrays = {}
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+            value = torch.from_numpy(value)
+        if isinstance(name, str) and isinstance(value, Tensor):
+            arrays[name] = value.detach().float() if value.is_floating_point() else value.detach()
+    if not arrays:
+        raise ValueError("has no weights")
+    return arrays
+
+
+# ---- networks of other projects' weights --------------------------------------------------------
+
+
+def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
+    """A projector or predictor of the shapes of its weights; its last BN is affine if theirs is."""
+    layers: list[nn.Module] = []
+    for i in (0, 3, 6):
+        if f"{name}.{i}.weight" not in weights:
+            break
+        layers += [nn.ReLU(inplace=True)] if i else []
+        outputs, inputs = weights[f"{name}.{i}.weight"].shape
+        layers.append(nn.Linear(inputs, outputs, bias=f"{name}.{i}.bias" in weights))
+        if f"{name}.{i + 1}.running_mean" in weights:
+            layers.append(nn.BatchNorm1d(outputs, affine=f"{name}.{i + 1}.weight" in weights))
+    return nn.Sequential(*layers)
+
+
+def foreign(
+    path: str | Path, stem: str | None = None
+) -> tuple[SimSiam | Classifier, dict, list[str]]:
+    """The network in another project's checkpoint, its arch, stem and width, and what to say of it.
+
+    `stem` as in `layouts.translated`. With an fc it is a classifier; a projector or predictor that
+    the file does not have is empty. Raises FileNotFoundError; ValueError, which does not name the
+    file.
+    """
+    weights, encoder, notes = translated(read_weights(path), stem)
+    with torch.device("meta"):
+        net = SimSiam(encoder["arch"], encoder["stem"], 4)
+        net.projector, net.predictor = head(weights, "projector"), head(weights, "predictor")
+        if "fc.weight" in weights:
+            net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
+    checkpoint.load_strictly(net, weights)
+    return net, encoder, notes
+
+
+def initialise(net: SimSiam, path: str | Path) -> list[str]:
+    """Give `net` the weights of a checkpoint of any origin or version; returns what to say of it.
+
+    Heads that the file does not have stay as they are. Raises FileNotFoundError; ValueError that
+    names what does not fit, but not the file.
+    """
+    weights, notes, mine = read_weights(path), [], net.state_dict()
+    if weights.keys() != mine.keys():
+        weights, encoder, notes = translated(weights)
+        if encoder["stem"] != "imagenet":
+            notes.append(f"its --stem is {encoder['stem']}")
+    for part in ("backbone", "projector", "predictor"):
+        given = {name: weights[name] for name in weights if name.startswith(f"{part}.")}
+        wanted = {name for name in mine if name.startswith(f"{part}.")}
+        if not given:
+            notes.append(f"it has no {part}: that starts at random")
+            continue
+        for name in sorted(wanted ^ given.keys()) or sorted(wanted):
+            if name not in wanted or name not in given or mine[name].shape != given[name].shape:
+                raise ValueError(f"its {part} does not fit the flags of the network: {name}")
+        mine |= given
+    checkpoint.load_strictly(net, mine)
+    return notes
+
+
+# ---- a checkpoint, opened -----------------------------------------------------------------------
+
+
+def usual_input(stem: str) -> dict:
+    """Image size, mean and std of an encoder of which no more is known than its stem."""
+    kind, size = ("imagenet", 224) if stem == "imagenet" else ("cifar", 32)
+    mean, std = NORMALISATION[kind]
+    return {"image_size": size, "mean": mean, "std": std}
+
+
+@dataclasses.dataclass
+class Source:
+    """The network in a checkpoint and what its encoder sees. It can be sent between ranks.
+
+    `net`: in eval mode, on the CPU at first. `encoder`: a dict of `checkpoint.ENCODER`.
+    `notes`: lines to say. `state`: what `checkpoint.FORMAT` names, less the weights and the
+    optimizer; None for another project's file.
+    """
+
+    path: str
+    net: SimSiam | Classifier
+    encoder: dict
+    notes: list[str]
+    state: dict | None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, stem: str | None = None, image_size: int | None = None
+    ) -> "Source":
+        """Read a checkpoint of this program or, if it is none, of another project.
+
+        `stem` and `image_size` (pixels) say what another project's file does not; by default they
+        are what its layout suggests. Raises FileNotFoundError; ValueError, which names the file.
+        """
+        try:
+            state = checkpoint.load(path)
+        except checkpoint.NotOursError as error:
+            try:
+                net, encoder, notes = foreign(path, stem)
+            except ValueError as other:
+                reason = f"{error}; nor one of another that is known: {other}"
+                raise ValueError(reason) from other
+            encoder |= usual_input(encoder["stem"])
+            size = encoder["image_size"] = image_size or encoder["image_size"]
+            notes.append(f"taken to see {size} pixels, normalised by its stem's mean and std")
+            return cls(str(path), net.eval(), encoder, notes, None)
+        for name, value in (("stem", stem), ("image_size", image_size)):
+            if value is not None:
+                raise ValueError(f"--{name}: {path} is ours, and has its own")
+        with about(str(path)):
+            net = checkpoint.network(state).eval()
+        rest = {name: state[name] for name in checkpoint.FORMAT}
+        del rest["model"], rest["optimizer"]  # `net` has the weights, and ranks are sent no more
+        return cls(str(path), net, rest["encoder"], [], rest)
+
+    def to(self, device: torch.device | str) -> "Source":
+        """Move the network to `device`, its weights channels_last; returns the same source."""
+        self.net.to(device, memory_format=torch.channels_last)
+        return self
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the network is a linear model."""
+        return isinstance(self.net, Classifier)
+
+    @property
+    def views(self) -> Views:
+        """The encoder's input; `views.plain` is its test transform."""
+        return Views(self.encoder["image_size"], self.encoder["mean"], self.encoder["std"])
+
+    @property
+    def data_name(self) -> str:
+        """The data set of the training images, one of `datasets.DATA_NAMES`; "" if not known.
+
+        Another project's file with ImageNet's stem is taken for ImageNet's.
+        """
+        if self.state is None:
+            return "imagenet" if self.encoder["stem"] == "imagenet" else ""
+        return str(self.state["args"].get("data_name") or "")
+
+    @property
+    def shorter(self) -> int:
+        """Pixels of an image's shorter side before the centre crop; see `images.centre`."""
+        return shorter_side(self.data_name, self.encoder["image_size"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of a linear model's classes, numbers where no names are known; else none."""
+        if not self.is_linear:
+            return []
+        if self.state is None:
+            return [str(i) for i in range(self.net.fc.out_features)]
+        return self.state["classes"]
+
+    def features(
+        self, images: Tensor | Files, amp: torch.autocast, normalise: bool = False
+    ) -> Tensor:
+        """The encoder's features, on its device; as `metrics.features`, not normalised by default.
+
+        `images`: uint8, N x 3 x H x W -> fp32, N x features. Ranks share the work.
+        """
+        device = next(self.net.parameters()).device
+        images = images.to(device)
+        return metrics.features(self.net.backbone, self.views.plain, images, amp, normalise)
+
+
+# ---- classes of images --------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """A linear model that knows its classes and its test transform.
+
+    `size` and `shorter` are pixels, as in `images.centre`. Raises ValueError for a source that is
+    not a linear model.
+    """
+
+    def __init__(self, source: Source):
+        super().__init__()
+        if not source.is_linear:
+            raise ValueError(f"{source.path}: is not a linear model; linear.py makes one of it")
+        self.net, self.classes, self.views = source.net, source.classes, source.views
+        self.size, self.shorter = self.views.size, source.shorter
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images, N x 3 x size x size -> logits, N x classes."""
+        return self.net(x)
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, amp: torch.autocast | None = None) -> Tensor:
+        """The softmax of each image, fp32, N x classes, on the network's device.
+
+        `images`: uint8, N x 3 x size x size, as `images.decode` cuts them with `size` and
+        `shorter`. Each process scores its own. `amp`: for the backbone, if any.
+        """
+        device, rows = next(self.parameters()).device, []
+        for chunk in images.split(512):
+            x = self.views.plain(chunk.to(device))
+            with amp or contextlib.nullcontext():
+                found = self.net.backbone(x).float()
+            rows.append(self.net.fc(found).softmax(1))
+        return torch.cat(rows)
+
+    def predict(self, images: object) -> list[dict[str, object]]:
+        """The `class` and `score` of each image, and the `scores` of all classes.
+
+        `images`: a PIL image or a tensor 3 x H x W (bytes, or floats from 0 to 1), or many of them.
+        """
+        many = images if isinstance(images, list | tuple) else [images]
+        if isinstance(images, Tensor) and images.dim() == 4:
+            many = list(images)
+        cut = [centre(to_rgb(pil(image)), self.size, self.shorter) for image in many]
+        found = []
+        for scores in self.scores(torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)).tolist():
+            best = max(range(len(scores)), key=scores.__getitem__)
+            every = dict(zip(self.classes, scores, strict=True))
+            found.append({"class": self.classes[best], "score": scores[best], "scores": every})
+        return found
+
+
+def pil(image: Image.Image | Tensor) -> Image.Image:
+    """A tensor, 3 x H x W, as PIL's image."""
+    if isinstance(image, Image.Image):
+        return image
+    if image.is_floating_point():
+        image = (255 * image).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())

@@ -1,0 +1,72 @@
+"""Without a GPU: training on a pretend cuda:0 mixes no devices, and the host never waits for it.
+
+Tensors are torch's fakes (shape, type and device, no numbers). They raise where devices meet, and
+where a number is asked for: .item(), .tolist(), bool(), a mask as an index. `Watch` adds copies.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import main
+import utils
+from simsiam import metrics, network
+from simsiam.loader import Loader
+from simsiam.monitor import Tally
+from simsiam.views import Batch, Views
+
+CUDA, BYTES = torch.device("cuda", 0), {"dtype": torch.uint8, "device": "cuda:0"}
+
+
+class Watch(TorchDispatchMode):
+    """Notes the copies between devices that the host waits for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, aten = func(*args, **(kwargs or {})), torch.ops.aten
+        if func in (aten._to_copy.default, aten.copy_.default):
+            source = args[func is aten.copy_.default]
+            waits = not (kwargs or {}).get("non_blocking", args[2:] == (True,))
+            if waits and source.device != result.device:
+                self.waits.append(f"{source.device} to {result.device}")
+        return result
+
+
+def move(net):
+    """Give the network fakes on cuda:0 in the place of its tensors."""
+    for name, x in [*net.named_parameters(), *net.named_buffers()]:
+        place, _, end = name.rpartition(".")
+        fake = torch.empty_like(x, device=CUDA)
+        fake = torch.nn.Parameter(fake) if isinstance(x, torch.nn.Parameter) else fake
+        setattr(net.get_submodule(place), end, fake)
+
+
+@pytest.mark.parametrize("flags", ["", "--recipe imagenet", "--loss asymmetric_2x --bn all"])
+def test_training_on_cuda_mixes_no_devices_and_never_waits(flags, monkeypatch):
+    args = main.make_flags().read(f"--arch resnet18 --batch_size 4 {flags}".split())[0]
+    net, updated = network.simsiam(vars(args)).to(memory_format=torch.channels_last), []
+    with mock.patch.multiple("torch.cuda", is_available=mock.Mock(), is_bf16_supported=mock.Mock()):
+        amp = utils.autocast(CUDA, "bf16")
+    # Torch's own, that want a real device: here nothing is differentiated, pinned or updated.
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: updated.append(self.found_inf))
+    augmentation, mean, std = main.VIEWS[args.recipe]
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
+        watch.waits = []
+        move(net)
+        images = torch.empty(12, 3, 32, 32, **BYTES)
+        views, loader = Views(32, mean, std, augmentation, net.num_views), Loader(images, 4)
+        if args.recipe == "imagenet":  # crops, as workers cut them
+            crops = torch.empty(4, net.num_views, 3, 32, 32, **BYTES)
+            batches = [Batch(0, step, crops, None, 4, slice(0, 4)) for step in range(3)]
+            loader.epoch = lambda *when: iter(batches)
+        tally, optimizer = Tally(CUDA), main.make_optimizer(net, args)
+        watch.waits = []
+        steps = main.train(net, optimizer, loader, views, tally, 0, 0, args, amp)
+        assert list(steps) == [0, 1, 2]
+        metrics.features(net.backbone, views.plain, images, amp)
+    assert [x.device for x in updated] == [CUDA] * 3
+    assert watch.waits == ["cpu to cuda:0"] * (args.recipe == "cifar")  # the epoch's order

@@ -1,0 +1,205 @@
+"""Files that are whole or not there, and the tables."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import torch.distributed as dist
+
+from simsiam import files
+from simsiam.files import RunError, about, add_result, read_csv, remove, whole_file, write_csv
+from tests.helpers import ROOT
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+
+    def fail_halfway():
+        with whole_file(path) as file:
+            file.write(b"new, but half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert path.read_bytes() == b"old"
+    with whole_file(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    calls = []
+
+    def spy(name, real):
+        def call(*args):
+            folder = isinstance(args[0], int) and stat.S_ISDIR(os.fstat(args[0]).st_mode)
+            calls.append((name, folder))
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    spy("fsync", os.fsync)
+    spy("replace", os.replace)
+    with whole_file(tmp_path / "a.txt") as file:
+        file.write(b"new")
+    assert calls == [("fsync", False), ("replace", False), ("fsync", True)]  # the folder's last
+
+
+def test_the_file_before_is_kept(tmp_path):
+    path, previous = tmp_path / "a.txt", tmp_path / "a_previous.txt"
+    for content in (b"1", b"2", b"3"):
+        with whole_file(path, previous) as file:
+            file.write(content)
+    assert (path.read_bytes(), previous.read_bytes()) == (b"3", b"2")
+
+    def fail_halfway():
+        with whole_file(path, previous) as file:
+            file.write(b"4")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert (path.read_bytes(), previous.read_bytes()) == (b"3", b"2")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_error_names_the_file_and_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device", source, None, target)
+
+    def write(path):
+        with whole_file(path) as file:
+            file.write(b"new")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write(path)
+    assert (error.value.filename, error.value.filename2) == (str(path), None)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError) as error:
+        write(tmp_path / "nowhere" / "a.txt")
+    assert error.value.filename == str(tmp_path / "nowhere" / "a.txt")
+
+
+def test_a_killed_process_leaves_the_file_before(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+    program = (
+        "import os, signal\n"
+        "from simsiam.files import whole_file\n"
+        f"with whole_file({str(path)!r}) as file:\n"
+        "    file.write(b'x' * 100_000)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -9
+    assert path.read_bytes() == b"old"
+    with whole_file(path) as file:  # what it left behind stands in nobody's way
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ranks_other_than_the_first_write_and_remove_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"the first rank's")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    with whole_file(path) as file:
+        file.write(b"another's")
+    remove(path)
+    add_result(tmp_path / "results.csv", {"protocol": "KNN", "run": "a"})
+    write_csv(tmp_path / "table.csv", [{"a": 1}], ("a",))
+    assert path.read_bytes() == b"the first rank's"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    remove(path)
+    remove(path)  # none is there: no error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_error_is_about_its_file():
+    def refuse(error):
+        with about("a.pth"):
+            raise error
+
+    with pytest.raises(ValueError, match=r"^a\.pth: is none$"):
+        refuse(ValueError("is none"))
+    with pytest.raises(KeyError, match=r"^'is none'$"):  # a mistake of ours
+        refuse(KeyError("is none"))
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def test_a_table_comes_back_with_six_digits_and_blanks_left_out(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [{"epoch": 0, "rank": 6.25}, {"epoch": 1, "loss": -1 / 3, "more": "not a column"}]
+    write_csv(path, rows, ("epoch", "loss", "rank"))
+    assert path.read_text() == "epoch,loss,rank\n0,,6.25\n1,-0.333333,\n"
+    assert read_csv(path) == [{"epoch": 0, "rank": 6.25}, {"epoch": 1, "loss": -0.333333}]
+    assert all(type(row["epoch"]) is int for row in read_csv(path))
+
+
+def test_results_gain_a_row_a_run_and_protocol(tmp_path):
+    path = tmp_path / "results.csv"
+    add_result(path, {"protocol": "KNN", "run": "a", "top1": 50.0})
+    add_result(path, {"protocol": "Linear", "run": "a", "top1": 60.0})
+    add_result(path, {"protocol": "KNN", "run": "b", "top1": 1.50000001})
+    add_result(path, {"protocol": "KNN", "run": "a", "top1": 51.0})
+    table = pandas.read_csv(path)
+    assert list(table.columns) == list(files.RESULTS)
+    rows = table[["protocol", "run", "top1"]].values.tolist()
+    assert rows == [["Linear", "a", 60.0], ["KNN", "b", 1.5], ["KNN", "a", 51.0]]
+    assert list(tmp_path.iterdir()) == [path]  # no lock is left
+
+
+def test_results_of_others_stay_as_they_are_written(tmp_path):
+    """The table is read as text: 0.10 stays 0.10, and a run may be called NA or 007."""
+    path = tmp_path / "results.csv"
+    add_result(path, {"protocol": "KNN", "run": "007", "top1": 50.0})
+    add_result(path, {"protocol": "KNN", "run": "NA", "data": "a,b", "top1": 50.0})
+    text = path.read_text().replace(",50,", ",50.10,")
+    path.write_text(text)
+    add_result(path, {"protocol": "KNN", "run": "7", "top1": 1.0})
+    assert path.read_text().startswith(text)
+    add_result(path, {"protocol": "KNN", "run": "NA", "top1": 2.0})
+    lines = path.read_text().splitlines()
+    assert [line.rsplit(",", 1)[1] for line in lines] == ["run", "007", "7", "NA"]
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b'a\n"'])
+def test_a_file_that_is_no_table_of_results_is_left_alone(tmp_path, content):
+    path = tmp_path / "results.csv"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="results.csv: is not a table of results: move it away"):
+        add_result(path, {"protocol": "KNN", "run": "a"})
+    assert path.read_bytes() == content
+
+
+def test_runs_that_end_at_once_all_get_their_row(tmp_path):
+    path = tmp_path / "results.csv"
+    program = (
+        "import sys\n"
+        "from simsiam.files import add_result\n"
+        "for i in range(15):\n"
+        "    add_result(sys.argv[1], {'protocol': 'KNN', 'run': f'{sys.argv[2]} {i}'})\n"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    processes = [subprocess.Popen([*command, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in processes] == [0, 0]
+    runs = set(pandas.read_csv(path)["run"])
+    assert runs == {f"{name} {i}" for name in "ab" for i in range(15)}
+    assert [name for name in os.listdir(tmp_path) if not name.endswith(".lock")] == ["results.csv"]
+    assert Path(path).read_text().count("\n") == 31
