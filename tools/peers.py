@@ -168,12 +168,11 @@ def lightly_training(images, args) -> Callable:
     from simsiam import network
 
     torch.manual_seed(args.seed)
-    d = args.feature_dim
+    d, peak = args.feature_dim, args.lr * args.batch_size / 256
     backbone, features = network.backbone(args.arch, args.stem, args.width)
     projector = SimSiamProjectionHead(features, d, d)
     predictor = SimSiamPredictionHead(d, d // 4, d)
     criterion = NegativeCosineSimilarity()
-    peak = args.lr * args.batch_size / 256
     encoder = [*backbone.parameters(), *projector.parameters()]
     optimizer = torch.optim.SGD(
         [{"params": encoder}, {"params": predictor.parameters(), "fix_lr": args.fix_pred_lr}],
