@@ -132,7 +132,7 @@ def test_a_head_from_checkpoint_to_table(pretrained, tmp_path, capsys):
 
 
 def test_resume_ends_at_the_same_bits(pretrained, tmp_path, monkeypatch):
-    flags = ("--epochs", 3, "--lr", 1e-9, 3, "--checkpoint_minutes", 0, "--name")
+    flags = ("--epochs", 3, "--lr", 1e-9, 3, "--checkpoint_minutes", 0, "--no-pictures", "--name")
     judge(pretrained, tmp_path, *flags, "whole")
     run_until(monkeypatch, 2, 0, lambda: judge(pretrained, tmp_path, *flags, "cut"))
     state = torch.load(tmp_path / "cut_model.pth")
@@ -212,13 +212,15 @@ def test_the_frozen_check_sees_one_bit_of_any_tensor():
 
 
 def test_cached_several_lr_and_label_fraction(pretrained, tmp_path, capsys):
-    judge(pretrained, tmp_path, "--cached", "--epochs", 20, "--lr", 1e-9, 30, "--seed", 3)
+    several = ("--cached", "--no-pictures", "--epochs", 20, "--seed", 3, "--lr")
+    judge(pretrained, tmp_path, *several, 1e-9, 30)
     out = capsys.readouterr().out
     assert "--lr 1e-09" in out
     assert "chosen: --lr 30" in out
     used = pandas.read_csv(tmp_path / "pre_linear_cached_statistics.csv")["lr"]
     assert 29 < used.iloc[0] < 30  # the cosine's beginning
-    judge(pretrained, tmp_path, "--cached", "--epochs", 5, "--label_fraction", 0.1)
+    few = ("--cached", "--no-pictures", "--epochs", 5, "--label_fraction", 0.1)
+    judge(pretrained, tmp_path, *few)
     assert "32 training images" in capsys.readouterr().out
     table = pandas.read_csv(tmp_path / "results.csv")
     assert table["protocol"].tolist() == ["Linear, cached", "Linear, cached, 10% of labels"]
@@ -226,8 +228,7 @@ def test_cached_several_lr_and_label_fraction(pretrained, tmp_path, capsys):
     chosen = torch.load(tmp_path / "pre_linear_cached_model.pth")
     assert chosen["facts"].keys() == {"lr", "baseline"}
     assert chosen["facts"]["lr"] == 30
-    alone = ("--cached", "--epochs", 20, "--lr", 30, "--seed", 3, "--name", "alone")
-    judge(pretrained, tmp_path, *alone)
+    judge(pretrained, tmp_path, *several, 30, "--name", "alone")
     assert same_bits(chosen["model"], torch.load(tmp_path / "alone_model.pth")["model"])
 
 
@@ -433,7 +434,8 @@ def test_class_order_survives(fitted, folder, tmp_path, capsys):
 
 
 def test_transfer_to_another_data_set(pretrained, tmp_path):
-    judge(pretrained, tmp_path, "--cached", "--epochs", 1, "--data_name", "textures")
+    flags = ("--cached", "--no-pictures", "--epochs", 1, "--data_name", "textures")
+    judge(pretrained, tmp_path, *flags)
     state = torch.load(tmp_path / "pre_linear_cached_textures_model.pth")
     assert state["classes"] == list(TEXTURES)
     assert state["args"]["data_name"] == "textures"

@@ -398,7 +398,8 @@ def test_a_bad_image_met_late_is_one_line_and_exit_code_2(tmp_path, capsys, monk
     path.write_bytes(b"no image")
     flags = (
         f"--data_name imagenet --data_root {tmp_path}/images --arch resnet8 --stem cifar "
-        f"--image_size 8 --feature_dim 16 --batch_size 4 --epochs 1 --out {tmp_path}/r"
+        "--image_size 8 --feature_dim 16 --batch_size 4 --epochs 1 --no-pictures "
+        f"--out {tmp_path}/r"
     )
     monkeypatch.setattr(sys, "argv", ["main.py", *flags.split()])
     with pytest.raises(SystemExit) as stop:
@@ -419,7 +420,7 @@ COLLAPSING = "--stop_grad off --bn hidden --lr 2"
 
 
 def test_a_collapse_is_said_once_with_its_cause(tmp_path, capsys):
-    run(tmp_path, f"--epochs 6 --name a {COLLAPSING}")
+    run(tmp_path, f"--epochs 6 --knn_every 6 --name a {COLLAPSING}")
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.startswith("warning: "))
     assert "std of z is 0." in line

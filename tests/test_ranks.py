@@ -32,10 +32,6 @@ from simsiam.views import Augmentation, Views
 from tests import crash
 from tests.helpers import ROOT, refused
 
-TINY = (
-    "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
-).split()
-
 
 def said(*command):
     """What a command says that ends well; with one thread, as torchrun has it."""
@@ -101,13 +97,22 @@ def shard_files(folder, root, each=30):
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory):
+def tiny(tmp_path_factory):
+    """Flags of a tiny run, of 200 training images and 40 test images."""
+    root = tmp_path_factory.mktemp("tiny")
+    crash.make_folder(root)
+    flags = f"--data_name folder --data_root {root} --recipe short --width 4 --feature_dim 16 "
+    return [*flags.split(), "--batch_size", "32", "--no-pictures"]
+
+
+@pytest.fixture(scope="module")
+def short(tiny, tmp_path_factory):
     """What ranks say in several short commands, by name: one process, which imports once."""
     place = tmp_path_factory.mktemp("short")
     root = image_files(place / "images")
     folder = f"--data_name folder --data_root {root} --recipe short --image_size 64 --width 4 "
     folder += f"--feature_dim 16 --batch_size 64 --epochs 1 --no-pictures --out {place}"
-    run = " ".join(("--ddp", *TINY, "--epochs", "2", "--out"))
+    run = " ".join(("--ddp", *tiny, "--epochs", "2", "--out"))
     commands = {
         "gradients": ("2 gradients", "0 0"),
         "agree": ("3 agree", "0 0 0"),
@@ -179,10 +184,10 @@ def test_gradients_of_two_ranks_are_one_process_s(short):
 def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     """Accuracies, here of 61 test images, are those of one process; the linear head to the bit."""
     root = image_files(tmp_path / "images", 128)
-    train = f"--data_name imagenet --data_root {root} --arch resnet18 --image_size 32 --epochs 1 "
-    train += "--loss asymmetric_2x "  # four views
+    train = f"--data_name imagenet --data_root {root} --arch resnet8 --stem cifar --image_size 32 "
+    train += "--epochs 1 --loss asymmetric_2x "  # four views
     train += f"--feature_dim 64 --batch_size 24 --bank_size 100 --num_workers 1 --out {tmp_path}"
-    fit = f"--model_path {tmp_path}/pre_model.pth --optimizer lars --batch_size 50 --epochs 3 "
+    fit = f"--model_path {tmp_path}/pre_model.pth --optimizer lars --batch_size 50 --epochs 2 "
     fit += f"--lr 0.1 1 --num_workers 1 --out {tmp_path} --name linear"
     judge = f"--model_path {tmp_path}/linear2_model.pth --evaluate_only --out {tmp_path}"
     out = on_ranks(
@@ -273,13 +278,13 @@ def test_images_are_not_sent_between_ranks(short):
 # ---- ranks that are lost ------------------------------------------------------------------------
 
 
-def test_a_killed_rank_costs_no_bit(tmp_path):
+def test_a_killed_rank_costs_no_bit(tiny, tmp_path):
     """The second is killed in the second epoch's third step; torchrun starts them again.
 
     Three: the sums of two ranks would not depend on the order in which DDP packs gradients. They
     agree a step later, so that there is a checkpoint every second step.
     """
-    flags = [*TINY, "--batch_size", 48, "--epochs", 2, "--out", tmp_path, "--checkpoint_minutes", 0]
+    flags = [*tiny, "--batch_size", 48, "--epochs", 2, "--out", tmp_path, "--checkpoint_minutes", 0]
     on_ranks(3, "main", "--ddp", *flags, "--name", "whole", codes="0 0 0")
     out = said(
         *("torch.distributed.run", "--standalone", "--nproc_per_node", 3, "--max_restarts", 3),
@@ -297,9 +302,9 @@ def test_a_killed_rank_costs_no_bit(tmp_path):
     assert len({(row["test_acc@1"], row["test_acc@5"], row["raw_acc@1"]) for row in rows}) == 1
 
 
-def test_a_signal_to_one_rank_ends_all_and_others_go_on(tmp_path, capsys):
+def test_a_signal_to_one_rank_ends_all_and_others_go_on(tiny, tmp_path, capsys):
     """All act on it a step later, or in the same step where that is the epoch's last."""
-    flags = [*TINY, "--epochs", 2, "--out", tmp_path, "--name", "a"]
+    flags = [*tiny, "--epochs", 2, "--out", tmp_path, "--name", "a"]
     on = [*flags[:-1], "b", "--resume", tmp_path / "a_model.pth"]
     number = int(signal.SIGTERM)
     out = on_ranks(
@@ -329,7 +334,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(short):
 
 
 def test_ddp_and_torchrun_need_each_other(tmp_path, capsys, monkeypatch):
-    flags = [*TINY, "--out", tmp_path]
+    flags = ["--data_name", "textures", "--out", tmp_path]
     for command in (main, linear):
         line = refused(capsys, command, *(flags if command is main else ()), "--ddp")
         assert "torchrun --standalone --nproc_per_node 2" in line

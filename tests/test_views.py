@@ -119,11 +119,29 @@ def test_views_are_a_function_of_seed_epoch_and_step():
         assert torch.equal(found[0], first)
         assert torch.equal(found[1], second)
     assert not torch.equal(first, second)
-    for epoch, step in [(3, 6), (4, 5), (5, 3)]:
+    for epoch, step in [(3, 4), (3, 6), (2, 5), (4, 5), (5, 3)]:
         found = views(Batch.alone(images, epoch, step))
         assert not any(torch.equal(x, y) for x in found for y in (first, second))
     found = make_views(seed=8, blur_p=0.5)(Batch.alone(images, 3, 5))
     assert not any(torch.equal(x, y) for x in found for y in (first, second))
+
+
+@pytest.mark.parametrize(
+    "part", ["crop_scale", "jitter_p", "gray_p", "blur_p", "flip_p"], ids=lambda name: name[:4]
+)
+def test_each_part_of_chance_is_a_view_s_own(part):
+    """One part switched on alone, of the same pixels: views, steps, epochs and images differ."""
+    on = STILL | {part: (0.2, 1.0) if part == "crop_scale" else 0.5}
+    images = bytes_of(1, size=40).expand(64, -1, -1, -1)
+    if part != "crop_scale":  # crops that are cut already, both the same
+        images = images[:, None].expand(-1, 2, -1, -1, -1)
+    views = Views(40, MEAN, STD, Augmentation(**on), seed=7)
+    found = [views(Batch.alone(images, *when)) for when in [(3, 5), (3, 4), (2, 5), (5, 3)]]
+    found = [view for pair in found for view in pair]
+    assert not any(torch.equal(found[i], found[j]) for i in range(8) for j in range(i))
+    for view in found:
+        kinds = len({image.numpy().tobytes() for image in view})
+        assert kinds > (1 if part in ("flip_p", "gray_p") else 20)
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])
