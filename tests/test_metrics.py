@@ -55,6 +55,7 @@ def voted(bank, labels, queries, k, temperature=0.1):
 def test_knn_of_a_bank_and_queries_larger_than_a_tile(k):
     """Two whole tiles of the bank, and one of 30 images, fewer than 200; two of the queries."""
     rows, columns = metrics.KNN_TILE
+    assert 4 * rows * columns < 206e6  # bytes of similarities at once, however large the bank
     generator = torch.Generator().manual_seed(0)
     bank = F.normalize(torch.randn(2 * columns + 30, 6, generator=generator), dim=1)
     queries = F.normalize(torch.randn(rows + 20, 6, generator=generator), dim=1)

@@ -123,7 +123,16 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path):
     assert not list(tmp_path.glob(".*"))  # neither lock nor half a file
 
 
-def test_a_signal_breaks_off_the_knn(tmp_path):
+@pytest.fixture
+def one_thread():
+    """As processes that `start` starts: the last bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_signal_breaks_off_the_knn(tmp_path, one_thread):
     """Its second, of epoch 1, in the place where the features' rank is found."""
     flags = [*TINY, "--out", str(tmp_path), "--epochs", "2", "--checkpoint_minutes", "0", "--name"]
     code = """
