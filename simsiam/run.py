@@ -109,7 +109,7 @@ class Run:
         folder, name = os.path.split(self.path)
         path = Path(folder, f".{name}.lock")
         if not os.path.isdir(folder or "."):
-            os.makedirs(folder)
+            os.makedirs(folder, exist_ok=True)  # another run may do the same just now
             self.open.callback(unless_it_fails, os.rmdir, folder)
         lock = filelock.FileLock(path)
         try:
