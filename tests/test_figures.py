@@ -74,10 +74,10 @@ def test_curves(drawn, epochs, labelled):
 
 
 def test_curves_of_several_runs_over_one_another(drawn):
-    runs = {f"a run with a longer name, the number {i}": history(5 + i) for i in range(10)}
+    runs = {f"a run with a longer name, the number {i}": history(5 + i) for i in range(12)}
     figure = drawn(figures.curves, runs)
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
-    assert len(looks) == 10
+    assert len(looks) == 12  # more than there are colours
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
 
 
