@@ -13,6 +13,7 @@ The N processes are forked with all imports done, in seconds less than torchrun 
 more than to set their environment, and to start them again. Started by it, this is one of them.
 """
 
+import faulthandler
 import os
 import pickle
 import socket
@@ -177,6 +178,7 @@ def launch(number: int, mode: str, rest: list[str]) -> list[int]:
         if pids[-1] == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             status = 1
+            faulthandler.dump_traceback_later(90, exit=True)  # else nobody knows where it hangs
             try:
                 work(mode, rest)
                 status = 0
