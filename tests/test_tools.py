@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ import linear
 import main
 from simsiam import checkpoint
 from simsiam.files import RunError, read_csv
+from tests.helpers import ROOT
 from tools import ablate, bench, plot
 
 TINY = (
@@ -114,6 +116,22 @@ def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypat
     monkeypatch.setitem(ablate.STUDIES, "ablations", (ablate.Setting("default", "--bn all"),))
     with pytest.raises(RunError, match="--bn default"):  # a run of that name with other flags
         ablate.command(flags)
+
+
+def test_a_run_leaves_a_clone_clean(tmp_path, monkeypatch):
+    def git(*words, place=tmp_path):
+        return subprocess.run(["git", *words], cwd=place, check=True, capture_output=True).stdout
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    git("init", "--quiet")
+    git("add", ".gitignore")
+    monkeypatch.chdir(tmp_path)
+    main.main([*TINY.split(), "--epochs", "1"])  # with the default --out
+    assert len(list((tmp_path / "results").iterdir())) == 3
+    assert git("status", "--short") == b"A  .gitignore\n"
+    assert git("ls-files", "results", place=ROOT) == b""  # no shipped table lies where runs write
 
 
 def test_profile_writes_a_trace_and_no_run(tmp_path, capsys, monkeypatch):

@@ -417,6 +417,7 @@ def command(argv: list[str] | None = None) -> None:
             parser.error(f"{name}: choose from {names}")
     if rest and args.benchmarks != ["linear"]:
         parser.error(f"{rest[0]}: only `linear` and `profile`, alone, take more flags")
+    Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     for name in args.benchmarks or BENCHMARKS:
         rows = [table_row(*row) for row in BENCHMARKS[name](*rest)]
         old = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ def profile(trace: str, flags: list[str]) -> None:
 
     `flags` are main.py's. Six steps of an epoch are done, of which the last three are recorded.
     """
+    Path(trace).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         command = main.make_flags()
         args, given = command.read([*flags, "--out", place])
