@@ -79,7 +79,9 @@ def knn(
         votes = similarity.new_zeros(len(chunk), classes)
         # One axis, of chunk x classes: that scatter has a deterministic form on CUDA.
         where = labels[nearest] + classes * torch.arange(len(chunk), device=labels.device)[:, None]
-        votes.view(-1).scatter_add_(0, where.view(-1), (similarity / temperature).exp().view(-1))
+        above = similarity.amax(1, keepdim=True)  # without it exp overflows below 1/88
+        weights = ((similarity - above) / temperature).exp()
+        votes.view(-1).scatter_add_(0, where.view(-1), weights.view(-1))
         ranking.append(votes.topk(min(top, classes)).indices)
     return torch.cat(ranking)
 

@@ -42,6 +42,22 @@ def test_knn_predictions_equal_scikit_learn():
     assert (ours.numpy() == order).mean() > 0.999  # near-ties in fp32
 
 
+def test_at_a_low_temperature_the_nearest_decides():
+    """exp(1 / 0.001) is no fp32 number: the votes must not be infinite, and all alike."""
+    generator = torch.Generator().manual_seed(0)
+    bank = F.normalize(torch.randn(500, 16, generator=generator), dim=1)
+    queries = F.normalize(torch.randn(200, 16, generator=generator), dim=1)
+    labels = torch.randint(0, 7, (500,), generator=generator)
+    nearest = knn(bank, labels, queries, k=1)[:, 0]
+    for temperature in (1e-3, 1e-12):
+        found = knn(bank, labels, queries, k=20, temperature=temperature)[:, 0]
+        assert (found == nearest).float().mean() > (0.9 if temperature == 1e-3 else 0.999)
+    at = {"k": 20, "temperature": 0.012}
+    assert torch.equal(
+        knn(bank, labels, queries, **at)[:, 0], voted(bank, labels, queries, **at)[:, 0]
+    )
+
+
 def voted(bank, labels, queries, k, temperature=0.1):
     """The vote in plain words, in fp64: all similarities at once, topk, a sum a class."""
     similarity, nearest = (queries.double() @ bank.double().T).topk(k)
