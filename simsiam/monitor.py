@@ -1,5 +1,6 @@
 """What is watched in a run: sums of the steps, kNN and rank of the features, and a collapse."""
 
+import functools
 import math
 from argparse import Namespace
 from typing import NamedTuple
@@ -17,7 +18,7 @@ WINDOW = 25  # steps whose mean std is looked at: one wait for the device in so 
 # 0.4, by --bn, and end below 0.15. With that BN, see `least_std`.
 COLLAPSED_STD = 0.3
 # A rank of the bank's features below this part of the untrained encoder's means dimensional
-# collapse, and so does one below 2 (images that are all alike have that from the start).
+# collapse, and so does one below 2, unless it was so from the start: simple images have that too.
 COLLAPSED_RANK, LOWEST_RANK = 0.6, 2
 SMALL_BATCH = 16  # on a rank, from which down BN's statistics alone can make a run fail
 FLAT_IMAGES = 8  # mean std over the images of a pixel, of 255, below which these hardly differ
@@ -104,21 +105,22 @@ def least_std(bn: str, images: int) -> float:
 
 
 def collapse(
-    least: float, std: float, rank: float | None, start_rank: float, features: int
+    least: float, std: float, rank: float | None, start_rank: float, features: int, flat: bool
 ) -> tuple[str, str] | None:
     """What is seen of a collapse, if one is, and what to try against its kind.
 
     `least`: `least_std`; `std`: the mean over a window of steps; `rank`: the `effective_rank` of
     the bank's features, of which there are `features` (None: not measured); `start_rank`: that of
-    the untrained encoder.
+    the untrained encoder; `flat`: whether the images hardly differ.
     """
+    lowest = LOWEST_RANK if flat or start_rank >= LOWEST_RANK else 0
     if std < least:
         return (
             f"std of z is {std:.2f}, below {least:.2f}: different images get the same output, so "
             "that the loss goes to -1 and nothing is learned (total collapse)",
             "Try a lower --lr, --warmup_epochs 10, a larger --batch_size",
         )
-    if rank is not None and rank < max(COLLAPSED_RANK * start_rank, LOWEST_RANK):
+    if rank is not None and rank < max(COLLAPSED_RANK * start_rank, lowest):
         return (
             f"the rank of the features is {rank:.1f} of {features}, and was {start_rank:.1f} "
             f"before training: images are spread (std {std:.2f}), but over few dimensions "
@@ -129,13 +131,13 @@ def collapse(
     return None
 
 
-def likely_causes(args: Namespace, usual_lr: float, images: Tensor) -> list[str]:
+def likely_causes(args: Namespace, usual_lr: float, varied: float) -> list[str]:
     """What of a run is known to make it collapse, and what to try instead.
 
-    `args`: main.py's; `usual_lr`: the recipe's; `images`: some of the training images, uint8,
-    N x 3 x H x W.
+    `args`: main.py's; `usual_lr`: the recipe's; `varied`: the std of a pixel over the training
+    images, mean over all pixels, of 255.
     """
-    each, varied = args.batch_size // ranks.count(), images.float().std(0).mean().item()
+    each = args.batch_size // ranks.count()
     causes = {
         "--stop_grad off, the paper's own way to collapse (sec. 4.1): leave it on": (
             args.stop_grad == "off"
@@ -192,6 +194,12 @@ class Monitor:
         self.usual_lr, self.amp, self.warned = usual_lr, amp, warned
         self.least_std = least_std(args.bn, args.batch_size // ranks.count())
         self.kept: Found | None = None
+
+    @functools.cached_property
+    def varied(self) -> float:
+        """The std of a pixel over some of the training images, mean over all pixels, of 255."""
+        some = self.images.train_images[spread(len(self.images.train_images), 256)]
+        return torch.cat(list(some.split(256))).float().std(0).mean().item()
 
     def found(self) -> Found:
         """The features of the bank and of the test images, and the kNN's ranking."""
@@ -262,12 +270,12 @@ class Monitor:
         self, epoch: int, steps: int, std: float, rank: float | None, start_rank: float
     ) -> bool:
         """Whether these are a collapse, and it is the run's first; says so, and what to try."""
-        seen = collapse(self.least_std, std, rank, start_rank, self.net.features)
+        flat = start_rank < LOWEST_RANK and self.varied < FLAT_IMAGES
+        seen = collapse(self.least_std, std, rank, start_rank, self.net.features, flat)
         if seen is None or self.warned:
             return False
         self.warned = True
-        some = self.images.train_images[spread(len(self.images.train_images), 256)]
-        causes = likely_causes(self.args, self.usual_lr, torch.cat(list(some.split(256))))
+        causes = likely_causes(self.args, self.usual_lr, self.varied)
         what, advice = seen
         if causes:
             advice = f"Likely: {'; '.join(causes)}"

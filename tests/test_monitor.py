@@ -1,6 +1,7 @@
 """Sums that stay on the device, what a collapse looks like, and what is said of its causes."""
 
 import argparse
+import dataclasses
 import math
 import re
 
@@ -130,14 +131,16 @@ def test_sums_of_several_losses():
 
 
 def test_collapse_by_its_thresholds():
-    def kind(std, rank=None, bn="default", start=6.0, images=64):
-        found = collapse(least_std(bn, images), std, rank, start, 64)
+    def kind(std, rank=None, bn="default", start=6.0, images=64, flat=False):
+        found = collapse(least_std(bn, images), std, rank, start, 64, flat)
         return found and re.search(r"(total|dimensional) collapse", found[0])[1]
 
     assert kind(0.99) is kind(0.55) is kind(0.99, 5.0) is None
     assert kind(0.45) == kind(0.1) == kind(0.1, 2.0) == "total"
     assert kind(0.99, 3.0) == "dimensional"
-    assert kind(0.99, 1.4, start=1.1) == "dimensional"  # as of images that are all the same
+    assert kind(0.99, 1.4, start=1.1, flat=True) == "dimensional"  # images that are all the same
+    assert kind(0.99, 1.4, start=1.9) is None  # few dimensions from the start, of simple images
+    assert kind(0.99, 1.1, start=1.9) == kind(0.99, 1.9, start=2.0) == "dimensional"
     assert kind(0.7, bn="hidden") is kind(0.35, bn="none") is None
     assert kind(0.2, bn="hidden") == kind(0.2, bn="none") == "total"
     # As collapsed as z can be after a BN without affine: one image against the others.
@@ -155,10 +158,9 @@ BASE = {"batch_size": 64, "lr": 1.0, "stop_grad": "on", "predictor": "mlp", "bn"
 
 
 def test_likely_causes_are_those_of_the_run():
-    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
 
-    def causes(some=images, **flags):
-        return likely_causes(argparse.Namespace(**BASE | flags), 1.0, some)
+    def causes(varied=70.0, **flags):
+        return likely_causes(argparse.Namespace(**BASE | flags), 1.0, varied)
 
     assert causes() == []
     for flag, value in (
@@ -174,8 +176,8 @@ def test_likely_causes_are_those_of_the_run():
     assert causes(lr=2.0) == causes(bn="all") == causes(batch_size=17) == []
     assert "4 images" in causes(batch_size=4)[0]
     assert "30 times the recipe's" in causes(lr=30.0)[0]
-    assert "hardly differ" in causes(images // 64 + 100)[0]
-    assert len(causes(images // 64, stop_grad="off", lr=30.0)) == 3
+    assert "hardly differ" in causes(7.9)[0]
+    assert len(causes(1.0, stop_grad="off", lr=30.0)) == 3
 
 
 # ---- the monitor --------------------------------------------------------------------------------
@@ -291,6 +293,16 @@ def test_a_run_is_warned_once(watched, capsys):
     said = capsys.readouterr().out
     assert "the rank of the features is 3.0 of 48, and was 6.0" in said
     assert "a wider or deeper --arch" in said
+
+
+def test_a_rank_that_was_low_from_the_start_is_no_collapse(watched, capsys):
+    assert not make_monitor(watched).judge(0, 31, 0.99, 1.4, 1.5)
+    assert capsys.readouterr().out == ""
+    flat = dataclasses.replace(watched, train_images=watched.train_images // 64 + 100)
+    assert make_monitor(flat).judge(0, 31, 0.99, 1.4, 1.5)
+    said = capsys.readouterr().out
+    assert "the rank of the features is 1.4" in said
+    assert "Likely: the images hardly differ" in said
 
 
 def test_the_threshold_is_of_the_batch_and_the_heads(watched):
