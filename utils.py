@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from simsiam import ranks
@@ -302,7 +304,7 @@ def pick_device(name: str) -> torch.device:
 def set_up(args: Namespace) -> tuple[torch.device, str]:
     """The device of the flags, and its amp: bf16 or off. Each rank has a device of its own.
 
-    Raises ValueError for one that is not there.
+    Raises ValueError for one that is not there, and where --compile cannot work on it.
     """
     device, amp = pick_device(args.device), args.amp
     if ranks.grouped() and device.type != "cpu":
@@ -314,7 +316,27 @@ def set_up(args: Namespace) -> tuple[torch.device, str]:
     torch.use_deterministic_algorithms(args.deterministic)
     if device.type == "cpu":
         keep_memory()
+    if getattr(args, "compile", False):  # not all tools have the flag
+        try_to_compile(device)
     return device, amp
+
+
+def try_to_compile(device: torch.device) -> None:
+    """Compile a trifle, for the network is compiled only at its first step, when the run has begun.
+
+    Raises ValueError where torch.compile does not work: most often a compiler is missing.
+    """
+    logging.disable(logging.WARNING)  # torch's, of a CUDA_HOME without a GPU
+    try:
+        torch.compile(F.silu)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if not line.startswith("backend=")]
+        raise ValueError(
+            f"--compile: torch.compile does not work here ({lines[0] if lines else error}): install "
+            "a C++ compiler, such as g++, or leave out --compile"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def keep_memory() -> None:

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 import types
@@ -23,7 +24,7 @@ from simsiam.loader import Data
 from simsiam.monitor import Sums, Tally
 from simsiam.network import SimSiam
 from simsiam.textures import textures
-from tests.helpers import refused
+from tests.helpers import ROOT, refused
 
 CPU = torch.device("cpu")
 
@@ -316,6 +317,20 @@ def test_amp_is_off_on_the_cpu_unless_asked_for(monkeypatch):
         assert args.amp == amp  # nothing is written into the flags
         with utils.autocast(device, found):
             assert (x @ x).dtype == dtype
+
+
+def test_compile_without_a_compiler_is_said_in_one_line(tmp_path):
+    """Before anything is written; a machine without g++ has none on its PATH, nor in CXX."""
+    env = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env |= {"CXX": "g++"}
+    flags = f"--data_name textures --train_size 64 --batch_size 32 --compile --out {tmp_path}/runs"
+    command = [sys.executable, ROOT / "main.py", *flags.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("main.py: --compile: torch.compile does not work here (")
+    assert "g++" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
