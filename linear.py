@@ -79,7 +79,7 @@ def make_flags() -> utils.Flags:
 
 
 # What goes with the modes that train nothing, besides their own flag.
-FITTING = ("model_path", "device", "amp", "deterministic", "num_workers", "bad_images")
+FITTING = "model_path device amp deterministic num_workers bad_images overwrite".split()
 MODES = {
     "evaluate_only": (*FITTING, "data_name", "data_root", "out", "name", "ddp", "pictures"),
     "predict": (*FITTING, "out_csv"),
@@ -491,12 +491,28 @@ def draw_confusion(path: str, name: str, matrix: list[list[int]], classes: list[
 # ---- a linear model that is there ---------------------------------------------------------------
 
 
+def confusion_file(args: Namespace, source: Source, data_name: str, root: str) -> str:
+    """Where --evaluate_only draws: over the run's own picture, if it is of the run's own data.
+
+    Raises ValueError where a picture of other data would be replaced unasked.
+    """
+    saved = source.state["args"]
+    run, theirs = args.name or saved["name"], os.path.abspath(saved.get("data_root") or "data")
+    own = (data_name, os.path.abspath(root)) == (saved["data_name"], theirs)
+    if not own:
+        run += "_on_" + utils.data_label(data_name, root).replace(":", "_")
+    path = os.path.join(args.out, f"{run}_confusion.png")
+    if args.pictures and (args.name or not own):
+        utils.check_new("picture", path, args.overwrite)
+    return path
+
+
 def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
     """Score a saved linear model: top-1, top-5, each class, a confusion matrix. Trains nothing."""
     with flags.bad_input():
         device, amp_name = utils.set_up(args)
         source = open_source(args, linear=True)
-        images, _, root = images_of(args, source, test_only=True)
+        images, data_name, root = images_of(args, source, test_only=True)
         classes = source.classes
         strange = sorted(set(images.classes) - set(classes))
         if strange:
@@ -504,6 +520,7 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
                 f"--data_root {root}: class {strange[0]} is not one of the linear model's"
             )
         os.makedirs(args.out, exist_ok=True)
+        path = confusion_file(args, source, data_name, root)
     for line in images.bad:
         ranks.say(line)
     order = torch.tensor([classes.index(name) for name in images.classes])
@@ -517,9 +534,8 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
             ranks.say(f"{name}: {100 * row[i] / sum(row):.1f} % of {sum(row)}")
     line = f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}"
     if args.pictures:
-        name = args.name or source.state["args"]["name"]
-        path = os.path.join(args.out, f"{name}_confusion.png")
-        draw_confusion(path, name, matrix, classes)
+        title = os.path.basename(path).removesuffix("_confusion.png")
+        draw_confusion(path, title, matrix, classes)
         line += f"; wrote {path}"
     ranks.say(line)
 
@@ -528,6 +544,8 @@ def predict(args: Namespace, flags: utils.Flags) -> None:
     """Classes and scores of image files."""
     with flags.bad_input():
         device, amp_name = utils.set_up(args)
+        if args.out_csv:
+            utils.check_new("--out_csv", args.out_csv, args.overwrite)
         predictor = Predictor(open_source(args, linear=True).to(device))
         files = []
         for path in map(Path, args.predict):

@@ -256,6 +256,14 @@ def place_of_run(flags: dict, given: dict) -> dict:
     return flags | {"out": given.get("out", folder), "name": given.get("name", name)}
 
 
+def check_new(what: str, path: str, overwrite: bool) -> None:
+    """Raises ValueError for a file that is there, unless it is to be replaced; or has no folder."""
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"{what} {path}: exists: replace it with --overwrite, or choose another")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"{what} {path}: there is no such folder")
+
+
 def data_label(name: str, root: str) -> str:
     """The data set's name in the results; for the user's own with whose images they are."""
     own = name in ("folder", "webdataset")

@@ -433,6 +433,33 @@ def test_class_order_survives(fitted, folder, tmp_path, capsys):
     assert "zebra" in refused(capsys, *args)
 
 
+def test_what_is_there_is_replaced_only_if_asked(fitted, folder, tmp_path, capsys):
+    """The picture of other data has its own name; predictions and that picture stay."""
+    judge(fitted, tmp_path, "--evaluate_only")
+    own, other = (tmp_path / f"pre_linear_cached{x}_confusion.png" for x in ("", "_on_folder_few"))
+    before = own.read_bytes()
+    (tmp_path / "few" / "val").mkdir(parents=True)
+    (tmp_path / "few" / "train").symlink_to(folder / "train")
+    (tmp_path / "few" / "val" / "rows").symlink_to(folder / "val" / "rows")
+    few = ("--evaluate_only", "--data_root", tmp_path / "few")
+    judge(fitted, tmp_path, *few)
+    assert own.read_bytes() == before != other.read_bytes()
+    judge(fitted, tmp_path, "--evaluate_only")  # the same picture again
+    table = tmp_path / "p.csv"
+    table.write_text("mine\n")
+    predict = ("--predict", folder / "val" / "rows", "--out_csv", table)
+    for mode, file in ((few, other), (predict, table)):
+        before = file.read_bytes()
+        out = () if mode is predict else ("--out", tmp_path)
+        err = refused(capsys, "--model_path", fitted, *mode, *out)
+        assert f"{file}: exists: replace it with --overwrite" in err
+        assert file.read_bytes() == before
+        linear.main([str(word) for word in ("--model_path", fitted, *mode, *out, "--overwrite")])
+    assert len(pandas.read_csv(table)) == 20
+    nowhere = ("--predict", folder / "val" / "rows", "--out_csv", tmp_path / "none" / "p.csv")
+    assert "there is no such folder" in refused(capsys, "--model_path", fitted, *nowhere)
+
+
 def test_transfer_to_another_data_set(pretrained, tmp_path):
     flags = ("--cached", "--no-pictures", "--epochs", 1, "--data_name", "textures")
     judge(pretrained, tmp_path, *flags)
