@@ -334,14 +334,14 @@ def pretrain(run: Run, made: Prepared) -> None:
         )
     start, end = run.history[0], run.history[-1]
     with run.finishing():
-        if args.pictures:
-            pictures.draw_run(run.path, args.name, run.history, monitor, board)
         if "test_acc@1" in end:
             best = run.report(**made.result)
             ranks.say(
                 f"kNN top-1 {end['test_acc@1']:.1f} % (best {best:.1f} %), untrained encoder "
                 f"{start['test_acc@1']:.1f} %, raw pixels {start['raw_acc@1']:.1f} %"
             )
+        if args.pictures:
+            pictures.draw_run(run.path, args.name, run.history, monitor, board)
     if board:
         board.close()
     drawn = " and pictures" if args.pictures else ""

@@ -273,7 +273,7 @@ def data_label(name: str, root: str) -> str:
 def introduce(
     what: str, net: SimSiam | Classifier, images: Data, name: str, size: int, device: torch.device
 ) -> dict:
-    """Say what a run is about; the columns of results.csv with its network's Params and FLOPs."""
+    """Say what a run is about; the columns of results.csv for its network and its images."""
     params, flops = params_and_flops(net, size)
     tests = 0 if images.test_images is None else len(images.test_images)
     ranks.say(
@@ -281,7 +281,9 @@ def introduce(
         f"(thop's FLOPs), on {device}\n{name}: {len(images.train_images)} training images, {tests} "
         f"test images, {len(images.classes)} classes, {size} pixels"
     )
-    return {"params_m": params / 1e6, "flops_g": flops / 1e9}
+    known = {"train_size": len(images.train_images), "width": net.backbone.conv1.out_channels}
+    known |= {"params_m": params / 1e6, "flops_g": flops / 1e9}
+    return known | {"device": device.type}
 
 
 # ---- device -------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ def read_csv(path: str | Path) -> list[dict]:
 
 RESULTS = tuple(
     (
-        "protocol data arch params_m flops_g feature_dim batch_size epochs k top1 top5 best_top1 "
-        "seconds device run"
+        "protocol data train_size arch width params_m flops_g feature_dim batch_size epochs lr k "
+        "seed top1 top5 best_top1 seconds device run"
     ).split()
 )
 
@@ -87,7 +87,8 @@ RESULTS = tuple(
 def add_result(path: str | Path, row: dict) -> None:
     """Put a finished evaluation into the table of `RESULTS`; it replaces its run's and protocol's.
 
-    Raises RunError if `path` is another table.
+    Columns that the user has added stay, with what they hold; so does their order. Raises RunError
+    if `path` is another table.
     """
     if ranks.rank() > 0:
         return
@@ -95,16 +96,21 @@ def add_result(path: str | Path, row: dict) -> None:
     same = (row["protocol"], row["run"])
     path = Path(path)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")) as lock:  # runs share the table
-        rows = []
+        rows, columns = [], RESULTS
         if path.is_file():
             try:
-                rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-                rows = [old for old in rows if (old["protocol"], old["run"]) != same]
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+                columns = tuple(dict.fromkeys([*table.columns, *RESULTS]))
+                for old in table.to_dict("records"):
+                    if (old["protocol"], old["run"]) != same:
+                        rows.append(old)
+                    else:
+                        row = {k: v for k, v in old.items() if k not in RESULTS} | row
             except (ValueError, KeyError) as error:
                 raise RunError(
                     f"{path}: is not a table of results: move it away, and give the same command "
                     "with --resume"
                 ) from error
-        write_csv(path, [*rows, row], RESULTS)
+        write_csv(path, [*rows, row], columns)
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)

@@ -403,11 +403,11 @@ class Run:
     def report(self, **known: object) -> float:
         """The run's row in `results.csv`, of what is `known` and of its table; the best top-1."""
         rows = [row for row in self.history if row["epoch"]]
-        best = max(row["test_acc@1"] for row in rows if "test_acc@1" in row)
+        best = max(row.get("test_acc@1", 0.0) for row in rows)
         known |= {"top1": rows[-1]["test_acc@1"], "top5": rows[-1]["test_acc@5"]}
         known |= {"best_top1": best, "seconds": sum(row["seconds"] for row in rows)}
-        known |= {name: getattr(self.args, name) for name in ("batch_size", "epochs")}
-        known |= {"device": self.tally.values.device.type, "run": self.args.name}
+        known |= {name: getattr(self.args, name) for name in ("batch_size", "epochs", "seed")}
+        known |= {"lr": self.facts.get("lr", self.args.lr), "run": self.args.name}
         add_result(os.path.join(self.args.out, "results.csv"), known)
         return best
 

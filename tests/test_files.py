@@ -179,6 +179,18 @@ def test_results_of_others_stay_as_they_are_written(tmp_path):
     assert [line.rsplit(",", 1)[1] for line in lines] == ["run", "007", "7", "NA"]
 
 
+def test_a_user_s_own_columns_of_the_results_stay(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("run,note,protocol,top1\na,my best,KNN,50\nb,,KNN,40\n")
+    add_result(path, {"protocol": "KNN", "run": "a", "top1": 60.0, "seed": 3})
+    add_result(path, {"protocol": "KNN", "run": "c", "top1": 70.0})
+    table = pandas.read_csv(path, keep_default_na=False)
+    assert list(table.columns[:4]) == ["run", "note", "protocol", "top1"]
+    assert set(table.columns) == {"note", *files.RESULTS}
+    found = table[["run", "note", "top1", "seed"]].astype(str).values.tolist()
+    assert found == [["b", "", "40", ""], ["a", "my best", "60", "3"], ["c", "", "70", ""]]
+
+
 @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe\x00", b'a\n"'])
 def test_a_file_that_is_no_table_of_results_is_left_alone(tmp_path, content):
     path = tmp_path / "results.csv"

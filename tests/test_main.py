@@ -117,10 +117,12 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     assert result["protocol"] == "KNN"
     assert result["top1"] == table["test_acc@1"].iloc[-1]
     assert result["best_top1"] == table["test_acc@1"].iloc[1:].max()
+    known = {"arch": "resnet8", "width": 4, "seed": 0, "device": "cpu", "run": "a", "epochs": 3}
+    state = torch.load(tmp_path / "a_model.pth", weights_only=True)
+    known |= {"lr": state["args"]["lr"], "batch_size": state["args"]["batch_size"]}
+    assert {name: result[name] for name in known} == known
     net = network.SimSiam("resnet8", feature_dim=16, width=4)
     assert round(result["params_m"] * 1e6) == sum(p.numel() for p in net.parameters())
-
-    state = torch.load(tmp_path / "a_model.pth", weights_only=True)
     assert " ".join(sorted(state)) == (
         "args augmentation classes command encoder epoch facts history images_crc made_on model "
         "optimizer seconds step tally version"
