@@ -207,7 +207,8 @@ class Files:
 
     def read(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
         """What the workers cut, on the device: uint8, n x views x 3 x size x size."""
-        batches = iter(loader)
+        ranks.still()
+        batches = iter(loader)  # forks the workers
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # the last one to be registered is the first to be called
         for found in batches:

@@ -4,7 +4,10 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -83,6 +86,24 @@ def joined(overwrite: bool = False) -> Iterator[None]:
     dist.init_process_group(backend, None, timeout, size, number, store)
     yield
     dist.destroy_process_group()
+
+
+def still() -> None:
+    """Wait until this process's other threads sleep, a second at most: a rank is about to fork.
+
+    Until Python 3.11 a process that is forked in the moment in which a thread of gloo's registers
+    with the interpreter, to drop a tensor, hangs at once: a worker that never sends a batch.
+    """
+    me, tasks = str(threading.get_native_id()), Path("/proc/self/task")
+    for _ in range(1000 if grouped() and tasks.is_dir() else 0):
+        states = set()
+        for task in tasks.iterdir():
+            with contextlib.suppress(OSError):  # a thread that has ended
+                stat = (task / "stat").read_text() if task.name != me else ") S"
+                states.add(stat.rpartition(")")[2].split()[0])
+        if states == {"S"}:
+            break
+        time.sleep(0.001)
 
 
 def own_device(kind: str) -> torch.device:

@@ -1,5 +1,6 @@
 """Many processes, one run: what ranks share, what they agree on, what one of them lost costs."""
 
+import hashlib
 import io
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from functools import partial
@@ -232,6 +234,19 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     assert sum(int(n) for n in re.findall(r"% of (\d+)$", alone, re.M)) == 61
     assert out.count(alone) == 1  # of the three ranks
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_rank_forks_when_its_other_threads_sleep(monkeypatch):
+    """Else, until Python 3.11, a worker may be born with a lock that nobody opens again."""
+    content = bytes(300_000_000)
+    thread = threading.Thread(target=hashlib.sha256, args=[content])  # works without the GIL
+    thread.start()
+    ranks.still()  # no rank: no wait
+    assert thread.is_alive()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    ranks.still()
+    assert not thread.is_alive()
+    thread.join()
 
 
 # ---- what ranks tell one another ----------------------------------------------------------------
