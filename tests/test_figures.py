@@ -2,38 +2,58 @@
 
 import io
 import itertools
+import warnings
 
 import matplotlib.figure
 import matplotlib.text
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.font_manager import fontManager
+from matplotlib.legend import Legend
 from PIL import Image
 
 from simsiam import figures
+from simsiam.lettering import columns_of, drawable, drawable_names
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Draw, and the Figure back, of which nothing is outside and no two texts overlap."""
-    saved, texts = [], {}  # the layout is tried before it is drawn: the last place counts
+    """Draw, and the Figure back, of which nothing is outside and no two texts overlap.
+
+    No legend lies on a panel, and matplotlib warns of nothing.
+    """
+    # The layout is tried before it is drawn: the last place counts.
+    saved, texts, legends = [], {}, {}
     save, write = matplotlib.figure.Figure.savefig, matplotlib.text.Text.draw
+    write_legend = Legend.draw
 
     def draw_text(self, renderer):
         if self.get_visible() and self.get_text().strip():
             texts[self] = self.get_text(), self.get_window_extent(renderer)
         write(self, renderer)
 
+    def draw_legend(self, renderer):
+        panels = [axes.get_window_extent(renderer) for axes in self.get_figure(root=True).axes]
+        legends[self] = self.get_window_extent(renderer), panels
+        write_legend(self, renderer)
+
     def savefig(self, file, **how):
         texts.clear()
+        legends.clear()
         save(self, file, **how)
         saved.append((self, how["dpi"]))
 
     monkeypatch.setattr(matplotlib.text.Text, "draw", draw_text)
+    monkeypatch.setattr(Legend, "draw", draw_legend)
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
 
     def draw(function, *args):
         file = io.BytesIO()
-        function(*args, file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            function(*args, file)
         figure, dpi = saved.pop()
         assert np.asarray(Image.open(file).convert("RGB")).std() > 5
         width, height = figure.get_size_inches() * dpi
@@ -45,6 +65,8 @@ def drawn(monkeypatch):
             wide = min(one.x1, other.x1) - max(one.x0, other.x0)
             tall = min(one.y1, other.y1) - max(one.y0, other.y0)
             assert wide <= 1 or tall <= 2, (a, b)
+        for box, panels in legends.values():
+            assert not any(box.overlaps(panel) for panel in panels)
         return figure
 
     return draw
@@ -144,26 +166,34 @@ def test_confusion(drawn, classes):
     written = [text.get_text() for text in figure.axes[0].texts]
     assert len(written) == (classes**2 if classes <= 20 else 0)
     share = 100 * 99 / (98 + classes)
-    assert f"top-1 {share:.2f} % of" in figure.axes[0].get_title()
+    assert f"top-1 {share:.2f} % of" in figure.get_suptitle()
     if written:
         assert written[0] == f"{share:.0f}"
 
 
 def test_ablations(drawn):
     names = ["default", "stop_grad off", "a setting with a longer name: 4"]
-    runs = {name: [history(5), history(5)] for name in names}
+    rows = [{"setting": name, "knn": 88.0, "untrained_knn": 29.6} for name in names * 2]
+    rows[3]["knn"] = 60.0
+    figure = drawn(figures.ablations, rows, "data: what it shows")
+    (axes,) = figure.axes
+    assert [round(bar.get_height(), 3) for bar in axes.patches] == [74, 88, 88]
+    assert [text.get_text() for text in axes.get_xticklabels()] == names
+    assert [text.get_text() for text in axes.texts] == ["74.0", "88.0", "88.0"]
+    for text, bar in zip(axes.texts, axes.patches, strict=True):  # a mean is not above its bar
+        assert text.get_position()[1] + 5 < bar.get_height()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["untrained 29.6"]
+
+
+def test_ablation_curves(drawn):
+    names = ["default", "stop_grad off"]
+    runs = {name: [history(5), history(5)] for name in (*names, "not shown")}
     runs["default"][1][-1]["test_acc@1"] = 60.0
-    figure = drawn(figures.ablations, runs, names[:2], "data: what it shows")
-    (upper, lower) = figure.subfigs
-    assert len(upper.axes) == 3
-    assert [len(axes.lines) for axes in upper.axes] == [2 * (2 + 1)] * 3  # seeds, and their mean
-    mean = upper.axes[2].lines[2]
+    figure = drawn(figures.ablation_curves, runs, names, "data: what it shows")
+    assert [len(axes.lines) for axes in figure.axes] == [2 * (2 + 1)] * 3  # seeds, and their mean
+    mean = figure.axes[2].lines[2]
     assert mean.get_label() == "default"
     assert mean.get_ydata()[-1] == (88 + 60) / 2
-    (bars,) = lower.axes
-    assert [round(bar.get_height(), 3) for bar in bars.patches] == [74, 88, 88]
-    assert [text.get_text() for text in bars.get_xticklabels()] == names
-    assert "untrained 29.6" in [line.get_label() for line in bars.lines]
 
 
 def test_rank_and_knn(drawn):
@@ -180,3 +210,60 @@ def test_rank_and_knn(drawn):
         assert title.startswith(f"{name}: 5 runs, Spearman's ρ 0.00")
         assert "(4 without a warning: ρ 1.00)" in title
         assert [len(line.get_xdata()) for line in axes.lines] == [4, 1, 1]
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def font(tmp_path, monkeypatch):
+    """An installed font that has two letters of China, each a square, and no others."""
+    builder = FontBuilder(1000, isTTF=True)
+    pen = TTGlyphPen(None)
+    for i, point in enumerate([(0, 0), (0, 800), (800, 800), (800, 0)]):
+        (pen.lineTo if i else pen.moveTo)(point)
+    pen.closePath()
+    glyphs = [".notdef", "cat", "dog"]
+    builder.setupGlyphOrder(glyphs)
+    builder.setupCharacterMap({ord("猫"): "cat", ord("狗"): "dog"})
+    builder.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (900, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Two Animals", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "animals.ttf")
+    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist])
+    fontManager.addfont(tmp_path / "animals.ttf")
+
+
+CLASSES = ["猫", "狗", "鳥", "a\nb", "bytes \udcff", "_hidden", "$5$", "long_" * 20 + "a"]
+CLASSES += ["long_" * 20 + "b", "n02111889_samoyed_and_other_dogs_of_the_north", "鳥" * 40]
+
+
+def test_names_of_any_script_and_length_are_told_apart(drawn, font):
+    """Letters of an installed font are drawn; others escaped, as are line breaks and bad bytes."""
+    shown = [*drawable_names(CLASSES).values()]
+    assert shown[:7] == ["猫", "狗", "\\u9ce5", "a\\nb", "bytes \\udcff", "_hidden", "$5$"]
+    assert shown[7:9] == ["long_long_lo…long_long_a", "long_long_lo…long_long_b"]
+    assert len(set(shown)) == len(CLASSES)
+    title = "運" * 300
+    figure = drawn(figures.confusion, np.eye(11, dtype=int).tolist(), CLASSES, title)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == shown
+    assert "Two Animals" in axes.get_yticklabels()[0].get_fontfamily()
+    features = np.random.default_rng(0).normal(size=(22, 4)).astype(np.float32)
+    figure = drawn(figures.embedding, features, CLASSES * 2, CLASSES, title)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text.strip().replace(r"\$", "$") for text in legend] == shown
+    tiles = np.random.default_rng(0).integers(0, 256, (8, 9, 32, 32, 3), dtype=np.uint8)
+    drawn(figures.neighbours, tiles, np.ones((8, 8)), None, CLASSES[3:], title)
+    drawn(figures.curves, {title: history(5)})
+    drawn(figures.curves, {name: history(5) for name in ("_a", *CLASSES)})
+    drawn(figures.curves, {name: history(5, labelled=False) for name in ("x" * 240, "y" * 240)})
+
+
+def test_a_long_name_loses_its_middle():
+    assert drawable("abcdefghij", 10) == "abcdefghij"
+    assert drawable("abcdefghijk", 10) == "abcde…hijk"
+    assert columns_of("ab猫") == 4

@@ -108,7 +108,8 @@ def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypat
         assert table["untrained_knn"][i] == rows[0]["test_acc@1"]
         args = checkpoint.load(f"{run}_model.pth")["args"]
         assert (args["stop_grad"], args["seed"]) == (["on", "off"][i], 3)
-    assert np.asarray(Image.open(tmp_path / "ablations.png")).std() > 5
+    for name in ("ablations.png", "ablations_curves.png"):
+        assert np.asarray(Image.open(tmp_path / name)).std() > 5
 
     ablate.command(flags)
     assert pandas.read_csv(tmp_path / "ablations.csv").equals(table)

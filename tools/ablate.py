@@ -4,7 +4,8 @@ python -m tools.ablate                    # the ablations: about half an hour on
 python -m tools.ablate --study collapse   # runs that collapse and runs that do not
 
 A run that is there is not done again, and one that was cut is gone on with. Results go to
-results/ablations.csv or results/collapse.csv, a row a run, and a picture of the same name.
+results/ablations.csv or results/collapse.csv, a row a run, and a picture of the same name; curves
+of the ablations to results/ablations_curves.png.
 """
 
 import csv
@@ -185,7 +186,7 @@ def command(argv: list[str] | None = None) -> None:
 
 
 def write(table: Path, study: str, found: list[dict], runs: list[Run], title: str) -> None:
-    """The rows `found`, among those of other data, epochs and settings; and the picture."""
+    """The rows `found`, among those of other data, epochs and settings; and pictures."""
     rows = found
     if table.is_file():
         key = operator.itemgetter("data", "epochs", "setting", "seed")
@@ -194,13 +195,16 @@ def write(table: Path, study: str, found: list[dict], runs: list[Run], title: st
     write_csv(table, rows, COLUMNS if study == "ablations" else WARNED)
     with whole_file(table.with_suffix(".png")) as file:
         if study == "ablations":
-            histories = {}
-            for run in runs:
-                histories.setdefault(run.setting.name, []).append(run.rows())
-            shown = [name for name in FIG_2 if name in histories]
-            figures.ablations(histories, shown, title, file)
+            figures.ablations(found, title, file)
         else:
             figures.rank_and_knn(rows, file)
+    if study == "ablations":
+        histories = {}
+        for run in runs:
+            histories.setdefault(run.setting.name, []).append(run.rows())
+        shown = [name for name in FIG_2 if name in histories]
+        with whole_file(table.with_name(f"{table.stem}_curves.png")) as file:
+            figures.ablation_curves(histories, shown, title, file)
 
 
 def report(study: str, found: pandas.DataFrame) -> str:
