@@ -6,9 +6,6 @@ model that knows its classes and its test transform.
 
 import contextlib
 import dataclasses
-import pickle
-import types
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simsiam import checkpoint, metrics
+from simsiam import checkpoint, metrics, serialization
 from simsiam.datasets import shorter_side
 from simsiam.files import about
 from simsiam.images import centre, to_rgb
@@ -25,84 +22,26 @@ from simsiam.loader import Files
 from simsiam.network import Classifier, SimSiam
 from simsiam.views import NORMALISATION, Views
 
-# ---- files whose code must not be run -----------------------------------------------------------
-
-
-class Left:
-    """What stands for an object of a checkpoint that is no array, dict, list, number or text."""
-
-    def __init__(self, *args: object, **more: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def append(self, value: object) -> None:
-        """As of a list's subclass."""
-
-    def extend(self, values: object) -> None:
-        """As of a list's subclass."""
-
-
-class ArraysOnly(pickle.Unpickler):
-    """An unpickler that calls nothing but what makes tensors and NumPy arrays."""
-
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),  # of NumPy's bytes in old pickles
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> object:
-        """The class or function of that name, if it is allowed."""
-        return super().find_class(module, name) if (module, name) in self.ALLOWED else Left
-
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of any checkpoint by their names there; runs no code of the file's.
 
-    PyTorch's, old ones too, with or without things around the `state_dict`, and Paddle's
-    `.pdparams`. Raises FileNotFoundError, or ValueError for a file that has none.
+    All that `serialization.read` reads, with or without things around the `state_dict`. Raises
+    FileNotFoundError, or ValueError for a file that has none.
     """
-    try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError("a checksum is wrong")
-        with open(path, "rb") as file:
-            if str(path).endswith(".pdparams"):
-                state = ArraysOnly(file, encoding="latin1").load()
-            else:
-                reader = types.ModuleType("arrays_only")
-                reader.Unpickler = ArraysOnly
-                reader.load = lambda content, **how: ArraysOnly(content, **how).load()
-                state = torch.load(file, "cpu", pickle_module=reader, weights_only=False)
-    except (FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # an unpickler fed with junk may raise anything
-        raise ValueError("is damaged, or no checkpoint") from error
+    state = serialization.read(path)
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
-    arrays = {}
+    tensors = {}
     for name, value in state.items() if isinstance(state, dict) else ():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-            value = torch.from_numpy(value)
+        if isinstance(value, tuple) and len(value) == 2:  # Paddle's: its own name, and the array
+            value = value[1]
         if isinstance(name, str) and isinstance(value, Tensor):
-            arrays[name] = value.detach().float() if value.is_floating_point() else value.detach()
-    if not arrays:
+            tensors[name] = value.float() if value.is_floating_point() else value
+    if not tensors:
         raise ValueError("has no weights")
-    return arrays
+    return tensors
 
 
 # ---- networks of other projects' weights --------------------------------------------------------
