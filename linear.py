@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import utils
-from simsiam import checkpoint, figures, metrics, network, ranks
+from simsiam import checkpoint, devices, figures, metrics, network, ranks
 from simsiam.datasets import DATA_NAMES, list_folder, load
 from simsiam.files import about, whole_file, write_csv
 from simsiam.images import decode
@@ -379,7 +379,7 @@ def prepare(run: Run) -> Prepared:
     """All that a run needs, new or from its checkpoint. Raises ValueError and OSError."""
     args, augmentation = run.args, AUGMENTATION
     with run.flags.bad_input():  # one rank alone may lack its device
-        device, amp = utils.set_up(args)
+        device, amp = devices.set_up(args)
     source = open_source(args, linear=False)
     for note in source.notes:
         ranks.say(f"{args.model_path}: {note}")
@@ -407,7 +407,7 @@ def prepare(run: Run) -> Prepared:
     net.to(device, memory_format=torch.channels_last)
     images = images.to(device)
     views = Views(size, mean, std, augmentation, 1, args.seed)
-    encoder = Encoder(net.backbone, views, utils.autocast(device, amp), args.compile)
+    encoder = Encoder(net.backbone, views, devices.autocast(device, amp), args.compile)
     test_features = encoder.plain(images.test_images)  # of a frozen encoder: once for all epochs
     task = Task(images.train_images, images.train_labels, encoder.augmented, views)
     begun = time.perf_counter()
@@ -510,7 +510,7 @@ def confusion_file(args: Namespace, source: Source, data_name: str, root: str) -
 def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
     """Score a saved linear model: top-1, top-5, each class, a confusion matrix. Trains nothing."""
     with flags.bad_input():
-        device, amp_name = utils.set_up(args)
+        device, amp_name = devices.set_up(args)
         source = open_source(args, linear=True)
         images, data_name, root = images_of(args, source, test_only=True)
         classes = source.classes
@@ -526,7 +526,7 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
     order = torch.tensor([classes.index(name) for name in images.classes])
     labels = order[images.test_labels].to(device)  # numbered as in training
     net = source.to(device).net
-    features = source.features(images.test_images, utils.autocast(device, amp_name))
+    features = source.features(images.test_images, devices.autocast(device, amp_name))
     loss, top1, top5 = evaluate(net.fc, features, labels)
     matrix = metrics.confusion_matrix(labels, net.fc(features).argmax(1), len(classes))
     for i, (name, row) in enumerate(zip(classes, matrix, strict=True)):
@@ -543,7 +543,7 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
 def predict(args: Namespace, flags: utils.Flags) -> None:
     """Classes and scores of image files."""
     with flags.bad_input():
-        device, amp_name = utils.set_up(args)
+        device, amp_name = devices.set_up(args)
         if args.out_csv:
             utils.check_new("--out_csv", args.out_csv, args.overwrite)
         predictor = Predictor(open_source(args, linear=True).to(device))
@@ -554,7 +554,7 @@ def predict(args: Namespace, flags: utils.Flags) -> None:
         images, bad = decode(files, *cut)
     for line in bad.values():
         print(line, file=sys.stderr)
-    scores = predictor.scores(images, utils.autocast(device, amp_name))
+    scores = predictor.scores(images, devices.autocast(device, amp_name))
     best = scores.topk(min(5, len(predictor.classes)))
     files = [path for i, path in enumerate(files) if i not in bad]
     rows = []

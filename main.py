@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import utils
-from simsiam import checkpoint, metrics, network, pictures, ranks, weights
+from simsiam import checkpoint, devices, metrics, network, pictures, ranks, weights
 from simsiam.datasets import DATA_NAMES, load
 from simsiam.files import RunError, about
 from simsiam.loader import Data, Loader, crc
@@ -246,7 +246,7 @@ def prepare(run: Run) -> Prepared:
             "of it, of two images a rank at least"
         )
     with run.flags.bad_input():  # one rank alone may lack its device
-        device, amp = utils.set_up(args)
+        device, amp = devices.set_up(args)
     if not state:
         net = initial_network(args)
     images = images_of(args)
@@ -276,7 +276,7 @@ def prepare(run: Run) -> Prepared:
         )
     result |= {"data": utils.data_label(args.data_name, args.data_root), "arch": args.arch}
     result |= {"feature_dim": args.feature_dim, "k": args.k, "protocol": "KNN"}
-    images, amp = images.to(device), utils.autocast(device, amp)
+    images, amp = images.to(device), devices.autocast(device, amp)
     views = Views(size, mean, std, augmentation, net.num_views, args.seed)
     loader = Loader(images.train_images, args.batch_size, args.seed, views=views)
     if args.bank_size is not None:

@@ -1,9 +1,7 @@
-"""What the commands have in common: flags, errors in one line, the device, the progress."""
+"""What the commands have in common: flags, errors in one line, the progress."""
 
 import argparse
 import contextlib
-import ctypes
-import logging
 import math
 import os
 import signal
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from simsiam import ranks
@@ -284,86 +281,6 @@ def introduce(
     known = {"train_size": len(images.train_images), "width": net.backbone.conv1.out_channels}
     known |= {"params_m": params / 1e6, "flops_g": flops / 1e9}
     return known | {"device": device.type}
-
-
-# ---- device -------------------------------------------------------------------------------------
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the accelerator torch finds (cuda, mps, ...), else cpu.
-
-    Raises ValueError for a device that is not there.
-    """
-    accelerator = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    )
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        usable = device.type in ("cpu", accelerator.type if accelerator else "cpu")
-        torch.zeros(1, device=device if usable else "cpu")
-    except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
-        there = ["cpu"] + ([accelerator.type] if accelerator else [])
-        raise ValueError(f"--device {name}: is not there; choose auto or {' or '.join(there)}")
-    return device
-
-
-def set_up(args: Namespace) -> tuple[torch.device, str]:
-    """The device of the flags, and its amp: bf16 or off. Each rank has a device of its own.
-
-    Raises ValueError for one that is not there, and where --compile cannot work on it.
-    """
-    device, amp = pick_device(args.device), args.amp
-    if ranks.grouped() and device.type != "cpu":
-        device = ranks.own_device(device.type)
-    if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
-    if args.deterministic:  # cuBLAS reads it when it starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.deterministic)
-    if device.type == "cpu":
-        keep_memory()
-    if getattr(args, "compile", False):  # not all tools have the flag
-        try_to_compile(device)
-    return device, amp
-
-
-def try_to_compile(device: torch.device) -> None:
-    """Compile a trifle, for the network is compiled only at its first step, when the run has begun.
-
-    Raises ValueError where torch.compile does not work: most often a compiler is missing.
-    """
-    logging.disable(logging.WARNING)  # torch's, of a CUDA_HOME without a GPU
-    try:
-        torch.compile(F.silu)(torch.zeros(2, device=device))
-    except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if not line.startswith("backend=")]
-        raise ValueError(
-            f"--compile: torch.compile does not work here ({lines[0] if lines else error}): install "
-            "a C++ compiler, such as g++, or leave out --compile"
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def keep_memory() -> None:
-    """Let malloc keep what is freed, for a step needs the same memory as the one before.
-
-    By default glibc gives large blocks back to the system, whose page faults then took a tenth of
-    the time of a ResNet-18 step on two cores. Elsewhere than on glibc nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """bf16 autocast if `amp` is bf16."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
 
 
 # ---- progress -----------------------------------------------------------------------------------

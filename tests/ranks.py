@@ -29,7 +29,7 @@ import torch.distributed as dist
 import linear
 import main
 import utils
-from simsiam import network, ranks
+from simsiam import devices, network, ranks
 from simsiam.loader import Loader, end_workers
 from simsiam.monitor import Tally
 from simsiam.textures import textures
@@ -43,7 +43,7 @@ def gradients() -> None:
     flags = main.make_flags()
     args, _ = flags.read(FLAGS)
     with utils.joined(args, flags):
-        device, amp = utils.set_up(args)
+        device, amp = devices.set_up(args)
         torch.manual_seed(0)
         net = network.simsiam(vars(args))
         trained = ranks.for_training(net, False, 32)
@@ -61,7 +61,7 @@ def gradients() -> None:
         difference = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
         largest = max(gradient.abs().max().item() for gradient in found[0])
         optimizer, tally = main.make_optimizer(net, args), Tally(device)
-        rest = (views, tally, 0, 0, args, utils.autocast(device, amp))
+        rest = (views, tally, 0, 0, args, devices.autocast(device, amp))
         for _ in main.train(trained, optimizer, loader, *rest):
             pass
         weights = torch.cat([tally.values, *(p.detach().flatten() for p in net.parameters())])

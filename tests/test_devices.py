@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 import utils
-from simsiam import metrics, network
+from simsiam import devices, metrics, network
 from simsiam.loader import Loader
 from simsiam.monitor import Tally
 from simsiam.views import Batch, Views
@@ -48,7 +48,7 @@ def test_training_on_cuda_mixes_no_devices_and_never_waits(flags, monkeypatch):
     args = main.make_flags().read(f"--arch resnet18 --batch_size 4 {flags}".split())[0]
     net, updated = network.simsiam(vars(args)).to(memory_format=torch.channels_last), []
     with mock.patch.multiple("torch.cuda", is_available=mock.Mock(), is_bf16_supported=mock.Mock()):
-        amp = utils.autocast(CUDA, "bf16")
+        amp = devices.autocast(CUDA, "bf16")
     # Torch's own, that want a real device: here nothing is differentiated, pinned or updated.
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)

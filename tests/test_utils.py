@@ -18,6 +18,7 @@ from PIL import Image
 import linear
 import main
 import utils
+from simsiam import devices
 from simsiam.files import RunError
 from simsiam.images import BadImage
 from simsiam.loader import Data
@@ -311,11 +312,11 @@ def test_amp_is_off_on_the_cpu_unless_asked_for(monkeypatch):
     x = torch.ones(2, 2)
     for amp, dtype in [("auto", torch.float32), ("off", torch.float32), ("bf16", torch.bfloat16)]:
         args = argparse.Namespace(device="cpu", amp=amp, deterministic=False)
-        device, found = utils.set_up(args)
+        device, found = devices.set_up(args)
         assert device == CPU
         assert found == ("bf16" if dtype == torch.bfloat16 else "off")
         assert args.amp == amp  # nothing is written into the flags
-        with utils.autocast(device, found):
+        with devices.autocast(device, found):
             assert (x @ x).dtype == dtype
 
 
@@ -339,7 +340,7 @@ def test_deterministic_is_pytorch_s(monkeypatch, deterministic):
     before = torch.are_deterministic_algorithms_enabled()
     try:
         args = argparse.Namespace(device="cpu", amp="auto", deterministic=deterministic)
-        utils.set_up(args)
+        devices.set_up(args)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
         assert vars(args) == {"device": "cpu", "amp": "auto", "deterministic": deterministic}
@@ -348,23 +349,23 @@ def test_deterministic_is_pytorch_s(monkeypatch, deterministic):
 
 
 def test_device_that_is_not_there():
-    assert utils.pick_device("cpu") == CPU
+    assert devices.pick_device("cpu") == CPU
     for name in ("cuda:77", "gpu", "meta", ""):
         with pytest.raises(ValueError, match="--device"):
-            utils.pick_device(name)
+            devices.pick_device(name)
 
 
 def test_auto_is_the_accelerator_that_is_there(monkeypatch):
     there = torch.accelerator.is_available()
-    assert (utils.pick_device("auto").type != "cpu") == there
+    assert (devices.pick_device("auto").type != "cpu") == there
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert utils.pick_device("auto") == CPU
+    assert devices.pick_device("auto") == CPU
     with pytest.raises(ValueError, match="--device cuda: is not there; choose auto or cpu"):
-        utils.pick_device("cuda")
+        devices.pick_device("cuda")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
-    assert utils.pick_device("auto") == torch.device("mps")
-    assert utils.pick_device("cpu") == CPU
+    assert devices.pick_device("auto") == torch.device("mps")
+    assert devices.pick_device("cpu") == CPU
 
 
 def test_a_run_introduces_itself(capsys):

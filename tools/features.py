@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 import utils
-from simsiam import datasets, metrics, ranks
+from simsiam import datasets, devices, metrics, ranks
 from simsiam.files import whole_file
 from simsiam.images import decode, ignore_pil_warnings
 from simsiam.weights import Source
@@ -48,9 +48,9 @@ def found(source: Source, files: list[Path], args: Namespace) -> tuple[np.ndarra
     Raises ValueError, naming the file, for one that cannot be read, unless those are skipped.
     """
     part = chosen_part(source, args.layer)
-    device, amp_name = utils.set_up(args)
+    device, amp_name = devices.set_up(args)
     source.to(device)
-    amp = utils.autocast(device, amp_name)
+    amp = devices.autocast(device, amp_name)
     views, rows, kept = source.views, [], []
     for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
         some = files[start : start + BATCH]

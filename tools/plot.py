@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import utils
-from simsiam import datasets, figures, files, pictures, ranks
+from simsiam import datasets, devices, figures, files, pictures, ranks
 from simsiam.monitor import Monitor
 from simsiam.weights import Source
 
@@ -34,13 +34,13 @@ def one(run: str, data_root: str | None, device_name: str) -> None:
         return
     saved = source.state["args"]
     args = Namespace(**saved | {"data_root": data_root or saved["data_root"]})
-    device = utils.pick_device(device_name)
+    device = devices.pick_device(device_name)
     images = datasets.load(
         args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images
     )
     for size, flag in ((args.train_size, "--train_size"), (args.bank_size, "--bank_size")):
         images = images if size is None else images.subset(size, args.seed, flag)
-    net, amp = source.to(device).net, utils.autocast(device, args.amp)
+    net, amp = source.to(device).net, devices.autocast(device, args.amp)
     monitor = Monitor(net, source.views, images.to(device), args, args.lr, amp)
     pictures.draw_run(run, os.path.basename(run), source.state["history"], monitor)
     ranks.say(f"wrote the pictures of {run}")
