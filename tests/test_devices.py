@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-import utils
 from simsiam import devices, metrics, network
 from simsiam.loader import Loader
 from simsiam.monitor import Tally
