@@ -4,7 +4,6 @@ Nothing is drawn from a global RNG: what a step sees is a function of (seed, epo
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -38,21 +37,37 @@ class Augmentation:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     flip_p: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Raises ValueError that names what cannot be."""
+        tiny = 1e-3  # a crop of no area or width, and a blur over nothing, cannot be computed
+        limits = {
+            "crop_scale": (tiny, 1),
+            "crop_ratio": (tiny, 1 / tiny),
+            "jitter": (0, 10),
+            "blur_sigma": (tiny, 100),
+        }
+        for name, value in vars(self).items():
+            usual = getattr(type(self), name)
+            several = isinstance(usual, tuple)
+            least, most = limits.get(name, (0, 1))
+            numbers = value if several and isinstance(value, tuple) else (value,)
+            if len(numbers) != (len(usual) if several else 1) or not all(
+                type(number) in (int, float) and least <= number <= most for number in numbers
+            ):
+                raise ValueError(f"its augmentation's {name} is not one of this program")
+        ranges = (self.crop_scale, self.crop_ratio, self.blur_sigma)
+        if any(start > end for start, end in ranges) or self.jitter[3] > 0.5:
+            raise ValueError(
+                "its augmentation's crop_scale, crop_ratio or blur_sigma falls, or its hue is "
+                "above 0.5"
+            )
+
     @classmethod
     def read(cls, saved: object) -> "Augmentation":
         """From a checkpoint's dict of its fields. Raises ValueError where it cannot be one."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(saved, dict) or saved.keys() != set(names):
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(saved, dict) or saved.keys() != names:
             raise ValueError("its augmentation is not one of this program")
-        for name, value in saved.items():
-            usual = getattr(cls, name)
-            several = isinstance(usual, tuple)
-            numbers = value if several and isinstance(value, list | tuple) else [value]
-            if len(numbers) != (len(usual) if several else 1) or not all(
-                type(number) is float and math.isfinite(number) and number >= 0
-                for number in numbers
-            ):
-                raise ValueError(f"its augmentation's {name} is not one of this program")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
