@@ -23,7 +23,7 @@ COLOURS += ("#882255", "#999999")  # and two of Tol's, so that ten classes have 
 MARKERS = "o^sDvP*"  # as many as have no factor in common with the colours: 70 pairs
 LINES = ("-", "--", ":", "-.")
 DPI = 110
-FORMATS = ("png", "pdf", "svg", "jpg", "webp")
+FORMATS = ("png", "pdf", "svg", "jpg", "jpeg", "webp")
 
 PANELS = {
     "train_loss": "training loss",

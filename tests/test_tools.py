@@ -1,9 +1,11 @@
 """tools.plot, tools.ablate and tools.bench: what they draw and write is of the runs."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
+import types
 
 import numpy as np
 import pandas
@@ -14,12 +16,14 @@ import linear
 import main
 from simsiam import checkpoint
 from simsiam.files import RunError, read_csv
-from tests.helpers import ROOT
+from tests.helpers import ROOT, refused
 from tools import ablate, bench, plot
 
 TINY = (
     "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
 )
+
+PLOT = types.SimpleNamespace(main=plot.command)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +48,100 @@ def test_plot_draws_a_run_from_its_checkpoint(runs, tmp_path, capsys):
     assert drawn == [f"a_{name}.png" for name in "confusion curves embedding neighbours".split()]
     plot.command([str(runs / "a_linear_model.pth")])
     assert "--evaluate_only" in capsys.readouterr().out
-    assert (runs / "a_linear_curves.png").exists()
-    # They are the pictures that the run itself would have drawn.
-    shutil.copy(runs / "a_model.pth", tmp_path)
+    # They are the pictures that the runs themselves would have drawn.
+    for name in ("a", "a_linear"):
+        shutil.copy(runs / f"{name}_model.pth", tmp_path)
     main.main(f"--resume {tmp_path}/a_model.pth --pictures".split())
-    for name in ("confusion", "neighbours"):
-        drawn = np.asarray(Image.open(tmp_path / f"a_{name}.png"))
-        assert np.array_equal(drawn, np.asarray(Image.open(runs / f"a_{name}.png")))
+    linear.main(f"--resume {tmp_path}/a_linear_model.pth --pictures".split())
+    for name in ("a_confusion", "a_neighbours", "a_curves", "a_linear_curves"):
+        drawn = np.asarray(Image.open(tmp_path / f"{name}.png"))
+        assert np.array_equal(drawn, np.asarray(Image.open(runs / f"{name}.png")))
+
+
+def picture_of(path):
+    """The format of a picture, by its first bytes."""
+    start = path.read_bytes()[:12]
+    names = {b"\x89PNG": "png", b"%PDF": "pdf", b"<?xm": "svg", b"\xff\xd8\xff\xe0": "jpg"}
+    return names.get(start[:4]) or start[8:].decode().lower()
+
+
+def test_plot_replaces_nothing_unasked_and_its_ending_is_its_format(runs, tmp_path, capsys):
+    """Of a run without its checkpoint the table is left: it does not know of the raw pixels."""
+    for name in ("a_statistics.csv", "b_statistics.csv"):
+        shutil.copy(runs / name, tmp_path)
+    good = tmp_path / "a_curves.png"
+    good.write_bytes(b"a better one")
+    err = refused(capsys, PLOT, tmp_path / "a")
+    assert f"{good}: exists: replace it with --overwrite" in err
+    assert good.read_bytes() == b"a better one"
+    plot.command([f"{tmp_path}/a", "--overwrite"])
+    assert picture_of(good) == "png"
+    both = [f"{tmp_path}/{name}" for name in "ab"]
+    for end in ("png", "PDF", "svg", "jpg", "webp"):
+        out = tmp_path / f"x.{end}"
+        plot.command([*both, "--out", str(out)])
+        assert picture_of(out) == end.lower()
+        assert "exists" in refused(capsys, PLOT, *both, "--out", out)
+    for end in (".xyz", "", ".pgf"):
+        err = refused(capsys, PLOT, *both, "--out", f"{tmp_path}/y{end}")
+        assert "--out" in err
+        assert ".pdf" in err
+
+
+def test_plot_tells_runs_of_one_name_by_their_folders(runs, tmp_path):
+    for folder in ("x/1", "x/2", "y/2"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(runs / "a_statistics.csv", tmp_path / folder / "run_statistics.csv")
+    shutil.copy(runs / "a_statistics.csv", tmp_path)
+    places = [f"{tmp_path}/{place}" for place in ("x/1/run", "x/2/run", "y/2/run_curves.png", "a")]
+    plot.command([*places, "--out", f"{tmp_path}/all.svg"])
+    drawn = (tmp_path / "all.svg").read_text()
+    shown = re.findall(r"<!-- (.*?) -->", drawn)
+    assert [name for name in shown if "run" in name or name == "a"] == [
+        "1/run",
+        "x/2/run",
+        "y/2/run",
+        "a",
+    ]
+
+
+def test_plot_says_in_one_line_what_is_wrong_with_a_table(tmp_path, capsys):
+    table = tmp_path / "a_statistics.csv"
+    header = b"epoch,lr,train_loss,std,rank\n"
+    for content, word in (
+        (b"", "No columns"),
+        (header, "none of"),
+        (b"name,size\na,1\n", "none of"),
+        (header + b"1,0.1,-0.5,1,2,3,4\n2,0.1\n", ""),
+        (header + b"1,0.1,much,1,2\n", "much for train_loss"),
+        (header + b",0.1,-0.5,1,2\n", "epoch None"),
+        (header + b"one,0.1,-0.5,1,2\n", "epoch one"),
+        (header + b"1e300,0.1,-0.5,1,2\n", "epoch 1e+300"),
+        (header + b"1,0.1,inf,1,2\n", "inf for train_loss"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", ""),
+        ("epoch,std\n1,é".encode("utf-16"), ""),
+    ):
+        table.write_bytes(content)
+        err = refused(capsys, PLOT, tmp_path / "a")
+        assert "a_statistics.csv: " in err
+        assert word in err
+        assert not (tmp_path / "a_curves.png").exists()
+
+
+def test_plot_draws_the_run_s_own_images_alone(runs, tmp_path, capsys):
+    """Other images would make other pictures, over those of the run."""
+    for split in ("train", "test"):
+        for name in ("p", "q"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(10):
+                pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    flags = f"{TINY} --epochs 1 --batch_size 8 --out {tmp_path} --name f --k 5"
+    flags = flags.replace("textures --train_size 200", f"folder --data_root {tmp_path}")
+    main.main([*flags.split(), "--arch", "resnet8"])
+    (tmp_path / "train" / "p" / "9.png").unlink()
+    err = refused(capsys, PLOT, tmp_path / "f")
+    assert "not the images that" in err
 
 
 def test_plot_lays_runs_over_one_another(runs, capsys):
@@ -60,7 +151,7 @@ def test_plot_lays_runs_over_one_another(runs, capsys):
     plot.command([f"{runs}/a", f"{runs}/a_statistics.csv", "--out", f"{runs}/same.png"])
     assert not np.array_equal(both, np.asarray(Image.open(runs / "same.png")))
     (runs / "b_model.pth").rename(runs / "c_model.pth")  # only the table is left
-    plot.command([f"{runs}/b"])
+    plot.command([f"{runs}/b", "--overwrite"])
     assert "b_model.pth is not there" in capsys.readouterr().out
     assert (runs / "b_curves.png").exists()
     for wrong, word in (

@@ -1,34 +1,42 @@
 """Pictures of runs again; of several runs, their curves over one another.
 
 python -m tools.plot results/a                           # all of its pictures
-python -m tools.plot results/a results/b --out ab.png    # for comparison
+python -m tools.plot results/a results/b --out ab.pdf    # for comparison
 """
 
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/plot.py`
+
 import utils
 from simsiam import datasets, devices, figures, files, pictures, ranks
+from simsiam.loader import crc
 from simsiam.monitor import Monitor
 from simsiam.weights import Source
 
 ENDS = ("_model.prev.pth", "_model.pth", "_statistics.csv", "_curves.png")
 
 
-def one(run: str, data_root: str | None, device_name: str) -> None:
+def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> None:
     """All pictures of a run, from its checkpoint; without it, from its table the curves.
 
-    `data_root`: where the images are now; by default where they were.
+    `data_root`: where the images are now; by default where they were. The checkpoint's pictures
+    are those of the run itself and replace them; the table knows less.
     """
-    path = f"{run}_model.pth"
+    path, name = f"{run}_model.pth", os.path.basename(run)
     if not os.path.isfile(path):
-        several([run], f"{run}_curves.png")
+        curves({name: table(run)}, f"{run}_curves.png", overwrite)
         ranks.say(f"{path} is not there: its other pictures cannot be drawn")
         return
     source = Source.open(path)
+    if source.state is None:
+        raise ValueError(f"{path}: is another project's checkpoint, of which no run is known")
     if source.is_linear:
-        several([run], f"{run}_curves.png")
+        start = {"epoch": 0, "raw_acc@1": source.state["facts"]["baseline"]}
+        curves({name: [start, *source.state["history"]]}, f"{run}_curves.png", overwrite=True)
         evaluate = f"python linear.py --model_path {path} --evaluate_only"
         ranks.say(f"for its confusion matrix: {evaluate}")
         return
@@ -38,50 +46,97 @@ def one(run: str, data_root: str | None, device_name: str) -> None:
     images = datasets.load(
         args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images
     )
-    for size, flag in ((args.train_size, "--train_size"), (args.bank_size, "--bank_size")):
-        images = images if size is None else images.subset(size, args.seed, flag)
+    if args.train_size is not None:
+        images = images.subset(args.train_size, args.seed)
+    if crc(images.train_images) != source.state["images_crc"]:
+        raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
+    if args.bank_size is not None:
+        images = images.subset(args.bank_size, args.seed, "--bank_size")
     net, amp = source.to(device).net, devices.autocast(device, args.amp)
     monitor = Monitor(net, source.views, images.to(device), args, args.lr, amp)
-    pictures.draw_run(run, os.path.basename(run), source.state["history"], monitor)
+    pictures.draw_run(run, name, source.state["history"], monitor)
     ranks.say(f"wrote the pictures of {run}")
 
 
-def several(runs: list[str], out: str) -> None:
+def several(runs: list[str], out: str, overwrite: bool) -> None:
     """The curves of runs, from their tables."""
-    histories = {}
-    for run in runs:
-        table = f"{run}_statistics.csv"
-        if not os.path.isfile(table):
-            raise FileNotFoundError(f"{run}: there is no {table}")
-        histories[os.path.basename(run)] = files.read_csv(table)
+    names = names_of(runs)
+    curves({names[run]: table(run) for run in runs}, out, overwrite)
+
+
+def curves(histories: dict[str, list[dict]], out: str, overwrite: bool) -> None:
+    """The picture `out`, in the format of its ending."""
+    utils.check_new("picture", out, overwrite)
     with files.whole_file(out) as file:
-        figures.curves(histories, file)
+        figures.curves(histories, file, format_of(out))
     ranks.say(f"wrote {out}")
+
+
+def format_of(out: str) -> str:
+    """The format of a picture, by its ending; not always one that there is."""
+    return Path(out).suffix.lower().removeprefix(".")
+
+
+def names_of(runs: list[str]) -> dict[str, str]:
+    """A name for each: the run's own and, where others have it, the folders that tell it apart."""
+    parts = {run: Path(run).resolve().parts for run in runs}
+    names = {}
+    for run, own in parts.items():
+        others, depth = {some for some in parts.values() if some != own}, 1
+        while any(other[-depth:] == own[-depth:] for other in others):
+            depth += 1
+        names[run] = "/".join(own[-depth:])
+    return names
+
+
+def table(run: str) -> list[dict]:
+    """The statistics of a run. Raises ValueError or OSError for a table that is none of a run."""
+    path = f"{run}_statistics.csv"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{run}: there is no {path}")
+    with files.about(path):
+        rows = files.read_csv(path)
+        if not any(name in row for name in figures.PANELS for row in rows):
+            raise ValueError(f"is no table of a run: it has none of {', '.join(figures.PANELS)}")
+        for row in rows:
+            epoch = row.get("epoch")
+            if not isinstance(epoch, int | float) or not 0 <= epoch < 1e9 or epoch % 1:
+                raise ValueError(f"its epoch {epoch} is no whole number")
+            for name in figures.PANELS.keys() & row.keys():
+                if not isinstance(row[name], int | float) or not abs(row[name]) < 1e9:
+                    raise ValueError(f"epoch {epoch:.0f} has {row[name]} for {name}: no number")
+    return rows
 
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser("tools.plot", __doc__.split("\n")[0])
+    parser = utils.Parser("tools.plot", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="results/<run>, or one of its files")
-    add("--out", help="of several runs: the picture (overlay.png beside the first one)")
+    ends = ", ".join(f".{name}" for name in figures.FORMATS)
+    out = f"of several runs: the picture, by its ending {ends} (overlay.png beside the first one)"
+    add("--out", help=out)
+    add("--overwrite", action="store_true", help="replace the picture if it is there")
     add("--data_root", help="where the images are now, of one run (as they were)")
     add("--device", help="as of main.py, of one run (auto)")
     args = parser.parse_args(argv)
-    one_only = {"data_root": args.data_root, "device": args.device}
-    for name, value in (one_only if len(args.runs) > 1 else {"out": args.out}).items():
-        if value is not None:
-            parser.error(f"--{name}: is of {'one run' if name in one_only else 'several runs'}")
     runs = []
     for run in args.runs:
         for end in ENDS:
             run = run.removesuffix(end)
-        runs.append(run)
+        if run not in runs:
+            runs.append(run)
+    one_only = {"data_root": args.data_root, "device": args.device}
+    for name, value in (one_only if len(args.runs) > 1 else {"out": args.out}).items():
+        if value is not None:
+            parser.error(f"--{name}: is of {'one run' if name in one_only else 'several runs'}")
+    if args.out and format_of(args.out) not in figures.FORMATS:
+        parser.error(f"--out {args.out}: choose an ending of {ends}")
     with parser.bad_input():
-        if len(runs) > 1:
-            several(runs, args.out or str(Path(runs[0]).parent / "overlay.png"))
+        if len(args.runs) > 1:
+            several(runs, args.out or str(Path(runs[0]).parent / "overlay.png"), args.overwrite)
         else:
-            one(runs[0], args.data_root, args.device or "auto")
+            one(runs[0], args.data_root, args.device or "auto", args.overwrite)
 
 
 if __name__ == "__main__":
