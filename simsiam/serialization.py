@@ -5,7 +5,7 @@ others' pickles, and safetensors. The content tells which; the name does not cou
 
 A pickle is a program for a stack machine. `Machine` is one that imports nothing, and that calls
 only its own makers of tensors. Where the file names something else, a `Left` stands for it. Numbers
-in the file are claims: no tensor is larger than its storage, and all of them together claim no more
+in the file are claims: no tensor is larger than its storage, and all of them together are no more
 than `SHARED` times the bytes of the file.
 """
 
@@ -14,7 +14,7 @@ import math
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 # Names that share one storage claim it each; PatrickHua's files have two for each weight.
 SHARED = 8
 # Steps of a pickle's program, and values in what it makes: a ResNet's, with optimizer, has 20,000.
-STEPS = 2_000_000
+STEPS = 1_000_000
 DEPTH = 64  # of dicts in dicts
 HEADER = 10_000_000  # bytes of the names in a safetensors file
 
@@ -43,6 +43,19 @@ NUMBERS = re.compile("[fiu][1248]|b1")  # NumPy's codes of the dtypes that are r
 
 class Refused(ValueError):
     """A file that says clearly what it is, and is not read."""
+
+
+class Limits:
+    """What a file of `size` bytes may still ask for."""
+
+    def __init__(self, size: int):
+        self.room, self.steps = SHARED * size + 2**20, STEPS
+
+    def claim(self, size: int = 0) -> None:
+        """Count a step, and bytes of memory. Raises ValueError where there are too many."""
+        self.room, self.steps = self.room - size, self.steps - 1
+        if min(self.room, self.steps) < 0:
+            raise ValueError("it asks for more than the file is worth")
 
 
 class Left:
@@ -73,7 +86,7 @@ def read(path: str | Path) -> object:
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     content = Path(path).read_bytes()
     try:
-        return finished(raw(content), iter(range(STEPS)))
+        return finished(raw(content), Limits(len(content)))
     except (Refused, MemoryError):
         raise
     except Exception as error:  # junk may break the parsers in any way
@@ -91,7 +104,7 @@ def raw(content: bytes) -> object:
         return load(content)
     if content[:4] == b"PK\3\4":
         return from_zip(content)
-    return Machine(len(content)).stream(io.BytesIO(content))
+    return Machine(Limits(len(content))).stream(io.BytesIO(content))
 
 
 def from_zip(content: bytes) -> object:
@@ -110,25 +123,25 @@ def from_zip(content: bytes) -> object:
         folder = pickled.removesuffix("data.pkl")
         if f"{folder}byteorder" in parts and archive.read(f"{folder}byteorder") != b"little":
             raise Refused("has big-endian numbers, which are not read")
-        machine = Machine(len(content), lambda key: archive.read(f"{folder}data/{key}"))
+        machine = Machine(Limits(len(content)), lambda key: archive.read(f"{folder}data/{key}"))
         return machine.load(io.BytesIO(archive.read(pickled)))
 
 
-def finished(value: object, steps: Iterator[int], depth: int = 0) -> object:
+def finished(value: object, limits: Limits, depth: int = 0) -> object:
     """A copy of plain containers, its arrays as tensors.
 
-    Each value counts wherever it is met, so that a list within itself, or one that its like is in
-    twice, and so on, has an end. Raises ValueError where there are too many.
+    Each value counts wherever it is met, so that a list within itself, or a pair of pairs of pairs,
+    or a tensor of many names, has an end. Raises ValueError where it is too much.
     """
-    if next(steps, None) is None or depth > DEPTH:
-        raise ValueError("too many values")
-    if isinstance(value, Array):
-        return value.made
+    value = value.made if isinstance(value, Array) else value
+    limits.claim(value.nbytes if isinstance(value, Tensor) else 0)
+    if depth > DEPTH:
+        raise ValueError("it is too deep")
     if isinstance(value, dict):
-        return {key: finished(item, steps, depth + 1) for key, item in value.items()}
+        return {key: finished(item, limits, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(finished(item, steps, depth + 1) for item in value)
-    plain = value is None or isinstance(value, Tensor | Left | bool | int | float | str | bytes)
+        return type(value)(finished(item, limits, depth + 1) for item in value)
+    plain = value is None or isinstance(value, Tensor | bool | int | float | str | bytes)
     return value if plain else Left()
 
 
@@ -147,13 +160,12 @@ KEYS = (str, int, float, bool, bytes, type(None))
 class Machine:
     """Runs pickles' programs, as pickletools reads them.
 
-    `size`: bytes of the file. `member`: the content of a storage by its key; without it the
-    storages follow the pickle, as in a stream.
+    `member`: the content of a storage by its key; without it the storages follow the pickle, as in
+    a stream.
     """
 
-    def __init__(self, size: int, member: Callable[[str], bytes] | None = None):
-        self.room = SHARED * size + 2**20  # bytes that may still be claimed
-        self.member, self.steps = member, STEPS
+    def __init__(self, limits: Limits, member: Callable[[str], bytes] | None = None):
+        self.limits, self.claim, self.member = limits, limits.claim, member
         self.storages: dict[str, Tensor] = {}
         self.makers = {
             "collections.OrderedDict": self.mapping,
@@ -183,9 +195,7 @@ class Machine:
         stack = self.stack
         for code, arg, _ in pickletools.genops(file):
             name = code.name
-            self.steps -= 1
-            if self.steps < 0:
-                raise ValueError("too many steps")
+            self.claim()
             if name in LITERALS:
                 if isinstance(arg, int) and arg.bit_length() > 128:
                     raise ValueError("a number of too many digits")
@@ -282,12 +292,6 @@ class Machine:
             *_, shape, dtype, fortran, data = state
             target.made = self.array(data, dtype, shape, "F" if fortran else "C")
 
-    def claim(self, size: int) -> None:
-        """Raises ValueError where more bytes are claimed than a file of this size can mean."""
-        self.room -= size
-        if self.room < 0:
-            raise ValueError("it claims more than it holds")
-
     # ---- makers: of Python
 
     def mapping(self, items: object = ()) -> dict:
@@ -354,18 +358,14 @@ class Machine:
             return torch.empty(size, dtype=storage.dtype)
         if storage.dim() != 1 or count > len(storage) or last >= len(storage):
             raise ValueError("a tensor is larger than its storage")
-        self.claim(count * storage.element_size())
         return storage.as_strided(size, stride, storage.storage_offset() + offset)
 
     def inner(self, content: bytes) -> object:
         """A storage that is pickled on its own, as pickle.dump of a tensor has it."""
         self.claim(len(content))
-        machine = Machine(0)
-        machine.room, machine.steps = self.room, self.steps
+        machine = Machine(self.limits)
         del machine.makers["torch.storage._load_from_bytes"]  # once is enough
-        found = machine.stream(io.BytesIO(content))
-        self.room, self.steps = machine.room, machine.steps
-        return found
+        return machine.stream(io.BytesIO(content))
 
     def stream(self, file: io.BytesIO) -> object:
         """The value of a pickle, or that of torch.save's stream: pickles, then the storages."""

@@ -1,9 +1,9 @@
 """Images in shards: tar files in webdataset's layout, read from end to end."""
 
-import dataclasses
 import io
 import itertools
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,14 +20,15 @@ from simsiam.views import Views
 
 # Images that a worker keeps, as the bytes of their files, to draw the next one from.
 SHUFFLED = 1000
+LABEL = 1000  # bytes of a label's file that are read
 
 
 class Member(NamedTuple):
     """An image file within a tar file; printed as a path."""
 
     shard: str
-    key: str  # webdataset's: the name as far as its first dot
     offset: int
+    key: str  # webdataset's: the name as far as its first dot
     size: int
 
     def __str__(self) -> str:
@@ -54,15 +55,12 @@ class Sample(NamedTuple):
         return io.BytesIO(self.bytes)
 
 
-@dataclasses.dataclass
 class Shards(Files):
     """`Files` within tar files, which pre-training reads from their beginnings to their ends.
 
     All else (test images, the kNN's bank, linear evaluation) goes to single members, as if they
-    were files. `number`: the images in all of the tar files, of which `paths` may be a part.
+    were files.
     """
-
-    number: int = 0
 
     def batches(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
@@ -107,7 +105,10 @@ class Stream(torch.utils.data.IterableDataset):
 
     def __init__(self, cutter: Cutter, size: int, rank: int, ranks: int):
         self.cutter, self.size, self.rank, self.ranks = cutter, size, rank, ranks
-        self.shards = sorted({member.shard for member in cutter.files.paths})
+        self.members: dict[str, list[Member]] = {}  # of each shard, in their order there
+        for member in sorted(cutter.files.paths):
+            self.members.setdefault(member.shard, []).append(member)
+        self.shards = list(self.members)
         self.epoch, self.steps = 0, range(0)
 
     def __iter__(self) -> Iterator[Tensor | str]:
@@ -116,22 +117,12 @@ class Stream(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         worker = (worker + self.steps.start) % workers  # whose turn it is at the first of the steps
-        files, chance = self.cutter.files, [self.cutter.seed, self.epoch]
+        chance = [self.cutter.seed, self.epoch]
         order = np.random.default_rng(chance).permutation(len(self.shards))
         order = order[self.rank :: self.ranks][worker::workers]
         rng = random.Random(repr([*chance, self.rank, worker]))
-        part = None  # where not all of the shards' images are wanted
-        if len(files) < files.number:
-            part = {(path.shard, path.key) for path in files.paths}
-
-        def wanted(sample: dict) -> bool:
-            named = part is None or (sample["__url__"], sample["__key__"]) in part
-            return named and image_of(sample) is not None
-
         samples = webdataset.DataPipeline(
-            webdataset.SimpleShardList([self.shards[i] for i in order]),
-            webdataset.tarfile_to_samples(),
-            webdataset.select(wanted),
+            lambda: self.read([self.shards[i] for i in order]),
             webdataset.shuffle(SHUFFLED, initial=SHUFFLED, rng=rng),
         ).repeat()
         before = len(range(worker, self.steps.start, workers))  # its batches before the first step
@@ -139,20 +130,26 @@ class Stream(torch.utils.data.IterableDataset):
         for _ in range(worker + before * workers, self.steps.stop, workers):
             yield stack([self.cut(sample) for sample in itertools.islice(samples, self.size)])
 
-    def cut(self, sample: dict) -> np.ndarray | str:
-        """What the cutter makes of one of webdataset's samples."""
-        name = f"{sample['__url__']}/{sample['__key__']}"
-        chance = zlib.crc32("/".join(Path(name).parts[-2:]).encode())
+    def read(self, shards: list[str]) -> Iterator["Sample"]:
+        """The images of shards, from their beginnings to their ends.
+
+        The shards are opened here, and always as files: webdataset would take a name that begins
+        with `pipe:` for a command, and run it.
+        """
+        for shard in shards:
+            with open(shard, "rb") as file:
+                for member in self.members[shard]:
+                    file.seek(member.offset)
+                    yield Sample(str(member), file.read(member.size))
+
+    def cut(self, sample: "Sample") -> np.ndarray | str:
+        """What the cutter makes of an image file."""
+        chance = zlib.crc32("/".join(Path(sample.name).parts[-2:]).encode())
         try:
-            image = read_image(Sample(name, sample[image_of(sample)]))
+            image = read_image(sample)
         except ValueError as error:
             return str(error)
         return self.cutter.cut(image, [self.cutter.seed, self.epoch, chance])
-
-
-def image_of(sample: dict) -> str | None:
-    """Which of a sample's parts is its image."""
-    return next((end[1:] for end in EXTENSIONS if end[1:] in sample), None)
 
 
 def load_shards(
@@ -176,6 +173,9 @@ def load_shards(
         test = test or val
     else:
         train = expand_urls(root)
+        for name in train:
+            if re.match(r"[A-Za-z][\w.+-]+:", name) and not Path(name).exists():
+                raise ValueError(f"--data_root {name}: shards must be files, no addresses")
     if not train:
         raise FileNotFoundError(f"--data_root {root}: there is no *train*.tar")
     numbers: dict[str, int] = {}
@@ -197,7 +197,7 @@ def load_shards(
                 raise ValueError(f"{member}: its class {label} is not among the training classes")
         labels = [-1 if name is None else numbers[name] for name in labels]
         kept = torch.tensor([i not in found for i in range(len(members))], dtype=torch.bool)
-        images = Shards(good, image_size or 224, workers, number=len(members))
+        images = Shards(good, image_size or 224, workers)
         return images, torch.tensor(labels, dtype=torch.int64)[kept]
 
     train_part = part([] if test_only and test else train)
@@ -207,20 +207,25 @@ def load_shards(
 
 def list_shard(shard: str) -> dict[Member, str | None]:
     """The images of a tar file, each with its label."""
+    if not Path(shard).is_file():
+        raise FileNotFoundError(f"--data_root {shard}: there is no such file")
+    length = Path(shard).stat().st_size
+    found, labels = {}, {}
     try:
-        found, labels = {}, {}
         with tarfile.open(shard, "r:") as archive:
             for info in archive:
+                if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
+                    raise ValueError(f"a size in it is {info.size}")
                 end = info.name.rpartition("/")[2].partition(".")[2]
                 key = info.name[: len(info.name) - len(end) - 1]
                 if info.isreg() and f".{end.lower()}" in EXTENSIONS:
-                    found.setdefault(key, Member(shard, key, info.offset_data, info.size))
+                    found.setdefault(key, Member(shard, info.offset_data, key, info.size))
                 elif info.isreg() and end.lower() == "cls":
-                    labels[key] = archive.extractfile(info).read().decode().strip()
+                    labels[key] = archive.extractfile(info).read(LABEL).decode().strip()
                 archive.members = []
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"--data_root {shard}: there is no such file") from error
-    except (tarfile.TarError, UnicodeDecodeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a parser fed with junk may raise anything
         raise ValueError(f"{shard}: is no tar file of images ({error})") from error
     if not found:
         raise ValueError(f"{shard}: there are no images in it")
