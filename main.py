@@ -298,7 +298,7 @@ def pretrain(run: Run, made: Prepared) -> None:
         run.begin([monitor.untrained()])
     board = None
     if args.tensorboard and ranks.rank() == 0:
-        board = pictures.Board(f"{run.path}_tensorboard", run.epoch)
+        board = pictures.Board(f"{run.path}_tensorboard", run.history, STATISTICS)
     start_rank = run.history[0].get("rank", 0.0)
     smaller = f"python main.py --data_name {args.data_name} --data_root {args.data_root}"
     smaller += " --recipe short --epochs 5"
@@ -325,7 +325,7 @@ def pretrain(run: Run, made: Prepared) -> None:
             row["collapse"] = run.facts["collapse"]
         row = run.after_epoch(row)
         if board:
-            board.row(row, STATISTICS)
+            board.row(row)
         ranks.say(
             f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} std {row['std']:.2f}"
             + (f" rank {row['rank']:.1f}" if "rank" in row else "")

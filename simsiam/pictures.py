@@ -20,14 +20,18 @@ from simsiam.views import Views
 class Board:
     """TensorBoard's copy of a run: statistics, pictures, features. On the first rank only."""
 
-    def __init__(self, folder: str, epochs_done: int):
+    def __init__(self, folder: str, history: list[dict], columns: tuple[str, ...]):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder, purge_step=epochs_done + 1)
+        # TensorBoard forgets what the folder's files have, and gets all rows so far anew: a run may
+        # have begun without it, or may go on from before its last row.
+        self.writer, self.columns = SummaryWriter(folder, purge_step=0), columns
+        for row in history:
+            self.row(row)
 
-    def row(self, row: dict, columns: tuple[str, ...]) -> None:
+    def row(self, row: dict) -> None:
         """A row of the statistics."""
-        for name in columns:
+        for name in self.columns:
             if name in row:
                 self.writer.add_scalar(name, row[name], row["epoch"])
         self.writer.flush()

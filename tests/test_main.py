@@ -640,6 +640,27 @@ def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_pat
     assert len(points.get_offsets()) == 200
 
 
+def check_scalars(events, table):
+    """TensorBoard has each row of a run's table once, from before the training on."""
+    for column in ("train_loss", "std", "rank", "test_acc@1"):
+        points = [(event.step, event.value) for event in events.Scalars(column)]
+        wanted = [(row["epoch"], row[column]) for row in table if column in row]
+        assert points == [pytest.approx(point, rel=1e-4) for point in wanted]
+    assert [event.step for event in events.Scalars("rank")] == [0, 1, 2]
+
+
+def test_tensorboard_has_the_epochs_before_a_resume_once(photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = of_photos(photos, tmp_path, "--epochs", 2, "--name", "a", "--no-pictures")
+    main.main(flags)
+    assert not (tmp_path / "a_tensorboard").exists()
+    for _ in range(3):
+        main.main([*flags, "--resume", "--tensorboard"])
+        events = EventAccumulator(str(tmp_path / "a_tensorboard")).Reload()
+        check_scalars(events, read_csv(tmp_path / "a_statistics.csv"))
+
+
 def test_tensorboard_gets_scalars_pictures_and_features(photos, tmp_path, capsys, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -647,10 +668,7 @@ def test_tensorboard_gets_scalars_pictures_and_features(photos, tmp_path, capsys
     main.main(flags)
     events = EventAccumulator(str(tmp_path / "a_tensorboard")).Reload()
     table = read_csv(tmp_path / "a_statistics.csv")
-    for column in ("train_loss", "std", "rank", "test_acc@1"):
-        points = [(event.step, event.value) for event in events.Scalars(column)]
-        wanted = [(row["epoch"], row[column]) for row in table[1:]]
-        assert points == [pytest.approx(point, rel=1e-4) for point in wanted]
+    check_scalars(events, table)
     assert set(events.Tags()["images"]) == {"curves", "neighbours", "embedding", "confusion"}
     folder = tmp_path / "a_tensorboard" / "00002" / "default"
     found = pandas.read_csv(folder / "tensors.tsv", sep="\t", header=None).values
