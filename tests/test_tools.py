@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import types
 
@@ -23,6 +24,7 @@ TINY = (
     "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
 )
 
+WAYS = ("script", "module")
 PLOT = types.SimpleNamespace(main=plot.command)
 
 
@@ -224,6 +226,38 @@ def test_a_run_leaves_a_clone_clean(tmp_path, monkeypatch):
     assert len(list((tmp_path / "results").iterdir())) == 3
     assert git("status", "--short") == b"A  .gitignore\n"
     assert git("ls-files", "results", place=ROOT) == b""  # no shipped table lies where runs write
+
+
+PROGRAM = """
+import contextlib, io, os, runpy, sys
+root, names = sys.argv[1], sys.argv[2:]
+paths = sys.path[1:]
+for way in ("script", "module"):
+    for name in names:
+        for module in list(sys.modules):
+            if module.split(".")[0] in ("utils", "main", "linear", "model", "simsiam", "tools"):
+                del sys.modules[module]
+        # What Python puts first: a script's folder, or for -m the current one.
+        sys.path[:] = [f"{root}/tools" if way == "script" else root, *paths]
+        sys.argv = [f"{root}/tools/{name}.py", "--help"]
+        said = io.TextIOWrapper(io.BytesIO())
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            if way == "script":
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                runpy.run_module(f"tools.{name}", run_name="__main__")
+        said.seek(0)
+        print(way, name, said.read().split()[:2])
+"""
+
+
+def test_tools_run_as_scripts_and_as_modules(tmp_path):
+    """From any folder, as `python tools/plot.py`, and as `python -m tools.plot`."""
+    names = "ablate bench convert features plot".split()
+    command = [sys.executable, "-c", PROGRAM, ROOT, *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    wanted = [f"{way} {name} ['usage:', 'tools.{name}']" for way in WAYS for name in names]
+    assert done.stdout.splitlines() == wanted, done.stderr
 
 
 def test_profile_writes_a_trace_and_no_run(tmp_path, capsys, monkeypatch):

@@ -21,6 +21,8 @@ import pandas
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/ablate.py`
+
 import utils
 from simsiam import figures
 from simsiam.files import RunError, read_csv, whole_file, write_csv

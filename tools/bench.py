@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/bench.py`
+
 import linear
 import main
 import utils

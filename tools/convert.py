@@ -6,10 +6,13 @@ python -m tools.convert results/..._model.pth encoder.pth --to torchvision
 import io
 import pickle
 import shlex
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/convert.py`
 
 import utils
 from simsiam import files, ranks

@@ -3,6 +3,7 @@
 python -m tools.features --model_path results/..._model.pth --data_root my_images --out found.npz
 """
 
+import sys
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pandas
 from torch import nn
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/features.py`
 
 import utils
 from simsiam import datasets, devices, metrics, ranks
