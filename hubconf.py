@@ -1,7 +1,8 @@
 """The door for torch.hub: torch.hub.load(DIR, "simsiam", source="local", checkpoint=PATH).
 
 `simsiam`, `encoder` and `classifier` take checkpoints of this program and of other projects, whose
-classes are numbers.
+classes are numbers. Of the latter `stem`, `image_size`, `mean` and `std` can be told, as to
+`weights.Source.open`.
 """
 
 from torch import nn
@@ -21,17 +22,17 @@ def simsiam(checkpoint: str | None = None, **settings: object) -> _network.SimSi
     """
     if checkpoint is None:
         return _network.SimSiam(**settings)
-    source = _weights.Source.open(checkpoint)
+    source = _weights.Source.open(checkpoint, **settings)
     if source.is_linear:
         raise ValueError(f"{checkpoint}: is a linear model: choose classifier or encoder")
     return source.net
 
 
-def encoder(checkpoint: str) -> nn.Module:
+def encoder(checkpoint: str, **told: object) -> nn.Module:
     """A checkpoint's backbone: N x 3 x H x W, normalised -> N x features. Raises as `simsiam`."""
-    return _weights.Source.open(checkpoint).net.backbone
+    return _weights.Source.open(checkpoint, **told).net.backbone
 
 
-def classifier(checkpoint: str) -> _weights.Predictor:
+def classifier(checkpoint: str, **told: object) -> _weights.Predictor:
     """A linear model of linear.py, with its own transform. Raises as `simsiam`."""
-    return _weights.Predictor(_weights.Source.open(checkpoint))
+    return _weights.Predictor(_weights.Source.open(checkpoint, **told))

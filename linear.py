@@ -57,9 +57,8 @@ def make_flags() -> utils.Flags:
     add("predict", str, predict, nargs="+", metavar="FILE")
     add("out_csv", str, "write what --predict finds to this file too")
     add = flags.group("another project's encoder")
-    add("stem", network.STEMS, "its first layers (what its layout suggests)")
-    size = "side of the images that it sees (by its stem: 32 or 224)"
-    add("image_size", number(int, 8, 1024), size)
+    for name, kind, text, more in utils.OF_SOURCE:
+        add(name, kind, text, **more)
     add = flags.group("data")
     add("data_name", DATA_NAMES, "judge on another data set than the pre-training's")
     root = "where it is (as in pre-training; data where that was another data set)"
@@ -287,8 +286,8 @@ def pixels_baseline(images: Data, views: Views, amp: torch.autocast, args: Names
 def open_source(args: Namespace, linear: bool) -> Source:
     """The checkpoint of --model_path. Raises ValueError if it is not, or is, a linear model."""
     path = f"--model_path {args.model_path}"
-    more = () if linear else (args.stem, args.image_size)
-    source = ranks.from_first(lambda: Source.open(args.model_path, *more))
+    more = {} if linear else utils.of_source(args)
+    source = ranks.from_first(lambda: Source.open(args.model_path, **more))
     if linear and (source.state is None or not source.is_linear):
         raise ValueError(f"{path}: is not a linear model; make one with python linear.py {path}")
     if source.state is None and not args.data_name:

@@ -89,7 +89,11 @@ def make_flags() -> utils.Flags:
     add("width", number(int, 1, 1024), width)
     add("feature_dim", number(int, 4, 16384), "d, the width of projector and output z")
     add("projector_layers", number(int, 1, 8), "linear layers of the projector")
+    affine = "the projector's last BN is affine, as in some other projects' networks"
+    add("projector_affine", "switch", affine, False)
     add("init", utils.file_path, "start from a checkpoint's weights, ours or others'")
+    parts = "what --init takes: the backbone and the heads that fit, the backbone, or all parts"
+    add("init_parts", weights.INIT_PARTS, parts, "fitting")
     add = flags.group("the paper's ablations")
     add("stop_grad", ("on", "off"), "stop the gradient through z (sec. 4.1)", "on")
     predictors = "none: p = z; fixed: as it starts (sec. 4.2)"
@@ -125,6 +129,8 @@ def fill(flags: dict, given: dict) -> dict:
     """The flags with the recipe's values and the run's name. Raises ValueError."""
     recipe = flags["recipe"] or USUAL_RECIPE.get(flags["data_name"], "cifar")
     flags = flags | RECIPES[recipe] | given | {"recipe": recipe}
+    if flags["init_parts"] != "fitting" and not flags["init"]:
+        raise ValueError("--init_parts: goes with --init")
     if flags["warmup_epochs"] >= flags["epochs"]:
         raise ValueError(
             f"--warmup_epochs {flags['warmup_epochs']:g}: must be below --epochs {flags['epochs']}"
@@ -223,7 +229,7 @@ def initial_network(args: Namespace) -> network.SimSiam:
     net = network.simsiam(vars(args))
     if args.init:
         with about(f"--init {args.init}"):
-            for note in weights.initialise(net, args.init):
+            for note in weights.initialise(net, args.init, args.init_parts):
                 ranks.say(f"{args.init}: {note}")
     return net
 

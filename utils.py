@@ -21,7 +21,7 @@ from simsiam.files import RunError
 from simsiam.images import BadImage, ignore_pil_warnings
 from simsiam.loader import Data
 from simsiam.monitor import Sums
-from simsiam.network import Classifier, SimSiam, params_and_flops
+from simsiam.network import STEMS, Classifier, SimSiam, params_and_flops
 from simsiam.run import run_of
 
 # ---- errors in one line -------------------------------------------------------------------------
@@ -175,6 +175,10 @@ class Flags(Parser):
         return [word for name in told for word in words(name, saved.get(name))]
 
 
+# The flags of both commands that are of kind "two".
+TWO_FORMS = ("fix_pred_lr", "pictures", "stop_on_collapse")
+
+
 def words(name: str, value: object) -> list[str]:
     """How a command line gives a flag a value; nothing for None."""
     if value is None:
@@ -238,6 +242,29 @@ def run_flags(flags: Flags) -> None:
     more = {"nargs": "?", "const": True, "metavar": "PATH"}
     add("resume", file_path, resume, False, **more)
     add("overwrite", "switch", "replace this run's files", False)
+
+
+THREE = {"nargs": 3, "metavar": ("R", "G", "B")}
+# What another project's file does not say of its encoder: name, kind, help, and more.
+OF_SOURCE = (
+    ("stem", STEMS, "its first layers (what its layout suggests)", {}),
+    ("image_size", number(int, 8, 1024), "side of the images that it sees (32 or 224)", {}),
+    ("mean", number(float, 0, 1), "of its images' channels, from 0 to 1 (its project's)", THREE),
+    ("std", number(float, 0.001, 1), "as --mean, their standard deviation", THREE),
+)
+
+
+def source_flags(parser: Parser) -> None:
+    """The flags OF_SOURCE, for a tool."""
+    group = parser.add_argument_group("another project's encoder")
+    for name, kind, text, more in OF_SOURCE:
+        how = {"choices" if isinstance(kind, tuple) else "type": kind}
+        group.add_argument(f"--{name}", help=text, **how, **more)
+
+
+def of_source(args: Namespace) -> dict:
+    """What the flags OF_SOURCE say, as arguments of `weights.Source.open`."""
+    return {name: getattr(args, name) for name, *_ in OF_SOURCE}
 
 
 def place_of_run(flags: dict, given: dict) -> dict:

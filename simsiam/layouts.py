@@ -10,9 +10,10 @@ import re
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from simsiam.network import IMAGENET_ARCHS, Classifier
+from simsiam.network import IMAGENET_ARCHS
+from simsiam.views import NORMALISATION
 
 RESNET = "{conv1 bn1 layer1 layer2 layer3 layer4}"
 MLP = "{0 1 3 4 6 7}"  # a Linear and its BN, of each layer of a head
@@ -26,24 +27,26 @@ class Layout(NamedTuple):
     `names`: how names begin. None stands for nowhere: such weights are left out. Where names of
     this program stand twice, the first pair is for the way out, and the second is read too.
     `within`: words that differ in what follows.
+    `normalisation`: mean and std of its images, if it has one for all; None: those of the stem.
     `out_only`: whether files of it are written only.
     """
 
     names: tuple[tuple[str | None, str | None], ...]
     within: tuple[tuple[str, str], ...] = ()
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     out_only: bool = False
 
 
 # This program's own Linear has no bias before a BN, and so a bias tells other projects' heads.
 BIAS_FREE = "projector.{0.weight 1 3.weight 4 6.weight 7}"
-PATRICK_HUA = (
-    (BACKBONE, BACKBONE),
-    ("predictor.{layer1.0 layer1.1 layer2}", "predictor.{0 1 3}"),
-    ("encoder.{0 1}", None),  # backbone and projector again
-)
-LIGHTLY_HEADS = (
+LIGHTLY = (
     (f"projection_head.layers.{MLP}", PROJECTOR),
     (f"prediction_head.layers.{MLP}", PREDICTOR),
+    (f"projection_mlp.layers.{MLP}", PROJECTOR),  # of lightly.models.SimSiam
+    (f"prediction_mlp.layers.{MLP}", PREDICTOR),
+    ("projection_mlp.{0.0 0.1 1.0 1.1 2.0 2.1}", PROJECTOR),  # the same until version 1.1
+    ("prediction_mlp.{0.0 0.1 1}", "predictor.{0 1 3}"),
+    ("dummy_param", None),  # of its benchmarks until version 1.4.1
 )
 LAYOUTS = {  # in the order in which they are tried
     "torchvision": Layout(
@@ -66,14 +69,27 @@ LAYOUTS = {  # in the order in which they are tried
             (f"g.{MLP}", PROJECTOR),
             (f"h.{MLP}", PREDICTOR),
             ("fc", "fc"),
-        )
+        ),
+        normalisation=((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     ),
     "PatrickHua/SimSiam": Layout(
-        (*PATRICK_HUA, ("projector.layer{1.0 1.1 2.0 2.1 3.0 3.1}", PROJECTOR))
+        (
+            (BACKBONE, BACKBONE),
+            ("projector.layer{1.0 1.1 2.0 2.1 3.0 3.1}", PROJECTOR),
+            ("predictor.{layer1.0 layer1.1 layer2}", "predictor.{0 1 3}"),
+            ("encoder.{0 1}", None),  # backbone and projector again
+        ),
+        within=(("shortcut", "downsample"),),  # of its second ResNet for CIFAR
+        normalisation=NORMALISATION["imagenet"],
     ),
-    "lightly": Layout((("backbone.{0 1 4 5 6 7}", BACKBONE), *LIGHTLY_HEADS)),
+    "lightly": Layout(
+        (("backbone.{0 1 4 5 6 7}", BACKBONE), *LIGHTLY),
+        normalisation=NORMALISATION["imagenet"],
+    ),
     "lightly's CIFAR benchmark": Layout(
-        (("backbone.{0 1 2 3 4 5}", BACKBONE), *LIGHTLY_HEADS), within=(("shortcut", "downsample"),)
+        (("backbone.{0 1 2 3 4 5}", BACKBONE), *LIGHTLY),
+        within=(("shortcut", "downsample"),),
+        normalisation=NORMALISATION["imagenet"],
     ),
     "solo-learn": Layout(
         (
@@ -115,18 +131,10 @@ LAYOUTS = {  # in the order in which they are tried
         out_only=True,
     ),
 }
-# PatrickHua's file for CIFAR stores three layers of the projector, and its network skips layer2.
-PATRICK_HUA_CIFAR = Layout(
-    (*PATRICK_HUA, ("projector.layer{1.0 1.1 3.0 3.1}", "projector.{0 1 3 4}"))
-)
-EXPORTS = {  # the formats of `exported`, and the layout of each
-    "torchvision": "torchvision",
-    "authors": "the authors'",
-    "lightly": "lightly",
-    "mmpretrain": "mmpretrain",
-    "detectron2": "detectron2",
-    "timm": "torchvision",
-}
+# What thop.profile leaves in the modules that it has no rule for, whatever the layout.
+COUNTS = re.compile(r"(.+\.)?total_(ops|params)")
+# What wraps a whole network: DataParallel, torch.compile.
+WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
 BLOCKS = {  # of layer1 to layer4, and whether they are bottlenecks
     (2, 2, 2, 2, False): "resnet18",
     (3, 4, 6, 3, False): "resnet34",
@@ -134,6 +142,8 @@ BLOCKS = {  # of layer1 to layer4, and whether they are bottlenecks
     (3, 4, 23, 3, True): "resnet101",
     (3, 8, 36, 3, True): "resnet152",
 }
+# timm's networks that have the same names and shapes as torchvision's, and other features.
+TWINS = {"resnet18": "resnetblur18", "resnet50": "resnetaa50 and resnetblur50"}
 
 
 # ---- the table in use ---------------------------------------------------------------------------
@@ -163,6 +173,8 @@ def spelled_pairs(
 
 def renamed_one(name: str, layout: Layout, out: bool = False) -> str | None:
     """A name as in `renamed`, None if the layout leaves it out; KeyError if it does not know it."""
+    if COUNTS.fullmatch(name):
+        return None
     for start, end in spelled_pairs(layout.names, out):
         if f"{name}.".startswith(f"{start}."):
             rest = name.removeprefix(start)
@@ -203,29 +215,39 @@ def translated(
 ) -> tuple[dict[str, Tensor], dict, list[str]]:
     """Another project's weights under the names of this program, and what they are.
 
-    Returns the weights, a dict of the encoder's arch, stem and width, and lines to say about them.
-    `stem`: one of `STEMS`, if it is known; by default what the layout suggests.
+    Returns the weights, a dict of `checkpoint.ENCODER`, and lines to say about them. `stem`: one of
+    `STEMS`, if it is known; by default what the layout suggests.
 
     Each name is translated or is one that the layout leaves out. Biases before a BN are folded
     into its running mean, which changes nothing in eval mode. Raises ValueError that names what is
     unknown or missing.
     """
-    weights = from_paddle(weights)
-    layout, found, left = recognised(weights)
+    layout, found, left = recognised(from_paddle(weights))
     notes = [f"layout: {layout}"]
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         notes.append(f"left out, as of no use here: {', '.join(left[:3])}{more}")
+    arch, width = recognised_arch(found)
     small = found["backbone.conv1.weight"].shape[-1] == 3
     if stem is not None:
         notes.append(f"taken to have the stem {stem}, as --stem says")
     else:
-        stem, reason = usual_stem(layout, small)
+        backbone_alone = all(name.startswith("backbone.") for name in found) and width is None
+        stem, reason = usual_stem(layout, small, backbone_alone)
         notes += [reason] if reason else []
-    if layout == "PatrickHua/SimSiam" and "projector.6.weight" in found and small:
-        found, _, _ = renamed(weights, PATRICK_HUA_CIFAR)
-        notes.append("its second projector layer is left out, as in its runs on CIFAR")
-    encoder = {"arch": recognised_arch(found), "stem": stem, "width": None}
+    if layout == "torchvision" and arch in TWINS:
+        twins = f"names and shapes are also those of timm's {TWINS[arch]}, whose features differ"
+        notes.append(f"taken for a {arch}: {twins}")
+    of_cifar = small
+    if layout == "PatrickHua/SimSiam" and "projector.6.weight" in found:
+        unused, reason = second_layer_unused(found, small)
+        if unused:
+            of_cifar, found = True, without_second_layer(found)
+            notes.append(f"its second projector layer is left out: {reason}")
+    usual = LAYOUTS[layout].normalisation
+    mean, std = usual or NORMALISATION["imagenet" if stem == "imagenet" else "cifar"]
+    encoder = {"arch": arch, "stem": stem, "width": width}
+    encoder |= {"image_size": 32 if of_cifar else 224, "mean": mean, "std": std}
     return without_bn_biases(found), encoder, notes
 
 
@@ -244,17 +266,19 @@ def from_paddle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def recognised(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], list[str]]:
     """The first layout that knows all names, the weights renamed, and the names left out.
 
-    Raises ValueError that names what the nearest layout does not know.
+    If none does, one that knows them without the prefix of what wraps the network. Raises
+    ValueError that names what the nearest layout does not know.
     """
     nearest: tuple[str, list[str]] | None = None
-    for name, layout in LAYOUTS.items():
-        found, left, unknown = renamed(weights, layout)
-        if layout.out_only or "backbone.conv1.weight" not in found:
-            continue
-        if not unknown:
-            return name, found, left
-        if nearest is None or len(unknown) < len(nearest[1]):
-            nearest = name, unknown
+    for given in (weights, unwrapped(weights)):
+        for name, layout in LAYOUTS.items():
+            found, left, unknown = renamed(given, layout)
+            if layout.out_only or "backbone.conv1.weight" not in found:
+                continue
+            if not unknown:
+                return name, found, left
+            if nearest is None or len(unknown) < len(nearest[1]):
+                nearest = name, unknown
     if nearest is None:
         raise ValueError("its weights are not those of a ResNet in a layout that is known")
     name, unknown = nearest
@@ -262,29 +286,72 @@ def recognised(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], list
     raise ValueError(f"its names are like those of {name}, but for {some}")
 
 
-def usual_stem(layout: str, small: bool) -> tuple[str, str | None]:
-    """The stem of a project's networks, and what to say of it. `small`: whether conv1 is 3x3."""
+def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the prefix of what wraps the whole network, if all of them have one."""
+    prefixes = {match and match[0] for match in map(WRAPPERS.match, weights)}
+    if None in prefixes or len(prefixes) != 1:
+        return weights
+    return {name.removeprefix(min(prefixes)): value for name, value in weights.items()}
+
+
+def usual_stem(layout: str, small: bool, backbone_alone: bool) -> tuple[str, str | None]:
+    """The stem of a project's networks, and what to say of it.
+
+    `small`: whether conv1 is 3x3. `backbone_alone`: whether there is no more than a backbone.
+    """
     if small and layout == "solo-learn":
         reason = "its names cannot tell conv1's padding: taken for solo-learn's, 2 (--stem)"
         return "cifar_pad2", reason
+    if small and layout == "ours" and backbone_alone:
+        reason = "conv1's padding is taken for 1; if it is solo-learn's, 2: --stem cifar_pad2"
+        return "cifar", reason
     if layout == "lightly's CIFAR benchmark":
         return "cifar_no_relu", "taken to have no ReLU after bn1, as that benchmark (--stem)"
     return "cifar" if small else "imagenet", None
 
 
-def recognised_arch(weights: dict[str, Tensor]) -> str:
-    """The torchvision ResNet that has these blocks. Raises ValueError where none has."""
+def second_layer_unused(found: dict[str, Tensor], small: bool) -> tuple[bool, str]:
+    """Whether PatrickHua's network skipped the projector's second layer, and how that is known.
+
+    Its files have three layers always; with `proj_layers: 2` the second one's BN counts no batch.
+    """
+    counts = [found.get(f"projector.{i}.num_batches_tracked") for i in (1, 4)]
+    if None not in counts and counts[0].any():
+        return not counts[1].any(), "its BN has seen no batch"
+    return small, "no BN counts batches, and its runs on CIFAR skip it"
+
+
+def without_second_layer(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A projector's third layer in the place of the second."""
+    names = {"projector.6": "projector.3", "projector.7": "projector.4"}
+    rest = {name: value for name, value in found.items() if not name.startswith("projector.")}
+    for name, value in found.items():
+        start, _, end = name.rpartition(".")
+        if name.startswith("projector.") and start not in names.values():
+            rest[f"{names.get(start, start)}.{end}"] = value
+    return rest
+
+
+def recognised_arch(weights: dict[str, Tensor]) -> tuple[str, int | None]:
+    """The ResNet that has these blocks: torchvision's or, with its width, He et al.'s for CIFAR.
+
+    Raises ValueError where none has.
+    """
     blocks = [0] * 4
     for name in weights:
         match = re.match(r"backbone\.layer([1-4])\.(\d+)\.", name)
         if match:
             stage, block = int(match[1]) - 1, int(match[2])
             blocks[stage] = max(blocks[stage], block + 1)
-    arch = BLOCKS.get((*blocks, "backbone.layer1.0.conv3.weight" in weights))
-    if arch is None:
-        known = ", ".join(IMAGENET_ARCHS)
-        raise ValueError(f"its backbone, of {blocks} blocks, is none of {known}")
-    return arch
+    bottleneck = "backbone.layer1.0.conv3.weight" in weights
+    if (*blocks, bottleneck) in BLOCKS:
+        return BLOCKS[(*blocks, bottleneck)], None
+    n = blocks[0]
+    arch = f"resnet{6 * n + 2}"
+    if n and blocks == [n, n, n, 0] and not bottleneck and arch not in IMAGENET_ARCHS:
+        return arch, len(weights["backbone.conv1.weight"])
+    known = ", ".join(IMAGENET_ARCHS)
+    raise ValueError(f"its backbone, of {blocks} blocks, is none of {known}")
 
 
 def without_bn_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -301,54 +368,3 @@ def without_bn_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             found[name] = found[name] - found.pop(bias)
         found.setdefault(f"{bn}.num_batches_tracked", torch.tensor(0))
     return found
-
-
-# ---- out ----------------------------------------------------------------------------------------
-
-
-def exported(net: nn.Module, encoder: dict, to: str) -> dict[str, Tensor]:
-    """The weights of a SimSiam or Classifier under the names of another project, for `EXPORTS`.
-
-    `encoder`: its arch and stem. Raises ValueError where that project has no such network.
-    """
-    weights, layout = net.state_dict(), EXPORTS[to]
-    refuse_other_encoders(encoder["arch"], encoder["stem"], to)
-    if isinstance(net, Classifier):
-        if to == "lightly":
-            raise ValueError("lightly has no names for a linear classifier: choose timm")
-        if to == "authors":
-            layout = "the authors' linear"
-    else:
-        refuse_other_heads(weights, to)
-        if to == "authors":  # theirs has a bias there, which does not matter before a BN
-            weights["projector.6.bias"] = torch.zeros_like(weights["projector.7.running_mean"])
-    found, _, unknown = renamed(weights, LAYOUTS[layout], out=True)
-    if unknown:
-        raise ValueError(f"{to} has no name for {unknown[0]}")
-    return found
-
-
-def refuse_other_encoders(arch: str, stem: str, to: str) -> None:
-    """Raises ValueError where the project `to` has no such backbone."""
-    if arch not in IMAGENET_ARCHS:
-        raise ValueError(f"{to} has no {arch}: choose safetensors or onnx")
-    if stem != "imagenet" and to in ("torchvision", "detectron2"):
-        raise ValueError(
-            f"{to}'s {arch} has another stem (7x7 conv1, max-pool) than this one's, {stem}: choose "
-            "timm, for its names with this conv1, or safetensors or onnx"
-        )
-
-
-def refuse_other_heads(weights: dict[str, Tensor], to: str) -> None:
-    """Raises ValueError where the project `to` has no such projector or predictor."""
-    if to in ("authors", "mmpretrain") and "projector.6.weight" not in weights:
-        raise ValueError(f"{to}'s projector has three layers, this one does not")
-    strange = r"projector\.[036]\.bias|predictor\.0\.bias|predictor\.4\..+"
-    alone = "projector.0.weight" in weights and "predictor.0.weight" not in weights
-    if to in ("authors", "lightly", "mmpretrain") and (
-        alone or any(re.fullmatch(strange, name) for name in weights)
-    ):
-        raise ValueError(
-            f"{to}'s SimSiam has other heads than this one, by --bn or --predictor: choose timm or "
-            "torchvision, for the encoder alone, or safetensors"
-        )

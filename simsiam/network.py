@@ -156,6 +156,9 @@ class SimSiam(nn.Module):
     `feature_dim` is d, the width of z and of the projector's hidden layers. The predictor is a
     bottleneck of d/4 (sec. 3). The paper has 3 projector layers on ImageNet, 2 on CIFAR (App. D).
 
+    `projector_affine`: the projector's last BN is affine, as in some other projects' networks (the
+    authors' is not).
+
     The rest are the paper's ablations:
     `stop_grad`: False lets the gradient through z as well (sec. 4.1, Fig. 2).
     `predictor`: `none`, h is the identity; `fixed`, h keeps its random weights (sec. 4.2, Table 1;
@@ -182,6 +185,7 @@ class SimSiam(nn.Module):
         bn: str = "default",
         similarity: str = "cosine",
         loss: str = "symmetric",
+        projector_affine: bool = False,
     ):
         super().__init__()
         if feature_dim < 4:
@@ -198,7 +202,7 @@ class SimSiam(nn.Module):
         hidden_bn, output_bn = bn != "none", bn in ("default", "all")
         self.backbone, self.features = backbone(arch, stem, width)
         widths = [self.features] + [d] * projector_layers
-        self.projector = mlp(widths, hidden_bn, output_bn, affine=False)
+        self.projector = mlp(widths, hidden_bn, output_bn, projector_affine)
         self.predictor = mlp([d, d // 4, d], hidden_bn, bn == "all")
         if predictor == "none":
             self.predictor = nn.Identity()
@@ -222,13 +226,15 @@ class SimSiam(nn.Module):
         return sum(D) / len(D), z[0].detach()
 
 
-# What of main.py's flags makes a SimSiam, besides --stop_grad.
+# What of main.py's flags makes a SimSiam, besides --stop_grad and --projector_affine.
 NETWORK = tuple("arch stem feature_dim projector_layers width predictor bn similarity loss".split())
 
 
 def simsiam(args: Mapping) -> SimSiam:
     """The network of main.py's flags. Raises ValueError as `SimSiam` does; KeyError."""
-    return SimSiam(**{name: args[name] for name in NETWORK}, stop_grad=args["stop_grad"] == "on")
+    more = {"stop_grad": args["stop_grad"] == "on"}
+    more |= {"projector_affine": args.get("projector_affine", False) is True}  # older ones lack it
+    return SimSiam(**{name: args[name] for name in NETWORK}, **more)
 
 
 def linear_head(features: int, classes: int) -> nn.Linear:

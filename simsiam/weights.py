@@ -6,6 +6,7 @@ model that knows its classes and its test transform.
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from simsiam import checkpoint, metrics, serialization
 from simsiam.datasets import shorter_side
 from simsiam.files import about
-from simsiam.images import centre, to_rgb
+from simsiam.images import centre, read_image, to_rgb
 from simsiam.layouts import translated
 from simsiam.loader import Files
 from simsiam.network import Classifier, SimSiam
-from simsiam.views import NORMALISATION, Views
+from simsiam.views import Views
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -64,7 +65,7 @@ def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
 def foreign(
     path: str | Path, stem: str | None = None
 ) -> tuple[SimSiam | Classifier, dict, list[str]]:
-    """The network in another project's checkpoint, its arch, stem and width, and what to say of it.
+    """The network in another project's checkpoint, its encoder, and what to say of it.
 
     `stem` as in `layouts.translated`. With an fc it is a classifier; a projector or predictor that
     the file does not have is empty. Raises FileNotFoundError; ValueError, which does not name the
@@ -72,7 +73,7 @@ def foreign(
     """
     weights, encoder, notes = translated(read_weights(path), stem)
     with torch.device("meta"):
-        net = SimSiam(encoder["arch"], encoder["stem"], 4)
+        net = SimSiam(encoder["arch"], encoder["stem"], 4, width=encoder["width"])
         net.projector, net.predictor = head(weights, "projector"), head(weights, "predictor")
         if "fc.weight" in weights:
             net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
@@ -80,39 +81,90 @@ def foreign(
     return net, encoder, notes
 
 
-def initialise(net: SimSiam, path: str | Path) -> list[str]:
+# ---- a network that starts from a checkpoint's weights ------------------------------------------
+
+INIT_PARTS = ("fitting", "backbone", "all")
+
+
+def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[str]:
     """Give `net` the weights of a checkpoint of any origin or version; returns what to say of it.
 
-    Heads that the file does not have stay as they are. Raises FileNotFoundError; ValueError that
-    names what does not fit, but not the file.
+    `parts`, one of INIT_PARTS: the backbone and the heads that fit, the backbone alone, or all
+    parts. What is not taken stays as it is. Raises FileNotFoundError; ValueError that names what
+    does not fit, but not the file.
     """
-    weights, notes, mine = read_weights(path), [], net.state_dict()
-    if weights.keys() != mine.keys():
-        weights, encoder, notes = translated(weights)
-        if encoder["stem"] != "imagenet":
-            notes.append(f"its --stem is {encoder['stem']}")
-    for part in ("backbone", "projector", "predictor"):
-        given = {name: weights[name] for name in weights if name.startswith(f"{part}.")}
-        wanted = {name for name in mine if name.startswith(f"{part}.")}
-        if not given:
-            notes.append(f"it has no {part}: that starts at random")
+    given, encoder, notes = under_our_names(net, path)
+    mine = net.state_dict()
+    for part in ("backbone",) if parts == "backbone" else ("backbone", "projector", "predictor"):
+        theirs, wanted = part_of(given, part), part_of(mine, part)
+        name = differing(wanted, theirs)
+        if name is None:
+            mine |= theirs
             continue
-        for name in sorted(wanted ^ given.keys()) or sorted(wanted):
-            if name not in wanted or name not in given or mine[name].shape != given[name].shape:
-                raise ValueError(f"its {part} does not fit the flags of the network: {name}")
-        mine |= given
+        if not wanted:
+            notes.append(f"its {part} is not used: this network has none")
+            continue
+        reason = f"its {part} does not fit the flags of the network: {name}"
+        if not theirs:
+            reason = f"it has no {part}"
+        if part == "backbone":
+            flags = [f"--{flag} {encoder[flag]}" for flag in ("arch", "stem", "width")]
+            flags = [flag for flag in flags if not flag.endswith("None")]
+            raise ValueError(f"{reason}; it is of {' '.join(flags)}")
+        fits = flags_of_head(part, given, encoder)
+        fits = f"; it fits with {fits}" if fits else ""
+        if parts == "all":
+            raise ValueError(f"{reason}{fits}; --init_parts fitting starts that at random")
+        notes.append(f"{reason}: that starts at random{fits}")
     checkpoint.load_strictly(net, mine)
     return notes
 
 
+def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], dict, list[str]]:
+    """The weights in a checkpoint of any origin or version, its encoder, and what to say of it.
+
+    The encoder is empty where all weights are those of `net`.
+    """
+    with contextlib.suppress(ValueError):  # of another project or version, or damaged
+        state = checkpoint.load(path)
+        return state["model"], state["encoder"], []
+    weights = read_weights(path)
+    if differing(net.state_dict(), weights) is None:
+        return weights, {}, []
+    found, encoder, notes = translated(weights)
+    if encoder["stem"] != "imagenet":
+        notes.append(f"its --stem is {encoder['stem']}")
+    return found, encoder, notes
+
+
+def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `part`, a dot after it."""
+    return {name: value for name, value in weights.items() if name.startswith(f"{part}.")}
+
+
+def differing(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
+    """The first name that only one has, or both in other shapes; None if there is none."""
+    for name in sorted(wanted.keys() ^ given.keys()) or sorted(wanted):
+        if name not in wanted or name not in given or wanted[name].shape != given[name].shape:
+            return name
+    return None
+
+
+def flags_of_head(part: str, given: dict[str, Tensor], encoder: dict) -> str | None:
+    """The flags of main.py for which the projector or predictor in `given` fits, if there are."""
+    *layers, last = head(given, "projector") or [None]
+    if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
+        return None
+    d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
+    arch, stem, width = (encoder[name] for name in ("arch", "stem", "width"))
+    with torch.device("meta"):
+        usual = SimSiam(arch, stem, d, number, width, projector_affine=last.affine).state_dict()
+    if differing(part_of(usual, part), part_of(given, part)):
+        return None
+    return f"--feature_dim {d} --projector_layers {number}" + " --projector_affine" * last.affine
+
+
 # ---- a checkpoint, opened -----------------------------------------------------------------------
-
-
-def usual_input(stem: str) -> dict:
-    """Image size, mean and std of an encoder of which no more is known than its stem."""
-    kind, size = ("imagenet", 224) if stem == "imagenet" else ("cifar", 32)
-    mean, std = NORMALISATION[kind]
-    return {"image_size": size, "mean": mean, "std": std}
 
 
 @dataclasses.dataclass
@@ -132,13 +184,21 @@ class Source:
 
     @classmethod
     def open(
-        cls, path: str | Path, stem: str | None = None, image_size: int | None = None
+        cls,
+        path: str | Path,
+        stem: str | None = None,
+        image_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> "Source":
         """Read a checkpoint of this program or, if it is none, of another project.
 
-        `stem` and `image_size` (pixels) say what another project's file does not; by default they
-        are what its layout suggests. Raises FileNotFoundError; ValueError, which names the file.
+        `stem`, `image_size` (pixels) and the images' `mean` and `std` (of each channel) say what
+        another project's file does not; by default they are what its layout suggests. Raises
+        FileNotFoundError; ValueError, which names the file.
         """
+        told = {"stem": stem, "image_size": image_size, "mean": mean, "std": std}
+        told = {name: value for name, value in told.items() if value is not None}
         try:
             state = checkpoint.load(path)
         except checkpoint.NotOursError as error:
@@ -147,13 +207,19 @@ class Source:
             except ValueError as other:
                 reason = f"{error}; nor one of another that is known: {other}"
                 raise ValueError(reason) from other
-            encoder |= usual_input(encoder["stem"])
-            size = encoder["image_size"] = image_size or encoder["image_size"]
-            notes.append(f"taken to see {size} pixels, normalised by its stem's mean and std")
-            return cls(str(path), net.eval(), encoder, notes, None)
-        for name, value in (("stem", stem), ("image_size", image_size)):
-            if value is not None:
-                raise ValueError(f"--{name}: {path} is ours, and has its own")
+            for name in told.keys() & {"mean", "std"}:
+                told[name] = tuple(map(float, told[name]))
+            encoder |= told
+            size, *usual = (encoder[name] for name in ("image_size", "mean", "std"))
+            mean, std = (", ".join(f"{value:g}" for value in three) for three in usual)
+            notes.append(
+                f"taken to see {size} pixels, normalised by mean {mean} and std {std} "
+                "(--image_size, --mean, --std)"
+            )
+            with about(str(path)):
+                return cls(str(path), net.eval(), checkpoint.read_encoder(encoder), notes, None)
+        for name in told:
+            raise ValueError(f"--{name}: {path} is ours, and has its own")
         with about(str(path)):
             net = checkpoint.network(state).eval()
         rest = {name: state[name] for name in checkpoint.FORMAT}
@@ -251,11 +317,14 @@ class Predictor(nn.Module):
     def predict(self, images: object) -> list[dict[str, object]]:
         """The `class` and `score` of each image, and the `scores` of all classes.
 
-        `images`: a PIL image or a tensor 3 x H x W (bytes, or floats from 0 to 1), or many of them.
+        `images`: what `pil` takes, or many of them, also as one tensor or array. Raises ValueError
+        for what is no image, naming a file.
         """
         many = images if isinstance(images, list | tuple) else [images]
-        if isinstance(images, Tensor) and images.dim() == 4:
+        if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
             many = list(images)
+        if not len(many):
+            return []
         cut = [centre(to_rgb(pil(image)), self.size, self.shorter) for image in many]
         found = []
         for scores in self.scores(torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)).tolist():
@@ -265,10 +334,28 @@ class Predictor(nn.Module):
         return found
 
 
-def pil(image: Image.Image | Tensor) -> Image.Image:
-    """A tensor, 3 x H x W, as PIL's image."""
+def pil(image: object) -> Image.Image:
+    """PIL's image of one, of a file's path, of an array H x W x 3 or of a tensor 3 x H x W.
+
+    Arrays and tensors hold bytes, or floats from 0 to 1. Raises ValueError for all else.
+    """
     if isinstance(image, Image.Image):
         return image
-    if image.is_floating_point():
-        image = (255 * image).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(image.cpu().permute(1, 2, 0).numpy())
+    if isinstance(image, str | Path):
+        return read_image(image)
+    pixels = image
+    if isinstance(image, Tensor) and image.ndim == 3:
+        pixels = image.detach().cpu().permute(1, 2, 0).numpy()
+    fits = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3
+    if fits and pixels.dtype.kind == "f" and pixels.size:
+        fits = pixels.min() >= 0 and pixels.max() <= 1
+        pixels = (255 * pixels).round().astype(np.uint8) if fits else pixels
+    if not fits or pixels.dtype != np.uint8 or not pixels.size:
+        what = type(image).__name__
+        if isinstance(image, Tensor | np.ndarray):
+            what = f"{image.dtype} of shape {tuple(image.shape)}"
+        raise ValueError(
+            f"cannot predict {what}: give a PIL image, a file's path, an array H x W x 3 or a "
+            "tensor 3 x H x W, of bytes or of floats from 0 to 1"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))

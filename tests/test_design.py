@@ -20,7 +20,7 @@ from tests.helpers import ROOT
 # Each room imports only rooms before it.
 ROOMS = (
     "ranks files network images textures views loader shards datasets metrics monitor "
-    "devices serialization checkpoint layouts weights run lettering figures pictures"
+    "devices serialization checkpoint layouts exports weights run lettering figures pictures"
 ).split()
 COMMANDS = {"main", "linear"}
 # What is longer than the others may be, and why. This list may only shrink.

@@ -1,310 +1,37 @@
 """Others' checkpoints, of modules with each project's own structure and names, in our model."""
 
-import argparse
-import dataclasses
 import os
 import pickle
-import shlex
 import subprocess
 import sys
-from collections import OrderedDict
 from types import SimpleNamespace
 
-import lightly.models
 import numpy as np
 import pandas
 import pytest
-import safetensors
-import timm
 import torch
-import torchvision
-from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from PIL import Image
-from torch import nn
-from torchvision.models import resnet18
+from torchvision import transforms
 
 import hubconf
 import linear
 import main
-from simsiam import checkpoint, images, layouts, weights
-from simsiam.network import Classifier, SimSiam
+from simsiam import checkpoint, images, weights
+from simsiam.network import SimSiam
 from simsiam.textures import TEXTURES, textures
-from simsiam.views import NORMALISATION, Augmentation, Views
+from simsiam.views import NORMALISATION, Views
 from simsiam.weights import Predictor, Source
 from tests.helpers import ROOT, refused
-from tools import convert, features
-
-
-def shaken(module):
-    """Nothing at its initial value: BN statistics, affine parameters, biases."""
-    torch.manual_seed(0)
-    for name, value in module.state_dict().items():
-        if "running_var" in name:
-            value.uniform_(0.5, 1.5)
-        elif "num_batches" in name:
-            value.fill_(7)
-        elif value.ndim == 1:
-            value.normal_(0.5 * ("weight" in name), 0.3)
-    return module.eval()
-
-
-def mlp(*widths, bias=False, last_bias=False, affine=True, bn=True):
-    """Linear, BN, ReLU; Linear, BN, ReLU; ..., Linear and, if `bn`, a last BN."""
-    layers = []
-    for i in range(1, len(widths)):
-        last = i + 1 == len(widths)
-        layers.append(nn.Linear(widths[i - 1], widths[i], bias=last_bias if last else bias))
-        if not last:
-            layers += [nn.BatchNorm1d(widths[i]), nn.ReLU()]
-        elif bn:
-            layers.append(nn.BatchNorm1d(widths[i], affine=affine))
-    return nn.Sequential(*layers)
-
-
-def small_stem(net, padding=1):
-    net.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
-    net.maxpool = nn.Identity()
-    return net
-
-
-def torch_names(module, prefix=""):
-    return OrderedDict((prefix + name, value) for name, value in module.state_dict().items())
-
-
-def authors():
-    """facebookresearch/simsiam's builder.py."""
-    encoder = resnet18()
-    width = encoder.fc.in_features
-    encoder.fc = mlp(width, width, width, 64, last_bias=True, affine=False)
-    encoder, predictor = shaken(encoder), shaken(mlp(64, 16, 64, last_bias=True, bn=False))
-    state = torch_names(encoder, "module.encoder.") | torch_names(predictor, "module.predictor.")
-    backbone = nn.Sequential(*list(encoder.children())[:-1], nn.Flatten())
-    return {"epoch": 99, "arch": "resnet18", "state_dict": state}, backbone, encoder.fc, predictor
-
-
-def authors_linear():
-    net = shaken(resnet18())
-    state = {
-        "epoch": 89,
-        "best_acc1": torch.tensor(68.1),
-        "state_dict": torch_names(net, "module."),
-    }
-    return state, nn.Sequential(*list(net.children())[:-1], nn.Flatten()), None, None
-
-
-def leftthomas(linear=False):
-    parts = [
-        module
-        for module in small_stem(resnet18()).children()
-        if not isinstance(module, nn.Linear | nn.Identity)
-    ]
-    f = shaken(nn.Sequential(*parts))
-    g, h = shaken(mlp(512, 64, 64)), shaken(mlp(64, 16, 64, last_bias=True, bn=False))
-    if linear:
-        state = torch_names(f, "f.") | torch_names(nn.Linear(512, 10), "fc.")
-        return state, nn.Sequential(f, nn.Flatten()), None, None
-    state = torch_names(f, "f.") | torch_names(g, "g.") | torch_names(h, "h.")
-    return state, nn.Sequential(f, nn.Flatten()), g, h
-
-
-def patrick_hua(layers=2):
-    net = small_stem(resnet18()) if layers == 2 else resnet18()
-    net.fc = nn.Identity()
-    net = shaken(net)
-    one, two, three = (
-        shaken(nn.Sequential(nn.Linear(a, 64), nn.BatchNorm1d(64), *last))
-        for a, last in ((512, [nn.ReLU()]), (64, [nn.ReLU()]), (64, []))
-    )
-    nn.init.normal_(two[0].weight)  # not the same as that of `three`
-    first = shaken(nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU()))
-    second = shaken(nn.Linear(16, 64))
-    projector = OrderedDict()
-    for i, layer in enumerate((one, two, three), 1):
-        projector |= torch_names(layer, f"layer{i}.")
-    state = torch_names(net, "backbone.") | {f"projector.{k}": v for k, v in projector.items()}
-    state |= torch_names(net, "encoder.0.") | {f"encoder.1.{k}": v for k, v in projector.items()}
-    state |= torch_names(first, "predictor.layer1.") | torch_names(second, "predictor.layer2.")
-    used = (one, three) if layers == 2 else (one, two, three)
-    return (
-        {"epoch": 1, "state_dict": state},
-        net,
-        nn.Sequential(*used),
-        nn.Sequential(first, second),
-    )
-
-
-def lightly_example():
-    backbone = shaken(nn.Sequential(*list(resnet18().children())[:-1]))
-    head = shaken(SimSiamProjectionHead(512, 512, 128))
-    predictor = shaken(SimSiamPredictionHead(128, 64, 128))
-    state = torch_names(backbone, "backbone.") | torch_names(head, "projection_head.")
-    state |= torch_names(predictor, "prediction_head.")
-    return state, nn.Sequential(backbone, nn.Flatten()), head, predictor
-
-
-def lightly_cifar():
-    """The CIFAR benchmark's: two layers, of which lightly's head makes the last BN affine-free."""
-    net = lightly.models.ResNetGenerator("resnet-18")
-    backbone = shaken(nn.Sequential(*list(net.children())[:-1], nn.AdaptiveAvgPool2d(1)))
-    blocks = [(512, 64, nn.BatchNorm1d(64), nn.ReLU()), (64, 64, nn.BatchNorm1d(64), None)]
-    head = shaken(lightly.models.modules.heads.ProjectionHead(blocks))
-    predictor = shaken(SimSiamPredictionHead(64, 16, 64))
-    state = torch_names(backbone, "backbone.") | torch_names(head, "projection_head.")
-    state |= torch_names(predictor, "prediction_head.")
-    whole = {"state_dict": state, "pytorch-lightning_version": "2.0", "callbacks": {}}
-    return whole, nn.Sequential(backbone, nn.Flatten()), head, predictor
-
-
-def solo_learn(prefix="backbone"):
-    net = small_stem(resnet18(), padding=2)
-    net.fc = nn.Identity()
-    net = shaken(net)
-    projector = shaken(mlp(512, 64, 64, 64, last_bias=True, affine=False))
-    predictor = shaken(mlp(64, 16, 64, last_bias=True, bn=False))
-    state = torch_names(net, f"{prefix}.") | torch_names(projector, "projector.")
-    state |= torch_names(predictor, "predictor.") | torch_names(nn.Linear(512, 10), "classifier.")
-    whole = {"state_dict": state, "hyper_parameters": argparse.Namespace(lr=0.5, devices=[0])}
-    return whole, net, projector, predictor
-
-
-def mmpretrain(linear=False):
-    net = resnet18()
-    net.fc = nn.Identity()
-    net = shaken(net)
-    state = torch_names(net, "backbone.")
-    if linear:
-        state |= torch_names(nn.Linear(512, 1000), "head.fc.")
-        return {"meta": {"epoch": 90}, "state_dict": state}, net, None, None
-    neck = shaken(mlp(512, 64, 64, 64, affine=False))
-    predictor = shaken(mlp(64, 16, 64, last_bias=True, bn=False))
-    for module, prefix in ((neck, "neck."), (predictor, "head.predictor.")):
-        for name, value in module.state_dict().items():
-            place, rest = name.split(".")
-            layer = f"{'bn' if int(place) % 3 else 'fc'}{int(place) // 3}"
-            state[f"{prefix}{layer}.{rest}"] = value
-    return {"meta": {"epoch": 100}, "state_dict": state}, net, neck, predictor
-
-
-def passl(mlp_name=""):
-    """Paddle's arrays: Linear weights lie the other way round, BN's statistics have other names."""
-    _, backbone, projector, predictor = authors()
-    net = resnet18()
-    for mine, theirs in zip(list(net.children())[:-1], backbone.children(), strict=False):
-        mine.load_state_dict(theirs.state_dict())
-    net.fc = nn.Identity()
-    state = torch_names(net, "encoder.") | torch_names(projector, "encoder.fc.")
-    state |= torch_names(predictor, f"predictor.{mlp_name}")
-    arrays = {"StructuredToParameterName@@": {"encoder.conv1.weight": "conv2d_0.w_0"}}
-    for name, value in state.items():
-        if "num_batches" not in name:
-            name = name.replace("running_mean", "_mean").replace("running_var", "_variance")
-            arrays[name] = (value.T if value.ndim == 2 else value).contiguous().numpy()
-    return arrays, backbone, projector, predictor
-
-
-def torchvision_s():
-    net = shaken(resnet18())
-    return net.state_dict(), nn.Sequential(*list(net.children())[:-1], nn.Flatten()), None, None
-
-
-def timm_s():
-    net = shaken(timm.create_model("resnet50"))
-    return net.state_dict(), TimmFeatures(net), None, None
-
-
-class TimmFeatures(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
-
-
-FORMATS = {
-    "authors": authors,
-    "authors, linear": authors_linear,
-    "leftthomas": leftthomas,
-    "leftthomas, linear": lambda: leftthomas(linear=True),
-    "PatrickHua, CIFAR": patrick_hua,
-    "PatrickHua, ImageNet": lambda: patrick_hua(3),
-    "lightly's example": lightly_example,
-    "lightly's CIFAR benchmark": lightly_cifar,
-    "solo-learn": solo_learn,
-    "solo-learn, older": lambda: solo_learn("encoder"),
-    "mmpretrain": mmpretrain,
-    "mmpretrain, linear": lambda: mmpretrain(linear=True),
-    "PASSL": passl,
-    "PASSL 1.1": lambda: passl("mlp."),
-    "torchvision": torchvision_s,
-    "timm": timm_s,
-}
-
-
-def write(state, folder, name):
-    if name.startswith("PASSL"):
-        path = folder / "a.pdparams"
-        path.write_bytes(pickle.dumps(state, protocol=2))
-    else:
-        path = folder / "a.pth"
-        torch.save(state, path, _use_new_zipfile_serialization="older" not in name)
-    return path
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@torch.no_grad()
-def test_features_z_and_p_are_theirs(tmp_path, name):
-    state, *theirs = FORMATS[name]()
-    source = Source.open(write(state, tmp_path, name))
-    net = source.net
-    torch.manual_seed(1)
-    x = torch.randn(4, 3, 64, 64)
-    if source.is_linear:
-        net.projector = net.predictor = ()
-        state = state.get("state_dict", state)
-        (weight,) = (value for key, value in state.items() if key.endswith("fc.weight"))
-        (bias,) = (value for key, value in state.items() if key.endswith("fc.bias"))
-        expected = theirs[0](x) @ weight.T + bias
-        torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
-    for i, part in enumerate((net.backbone, net.projector, net.predictor)):
-        if theirs[i] is None:
-            assert len(part) == 0
-            continue
-        mine, expected = part(x), theirs[i](x)
-        assert expected.std() > 1e-3
-        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
-        x = expected
-    assert source.encoder["arch"] in ("resnet18", "resnet50")
-    small = "leftthomas", "PatrickHua, CIFAR", "solo-learn", "lightly's CIFAR"
-    assert (source.encoder["stem"] != "imagenet") == name.startswith(small)
-    assert source.notes[0].startswith("layout: ")
-
-
-def test_bare_weights_of_ours_are_one_of_the_layouts(tmp_path):
-    net = shaken(SimSiam("resnet18", "cifar", 64))
-    torch.save({"model": net.state_dict()}, tmp_path / "a.pth")
-    source = Source.open(tmp_path / "a.pth")
-    assert source.notes[0] == "layout: ours"
-    assert [source.encoder[name] for name in ("arch", "stem", "width")] == [
-        "resnet18",
-        "cifar",
-        None,
-    ]
-    same_weights(source.net.state_dict(), net.state_dict())
-
-
-def test_a_bias_before_bn_tells_solo_learns_projector(tmp_path):
-    """Also without the classifier that it trains beside the encoder."""
-    state = solo_learn()[0]["state_dict"]
-    state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    source = Source.open(write(state, tmp_path, "a"))
-    assert source.notes[0] == "layout: solo-learn"
-    assert source.encoder["stem"] == "cifar_pad2"
-
-
-def same_weights(found, expected):
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+from tests.projects import (
+    FORMATS,
+    authors,
+    authors_linear,
+    leftthomas,
+    ours,
+    same_weights,
+    write,
+)
+from tools import features
 
 
 def test_a_flipped_bit_is_seen(tmp_path):
@@ -321,49 +48,6 @@ def test_a_flipped_bit_is_seen(tmp_path):
         with pytest.raises(ValueError, match="damaged") as refusal:
             Source.open(file)
         assert str(refusal.value).count(str(file)) == 1
-
-
-def test_what_does_not_fit_is_named(tmp_path, capsys):
-    path = tmp_path / "a.pth"
-    state = authors()[0]
-    strange = {"state_dict": state["state_dict"] | {"module.momentum": torch.zeros(1)}}
-    missing = {k: v for k, v in state["state_dict"].items() if "layer2.0.bn1.weight" not in k}
-    twice = solo_learn()[0]["state_dict"]
-    twice |= {"encoder.conv1.weight": twice["backbone.conv1.weight"]}
-    odd = {"module.encoder.fc.0.bias": torch.zeros(4)}  # not as long as BN's running mean
-    wide = torch_names(torchvision.models.wide_resnet50_2(), "module.")
-    cases = [
-        (strange, "module.momentum"),
-        ({"state_dict": missing}, "backbone.layer2.0.bn1.weight"),
-        ({"state_dict": state["state_dict"] | odd}, "shape of projector.0.bias"),
-        ({"state_dict": twice}, "like those of solo-learn, but for encoder.conv1.weight"),
-        (torch_names(wide_blocks()), "none of resnet18"),
-        ({"state_dict": wide}, "shape of"),
-        (torch_names(torchvision.models.alexnet(num_classes=2)), "not those of a ResNet"),
-        ({}, "has no weights"),
-        ([1], "has no weights"),
-        (None, "no checkpoint"),
-    ]
-    for content, words in cases:
-        torch.save(content, path)
-        if content is None:
-            path.write_text("epoch,loss\n")
-        with pytest.raises(ValueError, match=words) as refusal:
-            Source.open(path)
-        line = str(refusal.value)
-        assert line.count(str(path)) == 1
-        assert line.startswith(f"{path}: is damaged, or not a checkpoint of this program; nor one")
-    flags = ("--data_name", "textures", "--out", tmp_path / "none")
-    assert "no checkpoint" in refused(capsys, linear, "--model_path", path, *flags)
-    torch.save(state, path)
-    assert "add --data_name" in refused(capsys, linear, "--model_path", path)
-    assert not (tmp_path / "none").exists()
-    with pytest.raises(FileNotFoundError, match="nothing.pth"):
-        Source.open(tmp_path / "nothing.pth")
-
-
-def wide_blocks():
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
 
 
 class Malicious:
@@ -394,39 +78,6 @@ def test_no_code_of_a_file_is_run(tmp_path):
 # ---- a checkpoint, opened -----------------------------------------------------------------------
 
 
-def ours(folder, arch="resnet18", stem="imagenet", layers=3, classes=None):
-    """A checkpoint of main.py, or of linear.py, with nothing at its initial value."""
-    mean, std = NORMALISATION["imagenet"]
-    encoder = {"arch": arch, "stem": stem, "width": None, "image_size": 48}
-    args = {"data_name": "textures", "data_root": "my data", "train_size": None, "seed": 0}
-    args |= {"feature_dim": 64, "projector_layers": layers, "predictor": "mlp", "bn": "default"}
-    args |= {"similarity": "cosine", "loss": "symmetric", "stop_grad": "on", "name": "ours"}
-    args |= {"lr": [0.1, 0.2], "pictures": False, "deterministic": False, "compile": True}
-    args |= {"overwrite": True, "resume": "a.pth", "ddp": True}
-    net = shaken(SimSiam(arch, stem, 64, layers))
-    if classes:
-        net = shaken(Classifier(net.backbone, net.features, classes))
-    checkpoint.save(
-        folder / "ours.pth",
-        None,
-        net,
-        torch.optim.SGD(net.parameters(), lr=1.0),
-        command="linear.py" if classes else "main.py",
-        args=args,
-        encoder=encoder | {"mean": mean, "std": std},
-        augmentation=dataclasses.asdict(Augmentation()),
-        images_crc=0,
-        classes=[f"class {i}" for i in range(classes or 3)],
-        epoch=2,
-        step=0,
-        tally={},
-        seconds=0.0,
-        history=[{"epoch": i} for i in range(1 if classes else 0, 3)],
-        facts={},
-    )
-    return net, folder / "ours.pth"
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("classes", [None, 4])
 def test_a_source_of_ours(tmp_path, classes):
@@ -445,7 +96,8 @@ def test_a_source_of_ours(tmp_path, classes):
     torch.testing.assert_close(source.features(pixels, off), expected)
     lengths = source.to("cpu").features(pixels, off, normalise=True).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(5))
-    for flags in ({"stem": "cifar_pad2"}, {"image_size": 32}):
+    three = (0.5, 0.5, 0.5)
+    for flags in ({"stem": "cifar_pad2"}, {"image_size": 32}, {"mean": three}, {"std": three}):
         with pytest.raises(ValueError, match=f"--{next(iter(flags))}: .* is ours, and has its own"):
             Source.open(path, **flags)
 
@@ -463,10 +115,14 @@ def test_a_source_of_others(tmp_path):
     path = write(leftthomas()[0], tmp_path, "b")
     source = Source.open(path)
     assert (source.encoder["image_size"], source.shorter, source.data_name) == (32, 32, "")
-    assert (source.encoder["mean"], source.encoder["std"]) == NORMALISATION["cifar"]
-    assert source.notes[-1].startswith("taken to see 32 pixels")
-    source = Source.open(path, "cifar_pad2", 24)
+    mean = (0.4914, 0.4822, 0.4465)
+    assert (source.encoder["mean"], source.encoder["std"]) == (mean, (0.2023, 0.1994, 0.2010))
+    assert source.notes[-1].startswith(
+        "taken to see 32 pixels, normalised by mean 0.4914, 0.4822, 0.4465 and std 0.2023, 0.1994, "
+    )
+    source = Source.open(path, "cifar_pad2", 24, std=[0.5, 0.25, 1])
     assert (source.encoder["stem"], source.views.size) == ("cifar_pad2", 24)
+    assert (source.encoder["mean"], source.encoder["std"]) == (mean, (0.5, 0.25, 1.0))
     assert "taken to have the stem cifar_pad2, as --stem says" in source.notes
     with pytest.raises(ValueError, match="conv1"):
         Source.open(path, "imagenet")
@@ -509,6 +165,91 @@ def test_init_takes_the_parts_that_are_there(tmp_path, capsys):
     assert "its backbone does not fit the flags of the network" in line
     assert line.count(str(path)) == 1
     assert "none.pth" in refused(capsys, main, *flags, "--init", tmp_path / "none.pth")
+
+
+INIT = {  # of which project, and the flags that it fits
+    "leftthomas": {"projector_affine": True},
+    "PatrickHua, CIFAR": {"projector_affine": True},
+    "lightly's CIFAR benchmark": {"projector_affine": True, "stem": "cifar_no_relu"},
+    "solo-learn": {"projector_layers": 3, "stem": "cifar_pad2"},
+    "mmpretrain": {"projector_layers": 3, "stem": "imagenet"},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", INIT)
+def test_init_takes_a_network_of_others_in_full(tmp_path, name):
+    state, *theirs = FORMATS[name]()
+    path = write(state, tmp_path, name)
+    net = SimSiam(**{"arch": "resnet18", "feature_dim": 64} | INIT[name])
+    notes = weights.initialise(net, path, "all")
+    assert not [line for line in notes if "at random" in line]
+    x, net = torch.randn(4, 3, 32, 32), net.eval()
+    for mine, their in zip((net.backbone, net.projector, net.predictor), theirs, strict=True):
+        expected = their(x)
+        torch.testing.assert_close(mine(x), expected, atol=1e-5, rtol=1e-5)
+        x = expected
+
+
+def test_init_says_what_does_not_fit_and_with_which_flags_it_would(tmp_path):
+    state = leftthomas()[0]
+    path = write(state, tmp_path, "a")
+    net = SimSiam("resnet18", "cifar", 64)
+    before = {name: value.clone() for name, value in net.projector.state_dict().items()}
+    line = weights.initialise(net, path)[-1]
+    assert line.startswith("its projector does not fit the flags of the network: projector.4.")
+    flags = "--feature_dim 64 --projector_layers 2 --projector_affine"
+    assert line.endswith(f"that starts at random; it fits with {flags}")
+    same_weights(net.projector.state_dict(), before)
+    assert torch.equal(net.backbone.conv1.weight, state["f.0.weight"])
+    assert torch.equal(net.predictor[0].weight, state["h.0.weight"])
+    with pytest.raises(ValueError, match=f"{flags}; --init_parts fitting"):
+        weights.initialise(net, path, "all")
+    # The authors' projector is as wide as the encoder, and no flag makes one of them.
+    path = write(authors()[0], tmp_path, "a")
+    lines = weights.initialise(SimSiam("resnet18", "imagenet", 64, 3), path)
+    (line,) = (line for line in lines if "at random" in line)
+    assert line.endswith("that starts at random")
+
+
+@pytest.mark.parametrize("parts", weights.INIT_PARTS)
+def test_init_takes_the_parts_that_it_is_told(tmp_path, parts):
+    """Of a network of ours, a small one, whose heads are others."""
+    given, path = ours(tmp_path, "resnet8", "cifar", 2)
+    net = SimSiam("resnet8", "cifar", 32)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    if parts == "all":
+        with pytest.raises(ValueError, match="its projector does not fit .* --feature_dim 64 "):
+            weights.initialise(net, path, parts)
+        return
+    notes = weights.initialise(net, path, parts)
+    assert len(notes) == (0 if parts == "backbone" else 2)
+    same_weights(net.backbone.state_dict(), given.backbone.state_dict())
+    assert all(torch.equal(net.state_dict()[name], before[name]) for name in before if "pr" in name)
+    same = SimSiam("resnet8", "cifar", 64)
+    heads = {name: value.clone() for name, value in same.projector.state_dict().items()}
+    weights.initialise(same, path, parts)
+    expected = heads if parts == "backbone" else given.projector.state_dict()
+    same_weights(same.projector.state_dict(), expected)
+    with pytest.raises(ValueError, match="its backbone does not .* of --arch resnet8 --stem cifar"):
+        weights.initialise(SimSiam("resnet14", "cifar", 64), path, parts)
+
+
+def test_a_run_with_an_affine_projector_goes_on_and_is_read(tmp_path, capsys):
+    path = write(leftthomas()[0], tmp_path, "a")
+    flags = f"--data_name textures --train_size 64 --batch_size 32 --out {tmp_path} --name a --k 5"
+    flags += " --no-pictures --bank_size 32 --image_size 16 --arch resnet8 --feature_dim 16"
+    assert "goes with --init" in refused(capsys, main, *flags.split(), "--init_parts", "all")
+    flags += f" --init {path} --init_parts all"
+    assert "--arch resnet18 --stem cifar" in refused(capsys, main, *flags.split())
+    run = [*flags.split()[:-4], "--projector_affine", "--epochs", "1"]
+    main.main(run)
+    assert Source.open(tmp_path / "a_model.pth").net.projector[4].affine
+    run.remove("--projector_affine")
+    main.main([*run, "--resume"])  # it is complete, and its checkpoint has the flag
+    _, path = ours(tmp_path)  # of a version before that flag
+    assert "projector_affine" not in torch.load(path)["args"]
+    assert not Source.open(path).net.projector[7].affine
 
 
 @pytest.mark.parametrize("classes", [None, 4])
@@ -565,213 +306,6 @@ def test_a_linear_head_on_others_weights(tmp_path, capsys):
     linear.main(["--model_path", str(head), "--evaluate_only", "--out", str(tmp_path)])
 
 
-# ---- out ----------------------------------------------------------------------------------------
-
-
-def converted(source, to):
-    target = source.with_suffix(f".{to}")
-    target.unlink(missing_ok=True)
-    convert.command([str(source), str(target), "--to", to])
-    return target
-
-
-def names_of(net):
-    """Its state_dict without memory for it."""
-    with torch.device("meta"):
-        return net().state_dict()
-
-
-@pytest.mark.parametrize("name", layouts.LAYOUTS)
-def test_the_table_is_read_both_ways(name):
-    """What goes out under a layout's names comes in again under the same names of ours."""
-    layout = layouts.LAYOUTS[name]
-    for net in (
-        lambda: SimSiam("resnet50", "imagenet", 64, 3),
-        lambda: Classifier(SimSiam("resnet50", "imagenet", 8).backbone, 2048, 5),
-    ):
-        mine = names_of(net)
-        out, left, nameless = layouts.renamed(mine, layout, out=True)
-        again, *rest = layouts.renamed(out, layout)
-        assert rest == [[], []]
-        assert again.keys() == mine.keys() - {*left, *nameless}
-        assert all(again[key] is mine[key] for key in again)
-        assert len(again) == len(out) >= 318  # the backbone's, at least
-        whole = set(left) | set(nameless)
-        assert all(key.startswith(("projector.", "predictor.", "fc.")) for key in whole)
-
-
-@pytest.mark.parametrize("to", layouts.EXPORTS)
-def test_every_format_comes_in_under_the_names_it_left_with(to):
-    encoder = {"arch": "resnet50", "stem": "imagenet"}
-    with torch.device("meta"):
-        net = SimSiam("resnet50", "imagenet", 64, 3)
-        nets = net, Classifier(net.backbone, net.features, 5)
-    for net in nets:
-        heads = ("projector.", "predictor.") if isinstance(net, SimSiam) else ("fc.",)
-        if to == "lightly" and isinstance(net, Classifier):
-            with pytest.raises(ValueError, match="no names for a linear classifier"):
-                layouts.exported(net, encoder, to)
-            continue
-        out = layouts.exported(net, encoder, to)
-        kept = ("backbone.",)
-        if to == "detectron2":
-            found, *_ = layouts.renamed(out, layouts.LAYOUTS[to])
-            with pytest.raises(ValueError, match="not those of a ResNet"):
-                layouts.translated(out)
-        else:
-            found, again, notes = layouts.translated(out)
-            assert again == encoder | {"width": None}
-            assert len(notes) == 1
-            if to not in ("torchvision", "timm") or isinstance(net, Classifier):
-                kept += heads
-        assert found.keys() == {name for name in net.state_dict() if name.startswith(kept)}
-
-
-@pytest.mark.parametrize("to", ["torchvision", "timm", "authors", "lightly", "mmpretrain"])
-def test_there_and_back_is_the_same_to_the_bit(tmp_path, to):
-    net, path = ours(tmp_path)
-    source = Source.open(converted(path, to))
-    assert [source.encoder[name] for name in ("arch", "stem")] == ["resnet18", "imagenet"]
-    mine = net.state_dict()
-    heads = () if to in ("torchvision", "timm") else ("projector", "predictor")
-    expected = {key: mine[key] for key in mine if key.startswith(("backbone", *heads))}
-    same_weights(source.net.state_dict(), expected)
-
-
-def test_their_modules_take_ours_strictly(tmp_path):
-    _, path = ours(tmp_path)
-    fc_free = resnet18()
-    fc_free.fc = nn.Identity()
-    fc_free.load_state_dict(torch.load(converted(path, "torchvision")))
-    theirs = resnet18()
-    theirs.fc = mlp(512, 64, 64, 64, last_bias=True, affine=False)
-    state = torch.load(converted(path, "authors"))
-    names = {k.removeprefix("module.encoder."): v for k, v in state["state_dict"].items()}
-    predictor = {
-        k.removeprefix("module.predictor."): names.pop(k) for k in list(names) if k[0] == "m"
-    }
-    theirs.load_state_dict(names)
-    mlp(64, 16, 64, last_bias=True, bn=False).load_state_dict(predictor)
-    assert (state["epoch"], state["arch"]) == (2, "resnet18")
-    assert "python main.py --data_name=textures" in state["meta"]["command"]
-    words = shlex.split(state["meta"]["command"])  # spaces, lists, switches; nothing of one start
-    assert {"--data_root=my data", "--no-pictures", "--compile", "--seed=0"} <= set(words)
-    assert words[words.index("--lr") :][:3] == ["--lr", "0.1", "0.2"]
-    one_start = ("--train_size", "--deterministic", "--overwrite", "--resume", "--ddp")
-    assert not [word for word in words if word.startswith(one_start)]
-    state = torch.load(converted(path, "lightly"))
-    for prefix, module in [
-        ("backbone.", nn.Sequential(*list(resnet18().children())[:-1])),
-        ("projection_head.", SimSiamProjectionHead(512, 64, 64)),
-        ("prediction_head.", SimSiamPredictionHead(64, 16, 64)),
-    ]:
-        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        module.load_state_dict(part)
-    state = torch.load(converted(path, "mmpretrain"))
-    names = OrderedDict.fromkeys(key.rsplit(".", 1)[0] for key in state["state_dict"])
-    heads = [name for name in names if not name.startswith("backbone")]
-    assert heads[:6] == [f"neck.{layer}{i}" for i in range(3) for layer in ("fc", "bn")]
-    assert heads[6:] == [f"head.predictor.{layer}" for layer in ("fc0", "bn0", "fc1")]
-
-
-@torch.no_grad()
-def test_resnet50_goes_to_timm_and_to_detectors(tmp_path):
-    net, path = ours(tmp_path, "resnet50")
-    weights = torch.load(converted(path, "timm"))
-    theirs = timm.create_model("resnet50", num_classes=0)
-    theirs.load_state_dict(weights)
-    x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(theirs.eval()(x), net.backbone(x), atol=1e-4, rtol=1e-4)
-    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=5
-    ).eval()
-    detector.backbone.body.load_state_dict(weights)
-    found = detector([torch.rand(3, 64, 64)])
-    assert set(found[0]) == {"boxes", "labels", "scores"}
-    state = pickle.loads(converted(path, "detectron2").read_bytes())
-    assert (state["__author__"], state["matching_heuristics"]) == ("SimSiam", True)
-    mine = net.backbone.state_dict()
-    for name, same in [
-        ("stem.conv1.weight", "conv1.weight"),
-        ("stem.conv1.norm.running_var", "bn1.running_var"),
-        ("res2.0.shortcut.weight", "layer1.0.downsample.0.weight"),
-        ("res4.0.shortcut.norm.bias", "layer3.0.downsample.1.bias"),
-        ("res5.2.conv3.weight", "layer4.2.conv3.weight"),
-        ("res3.3.conv2.norm.weight", "layer2.3.bn2.weight"),
-    ]:
-        assert np.array_equal(state["model"][name], mine[same].numpy())
-    assert len(state["model"]) == len(mine)
-
-
-@torch.no_grad()
-def test_onnx_and_safetensors_have_the_numbers_and_the_source(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    net, path = ours(tmp_path, "resnet18", "cifar_no_relu", 2)
-    session = onnxruntime.InferenceSession(converted(path, "onnx"))
-    for number in (1, 5):
-        x = torch.randn(number, 3, 48, 48)
-        found = session.run(None, {"images": x.numpy()})[0]
-        torch.testing.assert_close(torch.from_numpy(found), net.backbone(x), atol=1e-4, rtol=1e-4)
-    about = session.get_modelmeta().custom_metadata_map
-    assert (about["arch"], about["data"], about["epochs"]) == ("resnet18", "textures", "2")
-    with safetensors.safe_open(converted(path, "safetensors"), "pt") as file:
-        assert file.metadata()["command"] == about["command"]
-        assert set(file.keys()) == net.state_dict().keys()
-        assert all(torch.equal(file.get_tensor(k), v) for k, v in net.state_dict().items())
-
-
-def test_a_linear_model_goes_out_with_its_classes(tmp_path):
-    net, path = ours(tmp_path, classes=7)
-    assert "python linear.py" in convert.metadata(Source.open(path).state)["command"]
-    theirs = resnet18(num_classes=7)
-    theirs.load_state_dict(torch.load(converted(path, "torchvision")))
-    x = torch.randn(2, 3, 48, 48)
-    torch.testing.assert_close(theirs.eval()(x), net(x), atol=1e-5, rtol=1e-5)
-    assert "module.fc.bias" in torch.load(converted(path, "authors"))["state_dict"]
-    assert "head.fc.bias" in torch.load(converted(path, "mmpretrain"))["state_dict"]
-    for to in ("torchvision", "authors", "mmpretrain"):
-        same_weights(Source.open(converted(path, to)).net.state_dict(), net.state_dict())
-    predictor = Predictor(Source.open(converted(path, "torchvision")))
-    assert (predictor.size, predictor.shorter) == (224, 256)
-    assert predictor.predict(torch.rand(3, 300, 200))[0]["class"] in map(str, range(7))
-    session = pytest.importorskip("onnxruntime").InferenceSession(converted(path, "onnx"))
-    assert session.run(None, {"images": x.numpy()})[0].shape == (2, 7)
-
-
-def test_what_cannot_go_out_is_said(tmp_path, capsys):
-    door = SimpleNamespace(main=convert.command)
-    for arch, stem, layers, to, words in [
-        ("resnet18", "cifar", 3, "torchvision", "choose timm"),
-        ("resnet18", "cifar", 3, "detectron2", "choose timm"),
-        ("resnet18", "imagenet", 2, "authors", "three layers"),
-        ("resnet18", "imagenet", 4, "lightly", "no name for projector.9.weight"),
-        ("resnet8", "cifar", 3, "timm", "no resnet8"),
-    ]:
-        _, path = ours(tmp_path, arch, stem, layers)
-        line = refused(capsys, door, path, tmp_path / "out", "--to", to)
-        assert words in line
-        assert line.count(str(path)) == 1
-    (tmp_path / "out").write_text("mine")
-    assert "out exists" in refused(capsys, door, path, tmp_path / "out", "--to", "safetensors")
-    path.write_text("no weights")
-    assert "no checkpoint" in refused(capsys, door, path, tmp_path / "new", "--to", "timm")
-    line = refused(capsys, door, tmp_path / "none.pth", tmp_path / "new", "--to", "timm")
-    assert "none.pth: there is no such checkpoint" in line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.pth", "out"]
-
-
-@pytest.mark.parametrize(
-    "flags", [{"bn": "none"}, {"bn": "hidden"}, {"bn": "all"}, {"predictor": "none"}]
-)
-def test_heads_of_ablations_do_not_go_out_under_names_of_others(flags):
-    net = SimSiam("resnet18", "imagenet", 16, 3, **flags)
-    args = {"arch": "resnet18", "stem": "imagenet"}
-    for to in ("authors", "lightly", "mmpretrain"):
-        with pytest.raises(ValueError, match="other heads"):
-            layouts.exported(net, args, to)
-    assert len(layouts.exported(net, args, "timm")) == len(net.backbone.state_dict())
-
-
 # ---- features, hub ------------------------------------------------------------------------------
 
 
@@ -808,6 +342,33 @@ def test_features_of_files(tmp_path, layer):
         x = net.backbone(views.plain(torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]))
         expected = net.projector(x) if layer == "projector" else x
         np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_features_of_a_foreign_encoder_are_of_the_authors_transform(tmp_path):
+    """Shorter side 256, centre crop 224: in the tool and in the hub; and as the flags have it."""
+    state, backbone, *_ = authors()
+    path, root = write(state, tmp_path, "a"), pictures(tmp_path / "images")
+    mean, std = NORMALISATION["imagenet"]
+    flags = f"--model_path {path} --data_root {root} --out {tmp_path}/f.npz"
+    for more, shorter, size in (("", 256, 224), (" --image_size 112 --mean 0 0 0", 128, 112)):
+        features.command((flags + more).split())
+        found = np.load(tmp_path / "f.npz")
+        (tmp_path / "f.npz").unlink()
+        of_flags = (0.0, 0.0, 0.0) if more else mean
+        theirs = transforms.Compose(
+            [
+                transforms.Resize(shorter),
+                transforms.CenterCrop(size),
+                transforms.ToTensor(),
+                transforms.Normalize(of_flags, std),
+            ]
+        )
+        for name, row in zip(found["files"], found["features"], strict=True):
+            x = theirs(Image.open(name).convert("RGB"))[None]
+            np.testing.assert_allclose(row, backbone(x)[0].numpy(), atol=1e-3)
+    source = Source.open(path)
+    assert (source.shorter, source.views.size) == (256, 224)
 
 
 def test_features_refuse_in_one_line(tmp_path, capsys):
@@ -871,6 +432,34 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
     for tensor in (image, image[None], image / 255, [image]):
         score = predictor.predict(tensor)[0]["score"]
         assert score == pytest.approx(predicted[0]["score"], abs=1e-6)
+
+
+def test_a_predictor_takes_arrays_and_paths_and_says_what_else_it_takes(tmp_path):
+    _, path = ours(tmp_path, stem="cifar", classes=4)
+    predictor = Predictor(Source.open(path))
+    file = sorted(pictures(tmp_path / "images").rglob("*.png"))[0]
+    pixels = np.array(Image.open(file).convert("RGB"))
+    expected = predictor.predict(Image.open(file))[0]["scores"]
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for image in (pixels, pixels[:, :, ::1][None], pixels / 255, file, str(file), tensor):
+        (found,) = predictor.predict(image)
+        assert found["scores"] == pytest.approx(expected, abs=1e-6)
+    assert len(predictor.predict([file, pixels, tensor])) == 3
+    assert predictor.predict([]) == []
+    for wrong, what in [
+        (pixels.astype(np.int64), r"int64 of shape \(30, 50, 3\)|int64 of shape"),
+        (pixels.astype(np.float32), "float32 of shape"),  # from 0 to 255
+        (tensor[:1], "torch.uint8 of shape"),
+        (pixels.transpose(2, 0, 1), "uint8 of shape"),
+        (7, "int"),
+        (None, "NoneType"),
+    ]:
+        with pytest.raises(
+            ValueError, match=f"cannot predict ({what}).*: give a PIL image, a file"
+        ):
+            predictor.predict(wrong)
+    with pytest.raises(ValueError, match="none.png: cannot be read"):
+        predictor.predict(str(tmp_path / "none.png"))
 
 
 def test_linear_predicts_as_the_hub_does(tmp_path):

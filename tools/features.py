@@ -98,6 +98,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--amp", default="auto", choices=("auto", "bf16", "off"), help="as of main.py (auto)")
     add("--num_workers", type=utils.number(int, 0, 256), default=2, help="threads (2)")
     add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
+    utils.source_flags(parser)
     parser.set_defaults(deterministic=False)
     args = parser.parse_args(argv)
     out = Path(args.out)
@@ -105,7 +106,7 @@ def command(argv: list[str] | None = None) -> None:
         parser.error(f"--out {out}: choose an end of {', '.join(ENDS)}")
     with warnings.catch_warnings(), parser.bad_input():
         ignore_pil_warnings()
-        source = Source.open(args.model_path)
+        source = Source.open(args.model_path, **utils.of_source(args))
         for note in source.notes:
             ranks.say(f"{args.model_path}: {note}")
         files, labels = listed(Path(args.data_root))

@@ -1,0 +1,278 @@
+"""Others' checkpoints, of modules with each project's own structure and names, in our model."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torchvision.transforms.functional import normalize
+
+import linear
+from simsiam import layouts
+from simsiam.network import Classifier, SimSiam
+from simsiam.views import NORMALISATION
+from simsiam.weights import Source
+from tests import projects
+from tests.helpers import refused
+from tests.projects import FORMATS, authors, same_weights, shaken, solo_learn, torch_names, write
+from tools import convert
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_features_z_and_p_are_theirs(tmp_path, name):
+    state, *theirs = FORMATS[name]()
+    source = Source.open(write(state, tmp_path, name))
+    net = source.net
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 64, 64)
+    if source.is_linear:
+        net.projector = net.predictor = ()
+        state = state.get("state_dict", state)
+        (weight,) = (value for key, value in state.items() if key.endswith("fc.weight"))
+        (bias,) = (value for key, value in state.items() if key.endswith("fc.bias"))
+        expected = theirs[0](x) @ weight.T + bias
+        torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-5)
+    for i, part in enumerate((net.backbone, net.projector, net.predictor)):
+        if theirs[i] is None:
+            assert len(part) == 0
+            continue
+        mine, expected = part(x), theirs[i](x)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+        x = expected
+    assert source.encoder["arch"] in ("resnet18", "resnet50")
+    small = "leftthomas", "PatrickHua, CIFAR", "solo-learn", "lightly's CIFAR"
+    assert (source.encoder["stem"] != "imagenet") == name.startswith(small)
+    assert source.notes[0].startswith("layout: ")
+
+
+def test_counts_of_thop_and_wrappers_are_left_out(tmp_path):
+    """Those that thop.profile leaves in a network, at every depth."""
+    state = projects.leftthomas(wrapped=True)[0]
+    assert {"module.total_ops", "module.f.3.0.total_params"} <= state.keys()
+    source = Source.open(write(state, tmp_path, "a"))
+    assert source.notes[0] == "layout: leftthomas/SimSiam"
+    assert "total_ops" in source.notes[1]
+    compiled = torch_names(torch.compile(shaken(torchvision.models.resnet18())))
+    assert next(iter(compiled)).startswith("_orig_mod.")
+    assert Source.open(write(compiled, tmp_path, "a")).notes[0] == "layout: torchvision"
+
+
+@pytest.mark.parametrize(
+    ("layers", "small", "counted", "left_out"),
+    [
+        (2, True, True, "its BN has seen no batch"),
+        (3, True, True, None),
+        (2, False, True, "its BN has seen no batch"),
+        (3, False, True, None),
+        (2, True, False, "its runs on CIFAR skip it"),  # what else can be known
+        (3, False, False, None),
+    ],
+)
+def test_the_file_tells_whether_its_second_projector_layer_was_used(
+    layers, small, counted, left_out
+):
+    state = projects.patrick_hua(layers, small)[0]["state_dict"]
+    if not counted:
+        state = {name: value for name, value in state.items() if "num_batches" not in name}
+    found, encoder, notes = layouts.translated(state)
+    said = [line for line in notes if "second projector layer" in line]
+    assert bool(said) == bool(left_out)
+    assert not left_out or left_out in said[0]
+    assert ("projector.6.weight" in found) == (not left_out)
+    name = "projector.layer3.0.weight"
+    assert torch.equal(found[f"projector.{3 if left_out else 6}.weight"], state[name])
+    assert encoder["image_size"] == (32 if small or left_out else 224)
+
+
+def test_a_file_s_ending_means_nothing(tmp_path):
+    """PASSL 1.1 writes .pd; timm's hub and our own export safetensors."""
+    for name, end in (("PASSL 1.1", "pd"), ("PASSL", "pth"), ("timm", "pth")):
+        state = FORMATS[name]()[0]
+        path = write(state, tmp_path, name)
+        if name == "timm":
+            save_file(state, path, metadata={"format": "pt"})
+        source = Source.open(path.rename(tmp_path / f"model.{end}"))
+        assert source.notes[0] == f"layout: {name.split()[0].replace('timm', 'torchvision')}"
+    net, path = projects.ours(tmp_path, "resnet8", "cifar", 2)
+    convert.command([str(path), f"{tmp_path}/a.safetensors", "--to", "safetensors"])
+    source = Source.open(tmp_path / "a.safetensors")
+    assert (source.notes[0], source.encoder["arch"]) == ("layout: ours", "resnet8")
+    same_weights(source.net.state_dict(), net.state_dict())
+
+
+IMAGENET, CIFAR = NORMALISATION["imagenet"], NORMALISATION["cifar"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "mean", "std", "size"),
+    [
+        ("leftthomas", CIFAR[0], (0.2023, 0.1994, 0.2010), 32),
+        ("PatrickHua, CIFAR", *IMAGENET, 32),
+        ("lightly's CIFAR benchmark", *IMAGENET, 32),
+        ("lightly's example", *IMAGENET, 224),
+        ("solo-learn", *CIFAR, 32),
+        ("authors", *IMAGENET, 224),
+    ],
+)
+def test_images_are_normalised_as_in_their_project(tmp_path, name, mean, std, size):
+    state, backbone, *_ = FORMATS[name]()
+    path = write(state, tmp_path, name)
+    source = Source.open(path)
+    assert source.encoder["image_size"] == size
+    pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
+    off = torch.autocast("cpu", enabled=False)
+    expected = backbone(normalize(pixels / 255, mean, std))
+    torch.testing.assert_close(source.features(pixels, off), expected, atol=1e-5, rtol=1e-5)
+    (line,) = (note for note in source.notes if note.startswith("taken to see"))
+    assert f"{size} pixels, normalised by mean {mean[0]}, {mean[1]}" in line
+    other = Source.open(path, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)).features(pixels, off)
+    expected = backbone(normalize(pixels / 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
+    torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mean_and_std_are_flags_that_are_looked_through(tmp_path, capsys):
+    path = write(projects.leftthomas()[0], tmp_path, "a")
+    flags = ("--model_path", path, "--data_name", "textures", "--out", tmp_path / "none")
+    line = refused(capsys, linear, *flags, "--std", "58.4", "57.1", "57.4")
+    assert "--std: must be a number from 0.001 to 1, not 58.4" in line
+    assert "--mean" in refused(capsys, linear, *flags, "--mean", "0.5")
+    _, path = projects.ours(tmp_path)
+    line = refused(capsys, linear, "--model_path", path, "--mean", "0.5", "0.5", "0.5")
+    assert "--mean" in line
+    assert "is ours, and has its own" in line
+
+
+def test_a_backbone_alone_may_be_of_either_padding():
+    state = solo_learn()[0]["state_dict"]
+    alone = {name: value for name, value in state.items() if name.startswith("backbone.")}
+    _, encoder, notes = layouts.translated(alone)
+    assert encoder["stem"] == "cifar"
+    assert [line for line in notes if "--stem cifar_pad2" in line] == notes[1:]
+    _, encoder, notes = layouts.translated(alone, "cifar_pad2")
+    assert encoder["stem"] == "cifar_pad2"
+    assert "taken to have the stem cifar_pad2" in notes[1]
+    whole = shaken(SimSiam("resnet18", "cifar", 64)).state_dict()  # ours, and no doubt of it
+    assert layouts.translated(whole)[2] == ["layout: ours"]
+
+
+def test_networks_of_timm_that_names_cannot_tell_are_named():
+    """All that have the names and the shapes of a ResNet of torchvision's, and are none."""
+    found = set()
+    with torch.device("meta"):
+        names = timm.list_models(["resnetaa*", "resnetblur*", "resnet18", "resnet34", "resnet50"])
+        for name in names:
+            state = timm.create_model(name).state_dict()
+            arch = name.replace("aa", "").replace("blur", "")
+            mine = getattr(torchvision.models, arch, torchvision.models.resnet18)().state_dict()
+            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in mine.items()}:
+                continue
+            found.add(name)
+            doubt = [line for line in layouts.translated(state)[2] if "timm's" in line]
+            assert len(doubt) == (arch != "resnet34")
+            assert name == arch or name in doubt[0]
+    assert found == {
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnetaa50",
+        "resnetblur18",
+        "resnetblur50",
+    }
+
+
+def test_bare_weights_of_ours_are_one_of_the_layouts(tmp_path):
+    net = shaken(SimSiam("resnet18", "cifar", 64))
+    torch.save({"model": net.state_dict()}, tmp_path / "a.pth")
+    source = Source.open(tmp_path / "a.pth")
+    assert source.notes[0] == "layout: ours"
+    assert [source.encoder[name] for name in ("arch", "stem", "width")] == [
+        "resnet18",
+        "cifar",
+        None,
+    ]
+    same_weights(source.net.state_dict(), net.state_dict())
+    net = shaken(SimSiam("resnet14", "cifar", 16, width=8))
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    source = Source.open(tmp_path / "a.pth")
+    assert (source.encoder["arch"], source.encoder["width"]) == ("resnet14", 8)
+    same_weights(source.net.state_dict(), net.state_dict())
+
+
+def test_a_bias_before_bn_tells_solo_learns_projector(tmp_path):
+    """Also without the classifier that it trains beside the encoder."""
+    state = solo_learn()[0]["state_dict"]
+    state = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    source = Source.open(write(state, tmp_path, "a"))
+    assert source.notes[0] == "layout: solo-learn"
+    assert source.encoder["stem"] == "cifar_pad2"
+
+
+def test_what_does_not_fit_is_named(tmp_path, capsys):
+    path = tmp_path / "a.pth"
+    state = authors()[0]
+    strange = {"state_dict": state["state_dict"] | {"module.momentum": torch.zeros(1)}}
+    missing = {k: v for k, v in state["state_dict"].items() if "layer2.0.bn1.weight" not in k}
+    twice = solo_learn()[0]["state_dict"]
+    twice |= {"encoder.conv1.weight": twice["backbone.conv1.weight"]}
+    odd = {"module.encoder.fc.0.bias": torch.zeros(4)}  # not as long as BN's running mean
+    wide = torch_names(torchvision.models.wide_resnet50_2(), "module.")
+    cases = [
+        (strange, "module.momentum"),
+        ({"state_dict": missing}, "backbone.layer2.0.bn1.weight"),
+        ({"state_dict": state["state_dict"] | odd}, "shape of projector.0.bias"),
+        ({"state_dict": twice}, "like those of solo-learn, but for encoder.conv1.weight"),
+        (torch_names(wide_blocks()), "none of resnet18"),
+        ({"state_dict": wide}, "shape of"),
+        (torch_names(torchvision.models.alexnet(num_classes=2)), "not those of a ResNet"),
+        ({}, "has no weights"),
+        ([1], "has no weights"),
+        (None, "no checkpoint"),
+    ]
+    for content, words in cases:
+        torch.save(content, path)
+        if content is None:
+            path.write_text("epoch,loss\n")
+        with pytest.raises(ValueError, match=words) as refusal:
+            Source.open(path)
+        line = str(refusal.value)
+        assert line.count(str(path)) == 1
+        assert line.startswith(f"{path}: is damaged, or not a checkpoint of this program; nor one")
+    flags = ("--data_name", "textures", "--out", tmp_path / "none")
+    assert "no checkpoint" in refused(capsys, linear, "--model_path", path, *flags)
+    torch.save(state, path)
+    assert "add --data_name" in refused(capsys, linear, "--model_path", path)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(FileNotFoundError, match="nothing.pth"):
+        Source.open(tmp_path / "nothing.pth")
+
+
+def wide_blocks():
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+
+
+def names_of(net):
+    """Its state_dict without memory for it."""
+    with torch.device("meta"):
+        return net().state_dict()
+
+
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_the_table_is_read_both_ways(name):
+    """What goes out under a layout's names comes in again under the same names of ours."""
+    layout = layouts.LAYOUTS[name]
+    for net in (
+        lambda: SimSiam("resnet50", "imagenet", 64, 3),
+        lambda: Classifier(SimSiam("resnet50", "imagenet", 8).backbone, 2048, 5),
+    ):
+        mine = names_of(net)
+        out, left, nameless = layouts.renamed(mine, layout, out=True)
+        again, *rest = layouts.renamed(out, layout)
+        assert rest == [[], []]
+        assert again.keys() == mine.keys() - {*left, *nameless}
+        assert all(again[key] is mine[key] for key in again)
+        assert len(again) == len(out) >= 318  # the backbone's, at least
+        whole = set(left) | set(nameless)
+        assert all(key.startswith(("projector.", "predictor.", "fc.")) for key in whole)
