@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/convert.
 
 import utils
 from simsiam import files, ranks
-from simsiam.layouts import EXPORTS, exported
-from simsiam.weights import Source
+from simsiam.exports import EXPORTS, exported, remarks
+from simsiam.weights import Source, part_of
 
 FORMATS = (*EXPORTS, "safetensors", "onnx")
+OF_ONE_START = ("resume", "overwrite", "ddp")  # flags that are of one start of a run only
 
 
 def metadata(state: dict | None) -> dict[str, str]:
@@ -29,27 +30,15 @@ def metadata(state: dict | None) -> dict[str, str]:
     names = ("arch", "stem", "image_size", "mean", "std")
     found = {name: state["encoder"][name] for name in names}
     found |= {"data": state["args"].get("data_name"), "epochs": state["epoch"]}
-    words = ["python", state["command"], *as_argv(state["args"])]
+    words = ["python", state["command"]]
+    for name, value in state["args"].items():
+        if name not in OF_ONE_START and (value is not False or name in utils.TWO_FORMS):
+            words += utils.words(name, value)
     return {name: str(value) for name, value in (found | {"command": shlex.join(words)}).items()}
 
 
-# Flags that can be said with --no- before them, and those that are of one start of a run only.
-OF_TWO_FORMS = ("fix_pred_lr", "pictures", "stop_on_collapse")
-OF_ONE_START = ("resume", "overwrite", "ddp")
-
-
-def as_argv(args: dict) -> list[str]:
-    """The flags that give the values of `args`, a checkpoint's."""
-    told = (
-        name
-        for name, value in args.items()
-        if name not in OF_ONE_START and (value is not False or name in OF_TWO_FORMS)
-    )
-    return [word for name in told for word in utils.words(name, args[name])]
-
-
-def onnx_bytes(source: Source, about: dict[str, str]) -> bytes:
-    """The encoder's features, or a linear model's logits: images (N x 3 x size x size) -> output.
+def onnx_bytes(source: Source, net: nn.Module, about: dict[str, str]) -> bytes:
+    """What `net` makes of the source's images: N x 3 x size x size -> features or logits.
 
     Raises ValueError where onnx is not installed, or its runtime finds other numbers.
     """
@@ -59,7 +48,6 @@ def onnx_bytes(source: Source, about: dict[str, str]) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("--to onnx: pip install onnx onnxruntime onnxscript") from error
-    net: nn.Module = source.net if source.is_linear else source.net.backbone
     size = source.encoder["image_size"]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
@@ -84,22 +72,33 @@ def onnx_bytes(source: Source, about: dict[str, str]) -> bytes:
     return content
 
 
-def convert(source: Source, to: str) -> bytes:
-    """The content of a file in the format `to`, one of FORMATS. Raises ValueError if it has none.
+def linear_evaluation(source: Source) -> dict:
+    """What the authors' main_lincls reads of a linear model to go on from it, or evaluate it."""
+    history = source.state["history"] if source.state else []
+    best = max((row.get("test_acc@1", 0.0) for row in history), default=0.0)
+    sgd = torch.optim.SGD(source.net.fc.parameters(), lr=0.1, momentum=0.9)
+    return {"best_acc1": torch.tensor(best), "optimizer": sgd.state_dict()}
 
-    The message does not name the source's file.
+
+def convert(source: Source, to: str, encoder_only: bool = False) -> bytes:
+    """The content of a file in the format `to`, one of FORMATS, of all parts or of the encoder.
+
+    Raises ValueError if it has none. The message does not name the source's file.
     """
     about, content = metadata(source.state), io.BytesIO()
     if to == "onnx":
-        return onnx_bytes(source, about)
+        whole = source.is_linear and not encoder_only
+        return onnx_bytes(source, source.net if whole else source.net.backbone, about)
     if to == "safetensors":
         try:
             from safetensors.torch import save
         except ImportError as error:
             raise ValueError("--to safetensors: pip install safetensors") from error
         weights = {name: value.contiguous() for name, value in source.net.state_dict().items()}
+        if encoder_only:
+            weights = part_of(weights, "backbone")
         return save(weights, {"format": "pt"} | about)
-    weights = exported(source.net, source.encoder, to)
+    weights = exported(source.net, source.encoder, to, encoder_only)
     if to == "detectron2":
         arrays = {name: value.numpy() for name, value in weights.items()}
         whole = {"model": arrays, "__author__": "SimSiam", "matching_heuristics": True}
@@ -107,6 +106,8 @@ def convert(source: Source, to: str) -> bytes:
     if to == "authors":
         epoch, arch = int(about.get("epochs", 0)), source.encoder["arch"]
         weights = {"epoch": epoch, "arch": arch, "state_dict": weights, "meta": about}
+        if source.is_linear and not encoder_only:
+            weights |= linear_evaluation(source)
     elif to == "mmpretrain":
         weights = {"meta": about, "state_dict": weights}
     torch.save(weights, content)
@@ -116,19 +117,22 @@ def convert(source: Source, to: str) -> bytes:
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = utils.Parser(prog="tools.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("source", metavar="IN", help="a checkpoint")
-    parser.add_argument("target", metavar="OUT", help="a file that is not there yet")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the format of OUT")
+    add = parser.add_argument
+    add("source", metavar="IN", help="a checkpoint")
+    add("target", metavar="OUT", help="a file that is not there yet")
+    add("--to", required=True, choices=FORMATS, help="the format of OUT")
+    add("--encoder_only", action="store_true", help="leave out heads and classifier")
+    utils.source_flags(parser)
     args = parser.parse_args(argv)
     with parser.bad_input():
         if Path(args.target).exists():
             raise ValueError(f"{args.target} exists: choose another name")
-        source = Source.open(args.source)
+        source = Source.open(args.source, **utils.of_source(args))
         with files.about(args.source):
-            content = convert(source, args.to)
+            content = convert(source, args.to, args.encoder_only)
         with files.whole_file(args.target) as file:
             file.write(content)
-    for note in source.notes:
+    for note in [*source.notes, *remarks(source.net, source.encoder, args.to, args.encoder_only)]:
         ranks.say(f"{args.source}: {note}")
     ranks.say(f"wrote {args.target}, {len(content) / 1e6:.1f} MB")
 
