@@ -135,26 +135,8 @@ def load_folder(
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    test = None
-    if root.suffix.lower() == ".csv":
-        train = list_csv(root)
-    elif not root.is_dir():
-        raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
-    elif (root / "train").is_dir() or (root / "train.csv").is_file():
-        for split in ("train", "val", "test"):  # test/ before val/ where there are both
-            if (root / split).is_dir():
-                found = list_folder(root / split, labelled=True)
-            elif (root / f"{split}.csv").is_file():
-                found = list_csv(root / f"{split}.csv")
-            else:
-                continue
-            if split == "train":
-                train = found
-            else:
-                test = found
-    else:
-        train = list_folder(root, labelled=False)
-
+    parts = splits(root)
+    train, test = parts.get("train", parts.get("")), parts.get("test")
     files, names = train
     classes = sorted({name for name in names if name is not None})
     number = {name: i for i, name in enumerate(classes)} | {None: -1}
@@ -180,6 +162,26 @@ def load_folder(
 
     train = ([], []) if test_only and test else train
     return Data(*part(*train), *(part(*test) if test else (None, None)), classes, bad)
+
+
+def splits(root: Path) -> dict[str, tuple[list[Path], list[str | None]]]:
+    """The files below `root` and their labels: of `train` and `test`, or of "" where it has none.
+
+    Raises FileNotFoundError or ValueError, naming the file.
+    """
+    if root.suffix.lower() == ".csv":
+        return {"": list_csv(root)}
+    if not root.is_dir():
+        raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
+    if not ((root / "train").is_dir() or (root / "train.csv").is_file()):
+        return {"": list_folder(root, labelled=False)}
+    found = {}
+    for split, name in (("train", "train"), ("test", "val"), ("test", "test")):
+        if (root / name).is_dir():
+            found[split] = list_folder(root / name, labelled=True)
+        elif (root / f"{name}.csv").is_file():
+            found[split] = list_csv(root / f"{name}.csv")
+    return found
 
 
 def usual_size(files: list[Path], bad_images: str) -> int:

@@ -16,9 +16,10 @@ from PIL import Image
 import linear
 import main
 from simsiam import checkpoint
+from simsiam.datasets import load
 from simsiam.files import RunError, read_csv
 from tests.helpers import ROOT, refused
-from tools import ablate, bench, plot
+from tools import ablate, bench, features, plot
 
 TINY = (
     "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
@@ -226,6 +227,41 @@ def test_a_run_leaves_a_clone_clean(tmp_path, monkeypatch):
     assert len(list((tmp_path / "results").iterdir())) == 3
     assert git("status", "--short") == b"A  .gitignore\n"
     assert git("ls-files", "results", place=ROOT) == b""  # no shipped table lies where runs write
+
+
+def test_features_label_as_training_and_replace_nothing_unasked(runs, tmp_path, capsys):
+    """Splits are told apart, and the class of a file is the first folder of its split."""
+    root, pixels = tmp_path / "images", np.zeros((32, 32, 3), np.uint8)
+    for name in ("train/cat/day/1", "train/cat/2", "train/dog/3", "test/cat/4"):
+        file = root / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + len(name)).save(file)
+    tables = {end: tmp_path / f"f{end}" for end in features.ENDS}
+    flags = ("--model_path", runs / "a_model.pth", "--data_root", root)
+    for table in tables.values():
+        features.command([*map(str, flags), "--out", str(table)])
+    found = [pandas.read_csv(tables[".csv"]), pandas.read_parquet(tables[".parquet"])]
+    arrays = np.load(tables[".npz"])
+    found.append(
+        pandas.DataFrame({name: arrays[f"{name}s"] for name in ("file", "split", "label")})
+    )
+    data = load("folder", root)
+    classes = [data.classes[i] for i in (*data.train_labels, *data.test_labels)]
+    for table in found:
+        assert table["split"].tolist() == ["train"] * 3 + ["test"]
+        assert table["label"].tolist() == classes == ["cat", "cat", "dog", "cat"]
+        assert [path[-5:] for path in table["file"]] == ["2.png", "1.png", "3.png", "4.png"]
+    door = types.SimpleNamespace(main=features.command)
+    for table in tables.values():
+        before = table.read_bytes()
+        assert "--overwrite" in refused(capsys, door, *flags, "--out", table)
+        assert table.read_bytes() == before
+    again = ["--out", str(tables[".csv"]), "--overwrite"]
+    features.command([*map(str, flags[:3]), f"{root}/train", *again])
+    table = pandas.read_csv(tables[".csv"])
+    assert "split" not in table
+    assert table["label"].tolist() == ["cat", "cat", "dog"]
+    assert "folder" in refused(capsys, door, *flags, "--out", tmp_path / "none" / "f.csv")
 
 
 PROGRAM = """

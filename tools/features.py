@@ -25,15 +25,19 @@ BATCH = 256  # files decoded at a time
 ENDS = (".npz", ".csv", ".parquet")
 
 
-def listed(root: Path) -> tuple[list[Path], list[str]]:
-    """The images of a folder, labelled by the folder that each lies in, or those of a CSV list."""
-    if root.suffix.lower() == ".csv":
-        files, labels = datasets.list_csv(root)
-        return files, [label or "" for label in labels]
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
-    files = datasets.list_folder(root, labelled=False)[0]
-    return files, ["" if path.parent == root else path.parent.name for path in files]
+def listed(root: Path) -> pandas.DataFrame:
+    """The images of a folder or CSV list: file, split and label, as main.py reads them.
+
+    Where the folder has no splits, the first folder within it is a file's label.
+    """
+    rows = []
+    for split, (files, labels) in datasets.splits(root).items():
+        if split == "" and root.is_dir():
+            labels = [
+                path.relative_to(root).parts[0] if path.parent != root else "" for path in files
+            ]
+        rows += [(path, split, label or "") for path, label in zip(files, labels, strict=True)]
+    return pandas.DataFrame(rows, columns=["file", "split", "label"])
 
 
 def chosen_part(source: Source, layer: str) -> nn.Module:
@@ -66,17 +70,21 @@ def found(source: Source, files: list[Path], args: Namespace) -> tuple[np.ndarra
     return np.concatenate(rows), kept
 
 
-def write(out: Path, names: list[str], labels: list[str], features: np.ndarray) -> None:
-    """The table of `features`, N x features, in the format of the file's end, one of ENDS."""
+def write(out: Path, images: pandas.DataFrame, features: np.ndarray) -> None:
+    """A table of `images`, of `listed`, and `features`, N x features, in the format of the ending.
+
+    Splits and labels are columns where there are some.
+    """
+    known = {name: images[name].astype(str).tolist() for name in images if any(images[name])}
     with whole_file(out) as file:
         if out.suffix == ".npz":
-            np.savez(file, files=names, features=features, labels=labels)
+            arrays = {f"{name}s": images[name].astype(str).tolist() for name in images}
+            np.savez(file, features=features, **arrays)
             return
         columns = [f"f{i}" for i in range(features.shape[1])]
         table = pandas.DataFrame(features, columns=columns)
-        table.insert(0, "file", names)
-        if any(labels):
-            table.insert(1, "label", labels)
+        for i, (name, values) in enumerate(known.items()):
+            table.insert(i, name, values)
         if out.suffix == ".csv":
             table.to_csv(file, index=False)
             return
@@ -88,11 +96,12 @@ def write(out: Path, names: list[str], labels: list[str], features: np.ndarray) 
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser(prog="tools.features", description=__doc__.split("\n")[0])
+    parser = utils.Parser(prog="tools.features", description=__doc__)
     add = parser.add_argument
     add("--model_path", required=True, help="a checkpoint, ours or another project's")
     add("--data_root", required=True, help="a folder of images of any size, or a CSV list")
     add("--out", required=True, help=f"the table: a file that ends in {', '.join(ENDS)}")
+    add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--layer", default="backbone", choices=("backbone", "projector"), help="(backbone)")
     add("--device", default="auto", help="as of main.py (auto)")
     add("--amp", default="auto", choices=("auto", "bf16", "off"), help="as of main.py (auto)")
@@ -106,14 +115,15 @@ def command(argv: list[str] | None = None) -> None:
         parser.error(f"--out {out}: choose an end of {', '.join(ENDS)}")
     with warnings.catch_warnings(), parser.bad_input():
         ignore_pil_warnings()
+        utils.check_new("--out", args.out, args.overwrite)
         source = Source.open(args.model_path, **utils.of_source(args))
         for note in source.notes:
             ranks.say(f"{args.model_path}: {note}")
-        files, labels = listed(Path(args.data_root))
-        features, kept = found(source, files, args)
-        write(out, *([str(of[i]) for i in kept] for of in (files, labels)), features)
+        images = listed(Path(args.data_root))
+        features, kept = found(source, images["file"].tolist(), args)
+        write(out, images.iloc[kept], features)
     ranks.say(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
 
 
 if __name__ == "__main__":
-    command()
+    utils.run_command(command)
