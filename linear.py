@@ -30,7 +30,7 @@ from simsiam.files import about, whole_file, write_csv
 from simsiam.images import decode
 from simsiam.loader import Batch, Data, Files, Loader, crc, subset
 from simsiam.monitor import Sums
-from simsiam.run import Run
+from simsiam.run import Run, run_of
 from simsiam.views import Augmentation, Views
 from simsiam.weights import Predictor, Source
 from utils import number
@@ -47,7 +47,7 @@ STATISTICS = tuple(
 
 def make_flags() -> utils.Flags:
     """The flags of this command."""
-    flags = utils.Flags("linear.py", __doc__.split("\n")[0], fill, RECIPES)
+    flags = utils.Flags("linear.py", __doc__, fill, RECIPES)
     add = flags.group("what")
     path = "a checkpoint of main.py, or another project's (see docs/checkpoints.md); with "
     path += "--evaluate_only and --predict, one of linear.py"
@@ -73,7 +73,7 @@ def make_flags() -> utils.Flags:
     lr = "base learning rate, per 256 images; of several, the best on a held-out tenth of the "
     lr += "training set"
     add("lr", number(float, 1e-12), lr, nargs="+")
-    utils.run_flags(flags)
+    utils.run_flags(flags, "that of --model_path")
     return flags
 
 
@@ -88,9 +88,11 @@ MODES = {
 def fill(flags: dict, given: dict) -> dict:
     """The flags with the optimizer's recipe. Raises ValueError.
 
-    Without --name, the name of a run that trains stays None: it is made of its --model_path's.
+    Without --out, files go where --model_path lies. Without --name, the name of a run that trains
+    stays None: it is made of its --model_path's.
     """
-    flags = flags | RECIPES[flags["optimizer"]] | given
+    flags = flags | RECIPES[flags["optimizer"]]
+    flags |= {"out": os.path.dirname(flags["model_path"]) or "."} | given
     if flags["evaluate_only"] and flags["predict"]:
         raise ValueError("--evaluate_only and --predict: choose one")
     if flags["out_csv"] and not flags["predict"]:
@@ -316,6 +318,8 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
     if not ours or saved["data_name"] not in DATA_NAMES:
         raise ValueError(f"--model_path {args.model_path}: its data set is not one of ours")
     name = args.data_name or saved["data_name"]
+    if args.data_root and name == "textures":
+        raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     same = name == saved["data_name"]
     root = args.data_root or (same and saved.get("data_root")) or "data"
     size = source.encoder["image_size"]
@@ -328,16 +332,15 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
 
 
 def run_name(args: Namespace, source: Source) -> str:
-    """The name of a run: its --model_path's, and what is not the default."""
-    saved = source.state["args"] if source.state else {"name": Path(args.model_path).stem}
-    parts = [str(saved.get("name")), "linear"]
+    """The name of a run: that of its --model_path's file, and what is not the default."""
+    saved = source.state["args"] if source.state else {}
+    begin = run_of(args.model_path)[1] if saved else Path(args.model_path).stem
+    parts = [begin, "linear"]
     parts += ["cached"] if args.cached else []
     parts += [args.optimizer] if args.optimizer != "sgd" else []
-    other = source.state and args.data_name not in (None, saved.get("data_name"))
+    other = saved and args.data_name not in (None, saved.get("data_name"))
     parts += [args.data_name] if other else []
     parts += [f"{args.label_fraction:g}"] if args.label_fraction < 1 else []
-    if os.path.basename(parts[0]) != parts[0]:
-        raise ValueError(f"--model_path {args.model_path}: its run's name is no file name: --name")
     return "_".join(parts)
 
 
@@ -386,10 +389,15 @@ def prepare(run: Run) -> Prepared:
     if args.label_fraction < 1:
         number = max(1, round(args.label_fraction * len(images.train_labels)))
         images = images.subset(number, args.seed)
+    if len(args.lr) > 1 and len(images.train_labels) < 10:
+        raise ValueError(
+            "--lr: of several the best is chosen on a tenth of the training images, and there are "
+            f"{len(images.train_labels)}: give one"
+        )
     if run.state:
         with about(run.from_path):
             augmentation = Augmentation.read(run.state["augmentation"])
-    run.settle(amp=amp, data_name=name, data_root=root)
+    run.settle(amp=amp, data_name=name, data_root=None if name == "textures" else root)
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
     torch.manual_seed(args.seed)
@@ -496,7 +504,8 @@ def confusion_file(args: Namespace, source: Source, data_name: str, root: str) -
     Raises ValueError where a picture of other data would be replaced unasked.
     """
     saved = source.state["args"]
-    run, theirs = args.name or saved["name"], os.path.abspath(saved.get("data_root") or "data")
+    run = args.name or run_of(args.model_path)[1]
+    theirs = os.path.abspath(saved.get("data_root") or "data")
     own = (data_name, os.path.abspath(root)) == (saved["data_name"], theirs)
     if not own:
         run += "_on_" + utils.data_label(data_name, root).replace(":", "_")

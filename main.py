@@ -73,7 +73,7 @@ STATISTICS = tuple(
 
 def make_flags() -> utils.Flags:
     """The flags of this command."""
-    flags = utils.Flags("main.py", __doc__.split("\n")[0], fill, RECIPES)
+    flags = utils.Flags("main.py", __doc__, fill, RECIPES)
     count, positive = number(int, 1, 2**31), number(float, 1e-12)
     add = flags.group("data")
     add("data_name", DATA_NAMES, "the data set", "cifar10")
@@ -251,6 +251,8 @@ def prepare(run: Run) -> Prepared:
             f"--batch_size {args.batch_size}: is cut among {ranks.count()} ranks: give a multiple "
             "of it, of two images a rank at least"
         )
+    if args.data_name == "textures" and "data_root" in run.given:
+        raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     with run.flags.bad_input():  # one rank alone may lack its device
         device, amp = devices.set_up(args)
     if not state:

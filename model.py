@@ -12,7 +12,7 @@ from simsiam.network import IMAGENET_ARCHS, STEMS, Classifier, SimSiam, params_a
 
 def command(argv: list[str] | None = None) -> None:
     """Print the parts of a network, with parameters and multiply-adds for one image."""
-    parser = utils.Parser("model.py", __doc__.split("\n")[0])
+    parser = utils.Parser("model.py", __doc__)
     add = parser.add_argument
     add("--arch", default="resnet18", help="as of main.py (resnet18)")
     add("--stem", choices=STEMS, help="as of main.py (cifar; of resnet50 and deeper: imagenet)")

@@ -28,10 +28,14 @@ from simsiam.run import run_of
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr and exit code 2, without the usage."""
+    """argparse whose errors are one line on stderr and exit code 2, without the usage.
 
-    def __init__(self, prog: str, description: str, **more: object):
-        super().__init__(prog, description=description, allow_abbrev=False, **more)
+    `description`: a module's docstring, of which the first line is told; None under python -OO.
+    """
+
+    def __init__(self, prog: str, description: str | None, **more: object):
+        about = (description or "").split("\n")[0]
+        super().__init__(prog, description=about, allow_abbrev=False, **more)
 
     def error(self, message: str) -> NoReturn:
         """Of what all ranks meet alike, the first speaks."""
@@ -59,6 +63,10 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> None:
     """A command's `main`, each of its ends said in one line."""
     command = os.path.basename(sys.argv[0])
+    # A closed one is None, and a file of the run's could get its number.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may have what a terminal has not
     try:
         main()
     except RunError as error:
@@ -106,7 +114,7 @@ class Flags(Parser):
     def __init__(
         self,
         prog: str,
-        description: str,
+        description: str | None,
         fill: Callable[[dict, dict], dict],
         recipes: dict[str, dict],
     ):
@@ -207,7 +215,9 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
 
 
 def file_name(text: str) -> str:
-    """A type for argparse: the name of a file, without a folder."""
+    """A type for argparse: the name of a run, with which its files' names begin."""
+    if len(os.fsencode(text)) > 180:  # of the 255 that most file systems allow
+        raise argparse.ArgumentTypeError(f"{text} is too long: 180 bytes at most")
     if text != os.path.basename(text) or text in ("", ".", ".."):
         raise argparse.ArgumentTypeError(f"{text} must be a file name without a folder (see --out)")
     return text
@@ -220,8 +230,14 @@ def file_path(text: str) -> str:
     return text
 
 
-def run_flags(flags: Flags) -> None:
-    """The flags that every command has for its run."""
+TEXTURES_HAVE_NO_ROOT = (
+    "--data_root: textures are made, not read: leave it out or, for images of your own, add "
+    "--data_name folder"
+)
+
+
+def run_flags(flags: Flags, out: str | None = None) -> None:
+    """The flags that every command has for its run. `out`: the default folder, in words."""
     add = flags.group("run")
     add("seed", number(int, 0, 2**32 - 1), "of every random choice", 0)
     add("device", str, "auto (cuda, mps, else cpu), or a device's name", "auto")
@@ -236,7 +252,8 @@ def run_flags(flags: Flags) -> None:
     minutes = "write a checkpoint at least so often; 0: after each step"
     add("checkpoint_minutes", number(float, 0), minutes, 10.0)
     add("pictures", "two", "draw pictures at the end", True)
-    add("out", str, "folder of what a run writes", "results")
+    folder = "folder of what a run writes"
+    add("out", str, f"{folder} ({out})" if out else folder, None if out else "results")
     add("name", file_name, "the run's name, instead of one made of its flags")
     resume = "go on with this run's checkpoint, or with the one at PATH"
     more = {"nargs": "?", "const": True, "metavar": "PATH"}

@@ -1,5 +1,5 @@
 """SimSiam (Chen & He, arXiv 2011.10566) as a library. Each room imports only those before it:
 
-ranks, files, network, images, textures, views, loader, shards, datasets, metrics, monitor,
+ranks, files, lock, network, images, textures, views, loader, shards, datasets, metrics, monitor,
 devices, serialization, checkpoint, layouts, exports, weights, run, lettering, figures, pictures.
 """

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -63,10 +64,11 @@ def save(path: str, previous: str | None, net: nn.Module, optimizer: Optimizer, 
         with whole_file(path, previous) as file:
             file.write(content.getbuffer())
     except OSError as error:
-        raise RunError(
-            f"{path}: could not be written ({error.strerror}); the checkpoint before it is intact: "
-            "mend that, and give the same command with --resume"
-        ) from error
+        before = "the checkpoint before it is intact: mend that, and give the same command with"
+        before += " --resume"
+        if not os.path.exists(path):
+            before = "there is none before it: mend that, and give the same command"
+        raise RunError(f"{path}: could not be written ({error.strerror}); {before}") from error
 
 
 DIVERGED = (

@@ -51,8 +51,7 @@ def whole_file(path: str | Path, previous: str | Path | None = None) -> Iterator
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -64,8 +63,14 @@ def remove(path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
 
 
+def printable(text: str) -> str:
+    """A name of the file system as text: bytes that are no UTF-8 are replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> None:
     """Rows as a CSV table of `columns`, six significant digits, blank where there is no value."""
+    rows = [{k: printable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     with whole_file(path) as file:
         pandas.DataFrame(rows, columns=columns).to_csv(file, index=False, float_format="%.6g")
 
@@ -93,7 +98,7 @@ def add_result(path: str | Path, row: dict) -> None:
     if ranks.rank() > 0:
         return
     row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}  # as the others
-    same = (row["protocol"], row["run"])
+    same = (row["protocol"], printable(row["run"]))
     path = Path(path)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")) as lock:  # runs share the table
         rows, columns = [], RESULTS

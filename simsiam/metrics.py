@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from simsiam import ranks
 from simsiam.loader import Files
@@ -27,14 +28,18 @@ def features(
 
     L2-normalised, as the kNN needs them, or as they are. The backbone is left in the mode it was
     in; no parameter or buffer of it changes. Ranks share the images, and each gets all features.
+    A terminal gets a bar, if they take more than two seconds.
     """
     training = backbone.training
     backbone.eval()
-    rows = []
-    for chunk in images[ranks.share(len(images))].split(512):
-        x = transform(chunk)
-        with amp:
-            rows.append(backbone(x).float())
+    rows, mine = [], images[ranks.share(len(images))]
+    off = True if ranks.rank() else None  # None: on a terminal alone
+    with tqdm(None, "features", len(mine), False, delay=2, disable=off, unit="image") as bar:
+        for chunk in mine.split(512):
+            x = transform(chunk)
+            with amp:
+                rows.append(backbone(x).float())
+            bar.update(len(x))
     backbone.train(training)
     found = ranks.gathered(torch.cat(rows), len(images))
     return F.normalize(found, dim=1) if normalise else found

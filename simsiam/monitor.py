@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam import metrics, ranks
-from simsiam.loader import Data
+from simsiam.loader import Data, Files
 from simsiam.views import Views
 
 # The thresholds are measured: see docs/collapse.md.
@@ -202,12 +202,17 @@ class Monitor:
         return torch.cat(list(some.split(256))).float().std(0).mean().item()
 
     def found(self) -> Found:
-        """The features of the bank and of the test images, and the kNN's ranking."""
+        """The features of the bank and of the test images, and the kNN's ranking.
+
+        Raises FloatingPointError for features that are not finite.
+        """
         if self.kept is not None:
             return self.kept
         ranks.buffers_of_first(self.net)
         images = self.images
         bank = metrics.features(self.net.backbone, self.views.plain, images.train_images, self.amp)
+        if not bank.isfinite().all():
+            raise FloatingPointError("the features are not finite")
         if images.test_images is None:
             return Found(bank, None, None)
         queries = metrics.features(
@@ -238,6 +243,8 @@ class Monitor:
 
     def untrained(self) -> dict:
         """Row 0 of the statistics, and with labels `raw_acc@1`: the kNN's top-1 on raw pixels."""
+        if isinstance(self.images.train_images, Files):  # it may take as long as an epoch
+            ranks.say(f"before training: features of {len(self.images.train_images)} images")
         row = {"epoch": 0} | self.measure()
         if self.images.test_images is None:
             ranks.say("no labelled test images: no kNN; std and rank are watched")

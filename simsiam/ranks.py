@@ -41,10 +41,16 @@ def label(number: int) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line on stdout, above a progress bar if there is one; only the first rank does."""
+    """Print a line on stdout, above a progress bar if there is one; only the first rank does.
+
+    Where nobody reads any more (`| head -1`), the run goes on without a word.
+    """
     if rank() == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def restarts() -> int:

@@ -13,11 +13,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import filelock
 from torch import nn
 from torch.optim import Optimizer
 
-from simsiam import checkpoint, ranks
+from simsiam import checkpoint, lock, ranks
 from simsiam.files import RunError, about, add_result, remove, whole_file, write_csv
 from simsiam.monitor import Sums
 
@@ -40,12 +39,6 @@ def run_of(path: str) -> tuple[str, str]:
     for end in ("_model.prev.pth", "_model.pth", ".pth"):
         file = file.removesuffix(end)
     return folder or ".", file
-
-
-def unless_it_fails(function: Callable, *args: object) -> None:
-    """Call it; an OSError is passed over (Windows removes no open file)."""
-    with contextlib.suppress(OSError):
-        function(*args)
 
 
 class Run:
@@ -101,30 +94,10 @@ class Run:
         self.open.close()
 
     def _lock(self) -> None:
-        """Refuse a second process at the same run, naming the first.
-
-        The lock is the operating system's, which takes it back from a process that dies; what such
-        a process left half-written is removed. The folder is made, and removed if it stays empty.
-        """
-        folder, name = os.path.split(self.path)
-        path = Path(folder, f".{name}.lock")
-        if not os.path.isdir(folder or "."):
-            os.makedirs(folder, exist_ok=True)  # another run may do the same just now
-            self.open.callback(unless_it_fails, os.rmdir, folder)
-        lock = filelock.FileLock(path)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise ValueError(
-                f"{self.path}: process {path.read_text().strip()} is at work on it: wait for it, "
-                "or choose another --name"
-            ) from error
-        self.open.callback(lock.release)
-        # While it is held, so that a process that waits for it sees that it is gone.
-        self.open.callback(unless_it_fails, path.unlink)
-        path.write_text(f"{os.getpid()}\n")
+        """Refuse a second process at the same run; what one that died left half-written goes."""
+        self.open.enter_context(lock.held(self.path))
         for end in WRITTEN:
-            Path(folder, f".{name}_{end}.part").unlink(missing_ok=True)
+            Path(self.args.out, f".{self.args.name}_{end}.part").unlink(missing_ok=True)
 
     def _earlier(self) -> tuple[str, dict] | None:
         """The checkpoint to go on from, if --resume; refuses to replace a run unasked.
@@ -162,7 +135,8 @@ class Run:
     def _read(self, path: str) -> dict:
         state = checkpoint.load(path)
         if state["command"] != self.flags.prog:
-            raise ValueError(f"{path}: is a checkpoint of {state['command']}")
+            command = state["command"]
+            raise ValueError(f"--resume: {path} is a run of {command}: give --resume to {command}")
         return state
 
     def _resume(self, path: str, state: dict) -> None:
@@ -340,14 +314,19 @@ class Run:
         """Around work between an epoch's last step and its row that changes nothing of the run.
 
         A signal ends the process at once: the checkpoint from before holds the epoch's steps
-        (unless it would have been written sooner than `SOON` seconds after another).
+        (unless it would have been written sooner than `SOON` seconds after another). Raises
+        RunError for features that are not finite.
         """
         self._listen(False)
         if self.signal is not None or self._age() >= SOON:
             self.save()
         if self.signal is not None:
             self._end(self.signal)
-        yield
+        try:
+            yield
+        except FloatingPointError as error:
+            where = f"after epoch {self.epoch + 1}"
+            raise RunError(f"{error} {where}. {checkpoint.DIVERGED}") from error
         self._listen(True)
 
     def after_epoch(self, row: dict) -> dict:
@@ -390,6 +369,8 @@ class Run:
 
         Raises RunError that names a file that cannot be written.
         """
+        if not self.good:  # the run was finished elsewhere, or its newest checkpoint is damaged
+            self.save()
         try:
             self.write_table()
             yield

@@ -84,7 +84,7 @@ def test_an_error_names_the_file_and_leaves_the_one_before(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left") as error:
         write(path)
-    assert (error.value.filename, error.value.filename2) == (str(path), None)
+    assert str(error.value) == f"[Errno 28] No space left on device: '{path}'"
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
@@ -150,6 +150,14 @@ def test_a_table_comes_back_with_six_digits_and_blanks_left_out(tmp_path):
     assert path.read_text() == "epoch,loss,rank\n0,,6.25\n1,-0.333333,\n"
     assert read_csv(path) == [{"epoch": 0, "rank": 6.25}, {"epoch": 1, "loss": -0.333333}]
     assert all(type(row["epoch"]) is int for row in read_csv(path))
+
+
+def test_names_that_are_no_utf_8_are_written(tmp_path):
+    """As Python has the names of files: of UTF-8 in another locale, and of Latin-1 in any."""
+    path = tmp_path / "results.csv"
+    for name in (b"Gr\xc3\xb6\xc3\x9fe", b"Gr\xf6\xdfe", b"Gr\xf6\xdfe"):
+        add_result(path, {"protocol": "KNN", "run": name.decode("ascii", "surrogateescape")})
+    assert pandas.read_csv(path)["run"].tolist() == ["Gr\u00f6\u00dfe", "Gr\ufffd\ufffde"]
 
 
 def test_results_gain_a_row_a_run_and_protocol(tmp_path):

@@ -374,7 +374,8 @@ def test_a_run_introduces_itself(capsys):
     data = Data(images, labels, images[:7], labels[:7], list("abcdefghij"))
     columns = utils.introduce("some/run: SimSiam", net, data, "folder:birds", 32, CPU)
     params = sum(p.numel() for p in net.parameters()) / 1e6
-    assert columns == {"params_m": params, "flops_g": pytest.approx(0.0126, abs=0.0005)}
+    known = {"train_size": 30, "width": 16, "device": "cpu", "params_m": params}
+    assert columns == known | {"flops_g": pytest.approx(0.0126, abs=0.0005)}
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"some/run: SimSiam: {params:.2f}M parameters, 12.")
     assert "folder:birds: 30 training images, 7 test images, 10 classes, 32 pixels" in second

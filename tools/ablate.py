@@ -127,7 +127,7 @@ def summary(label: str, run: Run) -> dict:
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser("tools.ablate", __doc__.split("\n")[0])
+    parser = utils.Parser("tools.ablate", __doc__)
     add, count = parser.add_argument, utils.number(int, 1)
     add("--study", default="ablations", choices=tuple(STUDIES), help="(ablations)")
     add("--data_name", default="textures", help="as of main.py (textures)")

@@ -403,8 +403,10 @@ def table_row(what: str, ours: float, peer: float | None, peer_name: str | None,
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    about = "; ".join(f"{name}: {f.__doc__.splitlines()[0]}" for name, f in BENCHMARKS.items())
-    parser = utils.Parser("tools.bench", __doc__.splitlines()[0], epilog=about)
+    about = "; ".join(
+        f"{name}: {(f.__doc__ or name).splitlines()[0]}" for name, f in BENCHMARKS.items()
+    )
+    parser = utils.Parser("tools.bench", __doc__, epilog=about)
     names = ", ".join((*BENCHMARKS, "profile"))
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=names)
     parser.add_argument("--csv", default="results/benchmarks.csv", help="(results/benchmarks.csv)")
