@@ -36,6 +36,16 @@ def font_of(character: str) -> str | None:
     return None
 
 
+def escaped(letter: str) -> str:
+    r"""As Python writes it: \n, \xe9, \u732b."""
+    return letter.encode("unicode_escape").decode()
+
+
+def printable(text: str) -> str:
+    """The text with line breaks, and bytes that are no UTF-8, escaped."""
+    return "".join(letter if letter.isprintable() else escaped(letter) for letter in text)
+
+
 def columns_of(text: str) -> int:
     """How wide a text is: letters of China, Japan and Korea count twice."""
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
@@ -46,8 +56,8 @@ def drawable(text: str, longest: int) -> str:
 
     Others are escaped, as in Python: two texts that differ stay so, unless they are cut.
     """
-    there = {c for c in set(text) if c.isprintable() and font_of(c)}
-    parts = [c if c in there else c.encode("unicode_escape").decode() for c in text]
+    there = {letter for letter in set(text) if font_of(letter)}
+    parts = [printable(c) if c in there else escaped(c) for c in text]
     if sum(map(columns_of, parts)) <= longest:
         return "".join(parts)
     while sum(map(columns_of, parts)) >= longest:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simsiam import figures, metrics, ranks
 from simsiam.files import whole_file
+from simsiam.lettering import printable
 from simsiam.loader import Loader
 from simsiam.monitor import Monitor, spread
 from simsiam.views import Views
@@ -48,7 +49,8 @@ class Board:
         # TensorBoard shows all images as one of at most 8192 x 8192 pixels.
         small = min(64, images[0].shape[-1])
         thumbnails = torch.cat([F.adaptive_avg_pool2d(x / 255, small) for x in images])
-        self.writer.add_embedding(rows, names, thumbnails, epoch)
+        lines = names and [printable(name) for name in names]
+        self.writer.add_embedding(rows, lines, thumbnails, epoch)
 
     def close(self) -> None:
         """To be called at the run's end."""

@@ -8,6 +8,7 @@ import matplotlib.figure
 import matplotlib.text
 import numpy as np
 import pytest
+import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
@@ -16,6 +17,7 @@ from PIL import Image
 
 from simsiam import figures
 from simsiam.lettering import columns_of, drawable, drawable_names
+from simsiam.pictures import Board
 
 
 @pytest.fixture
@@ -261,6 +263,15 @@ def test_names_of_any_script_and_length_are_told_apart(drawn, font):
     drawn(figures.curves, {title: history(5)})
     drawn(figures.curves, {name: history(5) for name in ("_a", *CLASSES)})
     drawn(figures.curves, {name: history(5, labelled=False) for name in ("x" * 240, "y" * 240)})
+
+
+def test_tensorboard_gets_a_line_a_name(tmp_path):
+    board = Board(str(tmp_path), [], ())
+    images = [torch.zeros(3, 3, 8, 8, dtype=torch.uint8)]
+    board.features(torch.eye(3), ["a\nb", "bytes \udcff", "猫"], images, 1)
+    board.close()
+    (table,) = tmp_path.rglob("metadata.tsv")
+    assert table.read_text(encoding="utf-8").splitlines() == [r"a\nb", r"bytes \udcff", "猫"]
 
 
 def test_a_long_name_loses_its_middle():
