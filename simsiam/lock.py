@@ -22,7 +22,8 @@ def held(path: str) -> Iterator[None]:
     made, and removed if it stays empty. Raises ValueError that names the process at work.
     """
     folder, name = os.path.split(path)
-    file = Path(folder, f".{name}.lock")
+    # Two files: on Windows nobody else, not even this process, can open the one that is locked.
+    file, at_work = Path(folder, f".{name}.lock"), Path(folder, f".{name}.pid")
     with contextlib.ExitStack() as last:
         if not os.path.isdir(folder or "."):
             os.makedirs(folder, exist_ok=True)  # another run may do the same just now
@@ -31,12 +32,13 @@ def held(path: str) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout as error:
+            who = f"process {at_work.read_text().strip()}" if at_work.is_file() else "another one"
             raise ValueError(
-                f"{path}: process {file.read_text().strip()} is at work on it: wait for it, or "
-                "choose another --name"
+                f"{path}: {who} is at work on it: wait for it, or choose another --name"
             ) from error
         last.callback(lock.release)
         # While it is held, so that a process that waits for it sees that it is gone.
         last.callback(unless_it_fails, file.unlink)
-        file.write_text(f"{os.getpid()}\n")
+        last.callback(unless_it_fails, at_work.unlink)
+        at_work.write_text(f"{os.getpid()}\n")
         yield

@@ -186,7 +186,9 @@ def differences(a: Path, b: Path) -> list[str]:
     if not rows.loc[a.name].equals(rows.loc[b.name]):
         found.append("results.csv")
     litter = [
-        path.name for path in a.parent.iterdir() if ".part" in path.name or path.suffix == ".lock"
+        path.name
+        for path in a.parent.iterdir()
+        if ".part" in path.name or path.suffix in (".lock", ".pid")
     ]
     return found + litter
 

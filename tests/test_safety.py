@@ -176,7 +176,8 @@ def test_a_second_process_is_refused_and_names_the_first(tmp_path, capsys):
     assert f"process {process.pid} " in refused(capsys, main, *command, "--overwrite")
     process.kill()
     process.communicate()
-    assert (tmp_path / ".a.lock").exists()
+    assert (tmp_path / ".a.lock").read_bytes() == b""  # Windows opens no locked file again
+    assert (tmp_path / ".a.pid").read_text() == f"{process.pid}\n"
     (tmp_path / ".a_curves.png.part").touch()  # what it may have left behind
     run(tmp_path, "--name", "a", "--epochs", 1, "--overwrite")  # the dead one's lock is taken over
     assert not list(tmp_path.glob(".*"))
