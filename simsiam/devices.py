@@ -42,8 +42,13 @@ def set_up(args: Namespace) -> tuple[torch.device, str]:
     device, amp = pick_device(args.device), args.amp
     if ranks.grouped() and device.type != "cpu":
         device = ranks.own_device(device.type)
+    elif device.index is not None and device.type not in ("cpu", "mps"):
+        torch.accelerator.set_device_index(device.index)  # else some work goes to the first one
     if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+        # On GPUs before Ampere bf16 is emulated, and cuDNN has no convolutions of it.
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if native else "off"
+    torch.backends.cudnn.benchmark = not args.deterministic  # images have one size
     if args.deterministic:  # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)

@@ -320,6 +320,33 @@ def test_amp_is_off_on_the_cpu_unless_asked_for(monkeypatch):
             assert (x @ x).dtype == dtype
 
 
+def test_a_gpu_becomes_the_current_device_and_bf16_must_be_its_own(monkeypatch):
+    """A T4 says that it supports bf16: it emulates it, and has no convolutions of it."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch, "zeros", lambda *size, **more: None)  # there is none to allocate on
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    for native, amp in ((False, "off"), (True, "bf16")):
+        answer = {True: True, False: native}
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, answer=answer: answer[including_emulation],
+        )
+        args = argparse.Namespace(device="cuda:1", amp="auto", deterministic=False)
+        assert devices.set_up(args) == (torch.device("cuda", 1), amp)
+    assert chosen == [1, 1]
+    assert torch.backends.cudnn.benchmark
+    args.deterministic = True
+    try:
+        devices.set_up(args)
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_compile_without_a_compiler_is_said_in_one_line(tmp_path):
     """Before anything is written; a machine without g++ has none on its PATH, nor in CXX."""
     env = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
