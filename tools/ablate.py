@@ -131,7 +131,7 @@ def command(argv: list[str] | None = None) -> None:
     add, count = parser.add_argument, utils.number(int, 1)
     add("--study", default="ablations", choices=tuple(STUDIES), help="(ablations)")
     add("--data_name", default="textures", help="as of main.py (textures)")
-    add("--data_root", default="data", help="as of main.py (data)")
+    add("--data_root", help="as of main.py")
     add("--train_size", type=count, help="as of main.py")
     add("--epochs", type=count, default=6, help="of each run (6)")
     add("--seeds", type=utils.number(int, 0), nargs="+", default=[0, 1, 2], help="(0 1 2)")
@@ -140,11 +140,13 @@ def command(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = args.jobs or (1 if torch.accelerator.is_available() else cores)
-    flags = ["--data_name", args.data_name, "--data_root", args.data_root, "--recipe", "short"]
+    flags = ["--data_name", args.data_name, "--recipe", "short"]
     flags += ["--epochs", str(args.epochs), "--num_workers", "1"]
+    if args.data_root:
+        flags += ["--data_root", args.data_root]
     if args.train_size:
         flags += ["--train_size", str(args.train_size)]
-    label = utils.data_label(args.data_name, args.data_root) + (
+    label = utils.data_label(args.data_name, args.data_root or "data") + (
         f", {args.train_size} images" if args.train_size else ""
     )
     folder = Path(args.out, args.study)
