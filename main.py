@@ -157,8 +157,13 @@ def rate(args: Namespace, progress: float) -> float:
     return peak * network.schedule(progress, args.epochs, args.warmup_epochs)
 
 
+# Where PyTorch's fused step heeds `found_inf`; on mps it does not.
+FUSED = ("cpu", "cuda")
+
+
 def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.SGD:
     """SGD over two groups, of which the predictor's may keep its learning rate."""
+    fused = next(net.parameters()).device.type in FUSED
     predictor = [p for p in net.predictor.parameters() if p.requires_grad]
     return torch.optim.SGD(
         [
@@ -168,7 +173,7 @@ def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.SGD:
         lr=args.lr * args.batch_size / 256,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        fused=True,
+        fused=fused,
     )
 
 
@@ -194,9 +199,12 @@ def train(
             loss, z = net(*x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
         optimizer.zero_grad()
         loss.backward()
-        # The fused step leaves a loss that is not finite out, and the device is not waited for.
-        optimizer.found_inf = tally.add(loss, z)
-        optimizer.step()
+        # A loss that is not finite moves no weight; a fused step sees to it without a wait.
+        bad = tally.add(loss, z)
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = bad
+        if optimizer.defaults["fused"] or not bad:
+            optimizer.step()
         yield batch.step
 
 

@@ -279,11 +279,9 @@ class Views:
         n = len(images)
         # One transfer a view, and an asynchronous one: the device is never waited for.
         table = torch.from_numpy(drawn[batch.rows])
-        if images.device.type == "cuda":
-            table = table.pin_memory()
-        top, left, tall, wide, flip, *factors, colour, sigma = table.to(
-            images.device, non_blocking=True
-        ).unbind(1)
+        cuda = images.device.type == "cuda"  # mps would copy from memory that is gone
+        table = (table.pin_memory() if cuda else table).to(images.device, non_blocking=cuda)
+        top, left, tall, wide, flip, *factors, colour, sigma = table.unbind(1)
 
         flip = flip[:, None, None] > 0
         if cut:

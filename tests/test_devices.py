@@ -17,6 +17,7 @@ from simsiam.loader import Loader
 from simsiam.monitor import Tally
 from simsiam.views import Batch, Views
 
+STATS = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 CUDA, BYTES = torch.device("cuda", 0), {"dtype": torch.uint8, "device": "cuda:0"}
 
 
@@ -69,3 +70,29 @@ def test_training_on_cuda_mixes_no_devices_and_never_waits(flags, monkeypatch):
         metrics.features(net.backbone, views.plain, images, amp)
     assert [x.device for x in updated] == [CUDA] * 3
     assert watch.waits == ["cpu to cuda:0"] * (args.recipe == "cifar")  # the epoch's order
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_that_is_not_finite_moves_no_weight(fused):
+    """Neither in PyTorch's fused step nor in the plain one, which other devices than cuda take."""
+    line = "--data_name textures --width 4 --feature_dim 16 --batch_size 4 --lr 0.01"
+    args = main.make_flags().read(line.split())[0]
+    net, off = network.simsiam(vars(args)), torch.autocast("cpu", enabled=False)
+    optimizer = main.make_optimizer(net, args)
+    assert optimizer.defaults["fused"]
+    assert not main.make_optimizer(network.simsiam(vars(args)).to("meta"), args).defaults["fused"]
+    if not fused:
+        optimizer = torch.optim.SGD(optimizer.param_groups, fused=False)
+        for group in optimizer.param_groups:
+            group["fused"] = False
+    images, views = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8), Views(32, *STATS)
+    weight, tally, seen = net.backbone.conv1.weight, Tally(torch.device("cpu")), []
+    seen.append(weight.detach().clone())
+    for step in main.train(net, optimizer, Loader(images, 4), views, tally, 0, 0, args, off):
+        seen.append(weight.detach().clone())
+        if step == 0:  # from here on the loss is NaN, and the gradients are
+            net.predictor[0].weight.data.fill_(torch.nan)
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[2], seen[3])
+    assert tally.bad_step() == 1
