@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam import metrics, ranks
+from simsiam.files import RunError
 from simsiam.loader import Data, Files
 from simsiam.views import Views
 
@@ -242,10 +243,16 @@ class Monitor:
         return row
 
     def untrained(self) -> dict:
-        """Row 0 of the statistics, and with labels `raw_acc@1`: the kNN's top-1 on raw pixels."""
+        """Row 0 of the statistics, and with labels `raw_acc@1`: the kNN's top-1 on raw pixels.
+
+        Raises RunError for features that are not finite.
+        """
         if isinstance(self.images.train_images, Files):  # it may take as long as an epoch
             ranks.say(f"before training: features of {len(self.images.train_images)} images")
-        row = {"epoch": 0} | self.measure()
+        try:
+            row = {"epoch": 0} | self.measure()
+        except FloatingPointError as error:  # of weights that are finite, but huge
+            raise RunError(f"--init {self.args.init}: {error}: choose other weights") from error
         if self.images.test_images is None:
             ranks.say("no labelled test images: no kNN; std and rank are watched")
             return row

@@ -152,7 +152,7 @@ def test_the_documents_flags_exist():
         if not line.startswith("#SBATCH")
     )
     known = set(torch.distributed.run.get_args_parser()._option_string_actions) | {"--help"}
-    sources = [*ROOT.glob("tools/*.py"), ROOT / "model.py", ROOT / "tests" / "crash.py"]
+    sources = [*ROOT.glob("tools/*.py"), ROOT / "model.py", *ROOT.glob("tests/*.py")]
     known |= set(re.findall(r'"(--\w+)"', "".join(path.read_text() for path in sources)))
     for command in (main, linear):
         known |= set(command.make_flags()._option_string_actions)

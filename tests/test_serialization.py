@@ -7,6 +7,8 @@ import pickle
 import re
 import resource
 import struct
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +22,8 @@ import torch
 import linear
 import main
 from simsiam import checkpoint, serialization, weights
+from simsiam.files import RunError
+from simsiam.network import SimSiam
 from tests.helpers import ROOT, refused
 from tests.test_ranks import image_files, shard_files
 
@@ -353,3 +357,25 @@ def test_a_zip_s_parts_cannot_overlap(tmp_path):
     tail = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(listed), start, 0)
     (tmp_path / "a.pth").write_bytes(content[:start] + listed + tail)
     assert is_refused(tmp_path / "a.pth")
+
+
+def test_weights_that_are_huge_end_in_a_line(tmp_path):
+    """They are finite, but not what the network makes of them."""
+    net = SimSiam("resnet8", "cifar", 16, width=4)
+    huge = {k: v * 1e37 if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    torch.save(huge, tmp_path / "a.pth")
+    flags = "--data_name textures --width 4 --feature_dim 16 --train_size 64 --k 5 --name a"
+    with pytest.raises(RunError, match=r"--init .*a\.pth: the features are not finite"):
+        main.main([*flags.split(), "--init", f"{tmp_path}/a.pth", "--out", str(tmp_path / "r")])
+
+
+def test_broken_files_of_every_format_end_well(tmp_path):
+    """A slice of what `python -m tests.fuzz` does."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.fuzz", "--files", "32"]
+    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (total,) = (line.split() for line in ended.stdout.splitlines() if line.startswith("all "))
+    assert int(total[1]) + int(total[2]) == 32
+    assert int(total[1]) > 4
+    assert int(total[2]) > 4
