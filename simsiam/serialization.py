@@ -38,7 +38,7 @@ STORAGES = {
     for place in ("", "cuda.")
     for name, _, dtype in (pair.partition("=") for pair in DTYPES.split())
 }
-NUMBERS = re.compile("[fiu][1248]|b1")  # NumPy's codes of the dtypes that are read
+NUMBERS = re.compile("[<>=|](f[248]|i[1248]|u1|b1)")  # NumPy's names of these dtypes
 
 
 class Refused(ValueError):
@@ -111,7 +111,7 @@ def from_zip(content: bytes) -> object:
     """The values in an archive of torch.save."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = {part.filename: part for part in archive.infolist()}
-        if any(re.search(r"(^|/)(constants\.pkl$|code/)", name) for name in parts):
+        if any(re.match("[^/]+/(constants[.]pkl$|code/)", name) for name in parts):
             raise Refused("is a TorchScript archive, which is a program: save its state_dict()")
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise Refused("is compressed, which no file of torch.save is")
@@ -141,8 +141,8 @@ def finished(value: object, limits: Limits, depth: int = 0) -> object:
         return {key: finished(item, limits, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(finished(item, limits, depth + 1) for item in value)
-    plain = value is None or isinstance(value, Tensor | bool | int | float | str | bytes)
-    return value if plain else Left()
+    plain = value is None or isinstance(value, bool | int | float | str | bytes)
+    return value if plain or getattr(value, "dtype", None) in STORAGES.values() else Left()
 
 
 # ---- the stack machine --------------------------------------------------------------------------
@@ -389,7 +389,7 @@ class Machine:
 
     def array(self, data: object, dtype: Dtype, shape: object, order: str) -> Tensor | Left:
         """A tensor of an array of numbers; else a Left."""
-        if not NUMBERS.fullmatch(dtype.code) or dtype.order not in tuple("<>=|"):
+        if not isinstance(dtype, Dtype) or not NUMBERS.fullmatch(dtype.order + dtype.code):
             return Left()
         shape = shape if isinstance(shape, tuple) else (shape,)
         self.claim(2 * len(data) + 1)

@@ -75,6 +75,10 @@ def files():
     yield "safetensors", safetensors.torch.save(whole, {"format": "pt"})
     swapped = {name: array.astype(array.dtype.newbyteorder(">")) for name, array in arrays.items()}
     yield "big-endian arrays", pickle.dumps(swapped)
+    eights = whole | {"more": torch.ones(4).to(torch.float8_e5m2)}  # of dtypes that are left out
+    yield "safetensors, more", safetensors.torch.save(eights)
+    texts = arrays | {"more": np.array(["text"]), "record": np.zeros(2, "f4,i4")}
+    yield "arrays, more", pickle.dumps(texts)
     yield "columns first", pickle.dumps({k: np.array(v, order="F") for k, v in arrays.items()})
 
 
@@ -89,7 +93,7 @@ def test_the_content_tells_the_format(tmp_path):
             assert torch.equal(found[key], expected), (name, key)
             assert found[key].dtype == expected.dtype, (name, key)
         number += 1
-    assert number == 25
+    assert number == 27
 
 
 def test_a_storage_of_which_two_tensors_have_parts(tmp_path):
@@ -154,6 +158,8 @@ class Program(torch.nn.Module):
 
 def test_a_torchscript_archive_is_refused_and_not_run(tmp_path, capsys):
     path, done = tmp_path / "a.pth", tmp_path / "done"
+    torch.save({"w": torch.ones(3)}, tmp_path / "code.pth")  # its parts lie in a folder, code/
+    assert len(weights.read_weights(tmp_path / "code.pth")) == 1
     torch.jit.save(torch.jit.script(Program(str(done))), path)
     flags = ("--data_name", "textures", "--out", tmp_path / "none")
     for command, flag in ((linear, "--model_path"), (main, "--init")):
