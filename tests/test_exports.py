@@ -345,3 +345,11 @@ def test_heads_of_ablations_do_not_go_out_under_names_of_others(flags):
         with pytest.raises(ValueError, match="other heads"):
             exports.exported(net, args, to)
     assert len(exports.exported(net, args, "timm")) == len(net.backbone.state_dict())
+
+
+def test_hidden_layers_of_two_widths_have_no_class(tmp_path):
+    net = SimSiam("resnet18", "imagenet", 64, 3)
+    net.projector = mlp(512, 32, 48, 64, affine=False)
+    for to in ("authors", "lightly", "mmpretrain"):
+        with pytest.raises(ValueError, match=r"this one 32: add|one hidden width, .* \[32, 48\]"):
+            exports.exported(net, {"arch": "resnet18", "stem": "imagenet"}, to)

@@ -231,6 +231,9 @@ def test_init_takes_the_parts_that_it_is_told(tmp_path, parts):
     weights.initialise(same, path, parts)
     expected = heads if parts == "backbone" else given.projector.state_dict()
     same_weights(same.projector.state_dict(), expected)
+    without = SimSiam("resnet8", "cifar", 64, predictor="none")
+    notes = weights.initialise(without, path, "fitting")
+    assert notes == ["its predictor is not used: this network has none"]
     with pytest.raises(ValueError, match="its backbone does not .* of --arch resnet8 --stem cifar"):
         weights.initialise(SimSiam("resnet14", "cifar", 64), path, parts)
 
