@@ -278,3 +278,5 @@ def test_a_long_name_loses_its_middle():
     assert drawable("abcdefghij", 10) == "abcdefghij"
     assert drawable("abcdefghijk", 10) == "abcde…hijk"
     assert columns_of("ab猫") == 4
+    alike = ["x" * 50 + middle + "y" * 50 for middle in "ab"]  # in what is left of them
+    assert [text[-4:] for text in drawable_names([*alike, "c"]).values()] == [" (1)", " (2)", "c"]
