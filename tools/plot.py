@@ -35,7 +35,7 @@ def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> N
     if source.state is None:
         raise ValueError(f"{path}: is another project's checkpoint, of which no run is known")
     if source.is_linear:
-        start = {"epoch": 0, "raw_acc@1": source.state["facts"]["baseline"]}
+        start = {"epoch": 0, "raw_acc@1": source.state["facts"].get("baseline")}
         curves({name: [start, *source.state["history"]]}, f"{run}_curves.png", overwrite=True)
         evaluate = f"python linear.py --model_path {path} --evaluate_only"
         ranks.say(f"for its confusion matrix: {evaluate}")
