@@ -254,7 +254,8 @@ class Run:
         """The epochs that are to do, from 0 on; the first may be done up to `step`.
 
         While they last SIGTERM and SIGINT let the step in flight end, and then the process, with a
-        checkpoint. A second signal ends the process at once.
+        checkpoint. A second signal ends the process at once; of ranks not, since torchrun and
+        SLURM both send them.
         """
         self._listen(True)
         yield from range(self.epoch, self.args.epochs)
@@ -269,7 +270,8 @@ class Run:
             self.handlers = {}
 
     def _arrived(self, number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        if ranks.count() == 1:
+            signal.signal(number, signal.SIG_DFL)
         self.signal = number
 
     def after_step(self, step: int, seen: bool = False, due: bool = False) -> None:
@@ -297,6 +299,7 @@ class Run:
         return self.clock() - self.written
 
     def _end(self, number: int) -> None:
+        ranks.from_first(lambda: None)  # has saved; a rank that ended before it would end it too
         ranks.say("stopped; the same command and --resume go on after this step")
         sys.exit(128 + number)
 
@@ -397,5 +400,6 @@ class Run:
         if bad:
             path = f"{self.path}_bad_images.txt"
             with whole_file(path) as file:
-                file.write("".join(f"{line}\n" for line in bad).encode())
+                lines = "".join(f"{line}\n" for line in bad)
+                file.write(lines.encode("utf-8", "surrogateescape"))  # names as they are there
             ranks.say(f"{len(bad)} files could not be read and were left out: {path} lists them")

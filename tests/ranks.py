@@ -2,7 +2,8 @@
 
 main FLAGS, linear FLAGS: the commands.
 gradients: compare those of all ranks with one process's; weights, loss and std after 20 steps.
-signal RANK STEP NUMBER FLAGS: main.py, whose RANK gets signal NUMBER in its STEP, the first time.
+signal RANK STEP NUMBER FLAGS: main.py, whose RANK gets signal NUMBER in its STEP, the first time,
+twice, as torchrun and SLURM send it.
 fail RANK STEP FLAGS: main.py, whose RANK meets an error of ours in its STEP.
 sent FLAGS: main.py; then the first rank says how large the largest of the objects and tensors was
 that one rank sent to others.
@@ -158,7 +159,7 @@ def work(mode: str, rest: list[str]) -> None:
         return
     if mode == "signal":
         rank, step, number, *rest = rest
-        at_step(rank, step, lambda: os.kill(os.getpid(), int(number)))
+        at_step(rank, step, lambda: [os.kill(os.getpid(), int(number)) for _ in range(2)])
     elif mode == "fail":
         rank, step, *rest = rest
         at_step(rank, step, fail)
