@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import utils
-from simsiam import checkpoint, devices, figures, metrics, network, ranks
-from simsiam.datasets import DATA_NAMES, list_folder, load
+from simsiam import checkpoint, devices, figures, folders, metrics, network, ranks
+from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, load
 from simsiam.files import about, whole_file, write_csv
 from simsiam.images import decode
 from simsiam.loader import Batch, Data, Files, Loader, crc, subset
@@ -62,7 +62,9 @@ def make_flags() -> utils.Flags:
     add = flags.group("data")
     add("data_name", DATA_NAMES, "judge on another data set than the pre-training's")
     root = "where it is (as in pre-training; data where that was another data set)"
-    add("data_root", str, root)
+    add("data_root", utils.data_place, root)
+    parts = "its folders or lists to train on and to score with (as in pre-training)"
+    add("split_names", str, parts, nargs="+", metavar="NAME")
     fraction = "use a class-balanced, seeded fraction of the labels"
     add("label_fraction", number(float, 1e-9, 1), fraction, 1.0)
     add = flags.group("protocol")
@@ -80,7 +82,7 @@ def make_flags() -> utils.Flags:
 # What goes with the modes that train nothing, besides their own flag.
 FITTING = "model_path device amp deterministic num_workers bad_images overwrite".split()
 MODES = {
-    "evaluate_only": (*FITTING, "data_name", "data_root", "out", "name", "ddp", "pictures"),
+    "evaluate_only": FITTING + "data_name data_root split_names out name ddp pictures".split(),
     "predict": (*FITTING, "out_csv"),
 }
 
@@ -307,6 +309,13 @@ def open_source(args: Namespace, linear: bool) -> Source:
     return source
 
 
+def split_names(args: Namespace, source: Source) -> list[str] | None:
+    """Those of the flags or, where they are silent and of the same data set, of a checkpoint."""
+    saved = source.state["args"] if source.state else {}
+    same = args.data_name in (None, saved.get("data_name"))
+    return args.split_names or (saved.get("split_names") if same else None)
+
+
 def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple[Data, str, str]:
     """The data set of the flags or, where they are silent, of a checkpoint; its name and root.
 
@@ -314,6 +323,7 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
     """
     saved = source.state["args"] if source.state else {"data_name": args.data_name, "seed": 0}
     kinds = {"data_name": str, "data_root": str | None, "seed": int, "train_size": int | None}
+    kinds |= {"split_names": list | None}
     ours = all(isinstance(saved.get(name), kind) for name, kind in kinds.items())
     if not ours or saved["data_name"] not in DATA_NAMES:
         raise ValueError(f"--model_path {args.model_path}: its data set is not one of ours")
@@ -322,8 +332,12 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     same = name == saved["data_name"]
     root = args.data_root or (same and saved.get("data_root")) or "data"
-    size = source.encoder["image_size"]
-    images = load(name, root, size, args.num_workers, args.bad_images, test_only)
+    if args.data_root and not args.data_name:
+        check_root(name, root)
+    elif not args.data_root and name in DOWNLOADED and not os.path.isdir(root):
+        root = "data"  # it was elsewhere, on another machine
+    how = (source.encoder["image_size"], args.num_workers, args.bad_images, test_only)
+    images = load(name, root, *how, source.reading, split_names(args, source))
     if images.test_images is None:
         raise ValueError(f"--data_root {root}: has no labelled test images to score with")
     if same and saved.get("train_size") is not None and not test_only:
@@ -397,7 +411,9 @@ def prepare(run: Run) -> Prepared:
     if run.state:
         with about(run.from_path):
             augmentation = Augmentation.read(run.state["augmentation"])
-    run.settle(amp=amp, data_name=name, data_root=None if name == "textures" else root)
+    place = None if name == "textures" else utils.data_place(root)
+    run.settle(amp=amp, data_name=name, data_root=place, split_names=split_names(args, source))
+    run.settle(**vars(source.reading))
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
     torch.manual_seed(args.seed)
@@ -529,7 +545,7 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
             )
         os.makedirs(args.out, exist_ok=True)
         path = confusion_file(args, source, data_name, root)
-    for line in images.bad:
+    for line in filter(None, (images.found, *images.bad)):
         ranks.say(line)
     order = torch.tensor([classes.index(name) for name in images.classes])
     labels = order[images.test_labels].to(device)  # numbered as in training
@@ -557,9 +573,9 @@ def predict(args: Namespace, flags: utils.Flags) -> None:
         predictor = Predictor(open_source(args, linear=True).to(device))
         files = []
         for path in map(Path, args.predict):
-            files += list_folder(path, labelled=False)[0] if path.is_dir() else [path]
+            files += folders.list_folder(path, labelled=False).files if path.is_dir() else [path]
         cut = (predictor.size, args.num_workers, args.bad_images, predictor.shorter)
-        images, bad = decode(files, *cut)
+        images, bad = decode(files, *cut, reading=predictor.reading)
     for line in bad.values():
         print(line, file=sys.stderr)
     scores = predictor.scores(images, devices.autocast(device, amp_name))

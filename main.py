@@ -18,8 +18,9 @@ from torch import nn
 
 import utils
 from simsiam import checkpoint, devices, metrics, network, pictures, ranks, weights
-from simsiam.datasets import DATA_NAMES, load
+from simsiam.datasets import DATA_NAMES, check_root, load
 from simsiam.files import RunError, about
+from simsiam.images import BACKGROUNDS, Reading
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
 from simsiam.run import Run
@@ -77,7 +78,12 @@ def make_flags() -> utils.Flags:
     count, positive = number(int, 1, 2**31), number(float, 1e-12)
     add = flags.group("data")
     add("data_name", DATA_NAMES, "the data set", "cifar10")
-    add("data_root", str, "of downloads, and of images of one's own", "data")
+    add("data_root", utils.data_place, "of downloads, and of images of one's own", "data")
+    parts = "folders or lists in --data_root to train on and, if you like, to score with"
+    add("split_names", str, parts, nargs="+", metavar="NAME")
+    add("exif", "two", "turn images as their EXIF orientation says", True)
+    background = "what transparent pixels show; none: the colours below"
+    add("background", BACKGROUNDS, background, "white")
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
     size = "side of the views, in pixels; None: as the images"
     add("image_size", number(int, 8, 1024), size)
@@ -227,7 +233,8 @@ class Prepared(NamedTuple):
 def images_of(args: Namespace) -> Data:
     """The data set of the flags. Raises as `datasets.load`."""
     place = (args.data_name, args.data_root)
-    images = load(*place, args.image_size, args.num_workers, args.bad_images)
+    how = {"reading": Reading.of(vars(args)), "split_names": args.split_names}
+    images = load(*place, args.image_size, args.num_workers, args.bad_images, **how)
     return images if args.train_size is None else images.subset(args.train_size, args.seed)
 
 
@@ -275,6 +282,8 @@ def prepare(run: Run) -> Prepared:
             encoder, augmentation = state["encoder"], Augmentation.read(state["augmentation"])
     size, mean, std = encoder["image_size"], encoder["mean"], encoder["std"]
     run.settle(amp=amp, image_size=size)
+    if args.data_name != "textures":
+        run.settle(data_root=utils.data_place(args.data_root))
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=encoder, augmentation=vars(augmentation).copy())
     baselines = {"raw_acc@1", "test_acc@1"}
@@ -390,6 +399,8 @@ def main(argv: list[str] | None = None) -> None:
     args, given = flags.read(argv)
     with utils.joined(args, flags), contextlib.ExitStack() as stack:
         with flags.bad_input():
+            if "data_root" in given and "data_name" not in given and not args.resume:
+                check_root(args.data_name, args.data_root)
             if args.show_views:
                 show_views(args)
                 return

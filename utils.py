@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -184,7 +185,7 @@ class Flags(Parser):
 
 
 # The flags of both commands that are of kind "two".
-TWO_FORMS = ("fix_pred_lr", "pictures", "stop_on_collapse")
+TWO_FORMS = ("exif", "fix_pred_lr", "pictures", "stop_on_collapse")
 
 
 def words(name: str, value: object) -> list[str]:
@@ -228,6 +229,11 @@ def file_path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must be the path of a file")
     return text
+
+
+def data_place(text: str) -> str:
+    """A type for argparse: where a data set is, wherever it is asked for; an address stays one."""
+    return text if re.match(r"[A-Za-z][\w.+-]+:", text) else os.path.abspath(text)
 
 
 TEXTURES_HAVE_NO_ROOT = (
@@ -316,11 +322,12 @@ def introduce(
 ) -> dict:
     """Say what a run is about; the columns of results.csv for its network and its images."""
     params, flops = params_and_flops(net, size)
+    found = f"{images.found}\n" if images.found else ""
     tests = 0 if images.test_images is None else len(images.test_images)
     ranks.say(
         f"{what}: {params / 1e6:.2f}M parameters, {flops / 1e6:.2f}M multiply-adds an image "
-        f"(thop's FLOPs), on {device}\n{name}: {len(images.train_images)} training images, {tests} "
-        f"test images, {len(images.classes)} classes, {size} pixels"
+        f"(thop's FLOPs), on {device}\n{found}{name}: {len(images.train_images)} training images, "
+        f"{tests} test images, {len(images.classes)} classes, {size} pixels"
     )
     known = {"train_size": len(images.train_images), "width": net.backbone.conv1.out_channels}
     known |= {"params_m": params / 1e6, "flops_g": flops / 1e9}

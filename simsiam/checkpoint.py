@@ -34,6 +34,8 @@ FORMAT = {
     "facts": (dict, "what a run found out, and keeps: the step of a collapse, a chosen lr, ..."),
     "made_on": (dict, "device, threads, torch version: what the last bits depend on"),
 }
+# Flags that are newer than this version, with what was done before there were any.
+BEFORE = {"exif": False, "background": "none"}
 
 
 class NotOursError(ValueError):
@@ -105,6 +107,7 @@ def load(path: str | Path) -> dict:
             )
     if not well_formed(state):
         raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program")
+    state["args"] = BEFORE | state["args"]
     return state
 
 

@@ -1,7 +1,5 @@
 """Data sets by name: torchvision's, the user's own folders and lists, shards, textures."""
 
-import csv
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +7,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from simsiam import ranks
-from simsiam.images import EXTENSIONS, decode, imagenet_shorter, open_image
+from simsiam import folders, ranks
+from simsiam.images import AS_SEEN, OR_SKIP, Reading, decode, imagenet_shorter, open_image
 from simsiam.loader import Data, Files, readable
 from simsiam.shards import load_shards
 from simsiam.textures import TEXTURES, textures
@@ -18,6 +16,28 @@ from simsiam.textures import TEXTURES, textures
 DATA_NAMES = tuple(
     ("cifar10 cifar100 stl10 svhn fashion_mnist folder imagenet webdataset textures").split()
 )
+
+# What torchvision has downloaded: a folder of it holds one of these.
+DOWNLOADED = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    "stl10": ("stl10_binary", "stl10_binary.tar.gz"),
+    "svhn": ("train_32x32.mat",),
+    "fashion_mnist": ("FashionMNIST",),
+}
+
+
+def check_root(name: str, root: str | Path) -> None:
+    """Raises ValueError where `root` holds images of the user's own, not the data set `name`.
+
+    For where the user gave the one and not the other.
+    """
+    there = any(Path(root, part).exists() for part in DOWNLOADED.get(name, ()))
+    if name in DOWNLOADED and not there and folders.has_images(Path(root)):
+        raise ValueError(
+            f"--data_root {root}: holds images, and the data set is {name}: add --data_name "
+            f"folder; or --data_name {name}, which is then downloaded there"
+        )
 
 
 def shorter_side(name: str, size: int) -> int:
@@ -35,23 +55,27 @@ def load(
     workers: int = 2,
     bad_images: str = "error",
     test_only: bool = False,
+    reading: Reading = AS_SEEN,
+    split_names: list[str] | None = None,
 ) -> Data:
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
     `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads;
     `imagenet` too, but keeps them as `Files`, which each epoch decodes again, and `webdataset`
-    (see `load_shards`) as `Shards`.
+    (see `load_shards`) as `Shards`. `reading` and `split_names` are for these.
 
     Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
     folder that cannot be used, ConnectionError where a download fails.
     """
+    if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
+        raise ValueError("--split_names: goes with --data_name folder or imagenet, and a folder")
     if name == "textures":
         return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
     if name in ("folder", "imagenet"):
-        in_memory = name == "folder"
-        return load_folder(Path(root), image_size, workers, bad_images, test_only, in_memory)
+        how = (image_size, workers, bad_images, test_only, name == "folder", reading, split_names)
+        return load_folder(Path(root), *how)
     if name == "webdataset":
-        return load_shards(str(root), image_size, workers, bad_images, test_only)
+        return load_shards(str(root), image_size, workers, bad_images, test_only, reading)
     if name not in DATA_NAMES:
         raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
     return load_torchvision(name, Path(root))
@@ -119,6 +143,8 @@ def load_folder(
     bad_images: str = "error",
     test_only: bool = False,
     in_memory: bool = True,
+    reading: Reading = AS_SEEN,
+    split_names: list[str] | None = None,
 ) -> Data:
     """The user's own images, decoded once or left as `Files`; if `test_only`, no training image.
 
@@ -126,7 +152,11 @@ def load_folder(
     - a folder with `train/<class>/*` and, to score with, `test/<class>/*` or `val/<class>/*`;
     - a folder with `train.csv` and, to score with, `test.csv` or `val.csv`;
     - a CSV list: column `path` (relative to the list's folder), optional column `label`;
-    - a folder of images at any depth, without labels.
+    - a folder of images at any depth, without labels;
+    - Kaggle's ImageNet, as it is unpacked.
+
+    In the place of `train`, `test` and `val` there may be one of `folders.SPLITS`; `split_names`
+    says which to take. `reading`: of the files.
 
     Each image's shorter side is resized to `image_size`, then its centre is cropped: the default
     is the median shorter side of (at most 100 of) the images, at most 96.
@@ -135,16 +165,15 @@ def load_folder(
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    parts = splits(root)
-    train, test = parts.get("train", parts.get("")), parts.get("test")
-    files, names = train
+    train, test, line, _ = folders.find(root, split_names)
+    files, names = train.files, train.labels
     classes = sorted({name for name in names if name is not None})
     number = {name: i for i, name in enumerate(classes)} | {None: -1}
-    if not classes:
-        test = None
     if test:
-        for path, name in zip(*test, strict=True):
-            if name is None or name not in number:
+        for path, name in zip(test.files, test.labels, strict=True):
+            if name is None:
+                raise ValueError(f"{path}: has no class, and is to be scored with")
+            if name not in number:
                 raise ValueError(f"{path}: its class {name} is not among the training classes")
     if image_size is None:
         image_size = usual_size(files[:: max(1, len(files) // 100)], bad_images)
@@ -152,36 +181,17 @@ def load_folder(
 
     def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | Files, Tensor]:
         if in_memory:
-            images, found = decode(files, image_size, workers, bad_images)
+            images, found = decode(files, image_size, workers, bad_images, reading=reading)
         else:
-            good, found = readable([str(path) for path in files], workers, bad_images)
-            images = Files(good, image_size, workers)
+            good, found = readable(list(map(str, files)), workers, bad_images, reading)
+            images = Files(good, image_size, workers, reading)
         bad.extend(found.values())
         good = [name for i, name in enumerate(names) if i not in found]
         return images, torch.tensor([number[name] for name in good], dtype=torch.int64)
 
-    train = ([], []) if test_only and test else train
-    return Data(*part(*train), *(part(*test) if test else (None, None)), classes, bad)
-
-
-def splits(root: Path) -> dict[str, tuple[list[Path], list[str | None]]]:
-    """The files below `root` and their labels: of `train` and `test`, or of "" where it has none.
-
-    Raises FileNotFoundError or ValueError, naming the file.
-    """
-    if root.suffix.lower() == ".csv":
-        return {"": list_csv(root)}
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
-    if not ((root / "train").is_dir() or (root / "train.csv").is_file()):
-        return {"": list_folder(root, labelled=False)}
-    found = {}
-    for split, name in (("train", "train"), ("test", "val"), ("test", "test")):
-        if (root / name).is_dir():
-            found[split] = list_folder(root / name, labelled=True)
-        elif (root / f"{name}.csv").is_file():
-            found[split] = list_csv(root / f"{name}.csv")
-    return found
+    trained = part([], []) if test_only and test else part(files, names)
+    tested = part(test.files, test.labels) if test else (None, None)
+    return Data(*trained, *tested, classes, bad, line)
 
 
 def usual_size(files: list[Path], bad_images: str) -> int:
@@ -190,32 +200,7 @@ def usual_size(files: list[Path], bad_images: str) -> int:
     for path in files:
         try:
             sides.append(min(open_image(path).size))
-        except ValueError:
+        except ValueError as error:
             if bad_images == "error":
-                raise
+                raise ValueError(f"{error}{OR_SKIP}") from error
     return min(96, int(np.median(sides))) if sides else 32
-
-
-def list_folder(folder: Path, labelled: bool) -> tuple[list[Path], list[str | None]]:
-    """Image files below `folder`, sorted, each with its class: the first folder's name, or None."""
-    files = sorted(
-        Path(place, name)
-        for place, _, names in os.walk(folder, followlinks=True)  # as torchvision's ImageFolder
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and name[0] != "."
-    )
-    if not files:
-        raise FileNotFoundError(f"{folder}: there are no images ({', '.join(EXTENSIONS)})")
-    parts = [path.relative_to(folder).parts for path in files]
-    return files, [part[0] if labelled and len(part) > 1 else None for part in parts]
-
-
-def list_csv(path: Path) -> tuple[list[Path], list[str | None]]:
-    """The files and labels of a CSV list (columns `path`, optional `label`)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--data_root {path}: there is no such list")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "path" not in rows[0]:
-        raise ValueError(f"{path}: needs a header with a column `path`, and at least one row")
-    return [path.parent / row["path"] for row in rows], [row.get("label") or None for row in rows]

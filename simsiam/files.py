@@ -64,8 +64,8 @@ def remove(path: str | Path) -> None:
 
 
 def printable(text: str) -> str:
-    """A name of the file system as text: bytes that are no UTF-8 are replaced."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A name of the file system as text: a byte that is no UTF-8 is told as \\xff."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> None:

@@ -1,20 +1,27 @@
 """Image files: open, decode, bring to RGB, cut the centre."""
 
+import contextlib
+import dataclasses
 import io
+import os
+import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-EXTENSIONS = tuple(IMG_EXTENSIONS)
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif")
+EXTENSIONS += tuple({".avif"} & Image.registered_extensions().keys())  # Pillow 11.3 has it
+BACKGROUNDS = ("white", "black", "none")
+OR_SKIP = ", or leave out what cannot be read: --bad_images skip"
 
 
 class BadImage(Exception):
@@ -32,11 +39,46 @@ class Stored(Protocol):
 ImageFile = str | Path | Stored
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is made of a file's pixels besides RGB.
+
+    `exif`: an image is turned as its EXIF orientation says. `background`, one of BACKGROUNDS, is
+    what transparent pixels show; "none": the colours that the file has there, though nobody sees
+    them.
+    """
+
+    exif: bool = True
+    background: str = "white"
+
+    @classmethod
+    def of(cls, args: Mapping) -> "Reading":
+        """That of the flags of main.py. Raises ValueError for what cannot be such."""
+        exif, background = args.get("exif"), args.get("background")
+        if not isinstance(exif, bool) or background not in BACKGROUNDS:
+            raise ValueError("its --exif or --background is none of ours")
+        return cls(exif, background)
+
+
+AS_SEEN = Reading()  # as a viewer shows an image
+
+# What makes an image with an EXIF orientation upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def ignore_pil_warnings() -> None:
     """Add filters for two of PIL's warnings; for a process, or a context, that is ours.
 
     Images of so many pixels that PIL warns are refused here, so PIL need not say it too. Nor need
-    it say that the notes beside the pixels (EXIF), which are not read here, are damaged.
+    it say that the notes beside the pixels (EXIF) are damaged.
     """
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
@@ -48,7 +90,15 @@ def open_image(path: ImageFile) -> Image.Image:
     Raises ValueError naming the file; also for one of so many pixels that PIL warns of a bomb.
     """
     try:
-        image = Image.open(path.content() if isinstance(path, Stored) else path)
+        if isinstance(path, Stored):
+            path_or_file = path.content()
+        elif stat.S_ISREG(os.stat(path).st_mode):
+            path_or_file = path
+        else:  # to open a FIFO would be to wait for whoever writes into it
+            raise ValueError("not a file")
+        image = Image.open(path_or_file)
+        if image.format == "EPS":  # PIL would run Ghostscript on it
+            raise ValueError("EPS is a program, not pixels")
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         return image
@@ -57,22 +107,54 @@ def open_image(path: ImageFile) -> Image.Image:
             FileNotFoundError: "it does not exist",
             PermissionError: "no permission",
             Image.DecompressionBombError: f"too large: {error}",
+            ValueError: str(error),
         }.get(type(error), "not an image")
         raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; 16 bits a pixel to 8, where PIL's own conversion would clip."""
+def to_rgb(image: Image.Image, reading: Reading = AS_SEEN) -> Image.Image:
+    """Any mode to RGB, upright, on a background, as `reading` says.
+
+    16 bits a pixel become 8, where PIL's own conversion would clip. Floats from 0 to 1 become 0 to
+    255; those from 0 to 255 are taken as they are. Raises ValueError for other floats.
+    """
+    image.load()  # PIL itself turns a TIFF, and then takes its orientation away
+    turn = upright(image) if reading.exif else None
     if image.mode.startswith("I"):
         pixels = np.asarray(image).astype(np.int64)
         image = Image.fromarray((pixels // 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    elif image.mode == "F":
+        image = of_floats(np.asarray(image))
+    elif reading.background != "none" and image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, reading.background)
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {}  # it is upright now, and does not say otherwise
+    return image
 
 
-def read_image(path: ImageFile) -> Image.Image:
+def upright(image: Image.Image) -> Image.Transpose | None:
+    """How to turn an image as its EXIF orientation says; None where it has none, or is upright."""
+    with contextlib.suppress(Exception):  # a parser fed with junk may raise anything
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return None
+
+
+def of_floats(pixels: np.ndarray) -> Image.Image:
+    """The gray image of floats, H x W. Raises ValueError for a range that is not known."""
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= 255):  # nor NaN
+        raise ValueError(f"its floats are from {low:g} to {high:g}: make them 0 to 1, or 0 to 255")
+    return Image.fromarray((pixels * 255).round().astype(np.uint8) if high <= 1 else pixels)
+
+
+def read_image(path: ImageFile, reading: Reading = AS_SEEN) -> Image.Image:
     """A file's image in RGB, decoded. Raises ValueError naming the file."""
     try:
-        return to_rgb(open_image(path))
+        return to_rgb(open_image(path), reading)
     except Exception as error:  # a decoder fed with junk may raise anything
         reason = str(error)
         if not reason.startswith(str(path)):
@@ -86,8 +168,13 @@ def centre(image: Image.Image, size: int, shorter: int) -> np.ndarray:
     if min(width, height) != shorter:
         scale = shorter / min(width, height)
         width, height = max(shorter, round(width * scale)), max(shorter, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
+    if width * height > Image.MAX_IMAGE_PIXELS:  # a line of pixels: its centre alone is resized
+        x, y = image.width / width, image.height / height
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
@@ -103,6 +190,7 @@ def decode(
     bad_images: str = "error",
     shorter: int | None = None,
     allow_none: bool = False,
+    reading: Reading = AS_SEEN,
 ) -> tuple[Tensor, dict[int, str]]:
     """Image files -> uint8, N x 3 x size x size, cut by `centre` (`shorter`: by default size).
 
@@ -114,10 +202,10 @@ def decode(
 
     def one(i: int) -> str | None:
         try:
-            images[i] = centre(read_image(files[i]), size, shorter or size)
+            images[i] = centre(read_image(files[i], reading), size, shorter or size)
         except ValueError as error:
             if bad_images == "error":
-                raise
+                raise ValueError(f"{error}{OR_SKIP}") from error
             return str(error)
         return None
 

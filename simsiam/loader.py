@@ -18,8 +18,11 @@ from torch import Tensor
 
 from simsiam import ranks
 from simsiam.images import (
+    AS_SEEN,
+    OR_SKIP,
     BadImage,
     ImageFile,
+    Reading,
     centre,
     decode,
     ignore_pil_warnings,
@@ -34,7 +37,8 @@ class Data:
     """A data set. Images: uint8, N x 3 x H x W, or `Files`. Labels: int64, N; -1 is "no label".
 
     Without test images (or without labels) there is nothing to score: `test_images` is None.
-    `bad`: the files that could not be read and were left out, each with the reason.
+    `bad`: the files that could not be read and were left out, each with the reason. `found`: a
+    line on how the files were read, or nothing.
     """
 
     train_images: "Tensor | Files"
@@ -43,12 +47,13 @@ class Data:
     test_labels: Tensor | None
     classes: list[str]
     bad: list[str] = dataclasses.field(default_factory=list)
+    found: str = ""
 
     def to(self, device: torch.device) -> "Data":
         """The same on `device`."""
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
         moved = (t if t is None else t.to(device) for t in tensors)
-        return Data(*moved, self.classes, self.bad)
+        return Data(*moved, self.classes, self.bad, self.found)
 
     def chosen(self, which: Tensor) -> "Data":
         """The training images that `which` (indices or a mask, on any device) says; all others."""
@@ -98,7 +103,8 @@ class Cutter(torch.utils.data.Dataset):
     def __getitem__(self, item: tuple[int, int]) -> np.ndarray | str:
         epoch, i = item
         try:
-            return self.cut(read_image(self.files.paths[i]), [self.seed, epoch, i])
+            image = read_image(self.files.paths[i], self.files.reading)
+            return self.cut(image, [self.seed, epoch, i])
         except ValueError as error:
             return str(error)
 
@@ -157,6 +163,7 @@ class Files:
     paths: Sequence[ImageFile]
     size: int
     workers: int = 2
+    reading: Reading = AS_SEEN
     device: torch.device | str = "cpu"
 
     @property
@@ -209,12 +216,13 @@ class Files:
         """What the workers cut, on the device: uint8, n x views x 3 x size x size."""
         ranks.still()
         batches = iter(loader)  # forks the workers
+        pinned = loader.pin_memory  # only then the copy has its memory until it is done
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # the last one to be registered is the first to be called
         for found in batches:
             if isinstance(found, str):
-                raise BadImage(f"{found}, or leave out what cannot be read: --bad_images skip")
-            found = found.to(self.device, non_blocking=True)
+                raise BadImage(f"{found}{OR_SKIP}")
+            found = found.to(self.device, non_blocking=pinned)
             yield found.permute(0, 1, 4, 2, 3)
 
 
@@ -240,7 +248,7 @@ class Crops:
 
 
 def readable(
-    files: Sequence[ImageFile], workers: int, bad_images: str
+    files: Sequence[ImageFile], workers: int, bad_images: str, reading: Reading = AS_SEEN
 ) -> tuple[Sequence[ImageFile], dict[int, str]]:
     """Those of `files` that can be decoded, and the others as `decode` names them.
 
@@ -250,7 +258,7 @@ def readable(
     if bad_images != "skip":
         return files, {}
     mine = ranks.cut(len(files), ranks.rank(), ranks.count())
-    bad = decode(files[mine], 1, workers, "skip", allow_none=True)[1]
+    bad = decode(files[mine], 1, workers, "skip", allow_none=True, reading=reading)[1]
     parts = ranks.gathered_objects({mine.start + i: reason for i, reason in bad.items()})
     bad = {i: reason for part in parts for i, reason in part.items()}
     if files and len(bad) == len(files):
@@ -282,7 +290,8 @@ def crc(images: Tensor | Files) -> int:
     if isinstance(images, Files):
         names = [str(path) for path in images.paths]
         common = os.path.commonpath(names)
-        return zlib.crc32("\n".join(os.path.relpath(name, common) for name in names).encode())
+        names = "\n".join(os.path.relpath(name, common) for name in names)
+        return zlib.crc32(names.encode("utf-8", "surrogateescape"))
     return zlib.crc32(images.contiguous().numpy())
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.images import EXTENSIONS, read_image
+from simsiam.images import AS_SEEN, EXTENSIONS, Reading, read_image
 from simsiam.loader import Cutter, Data, Files, readable, stack
 from simsiam.views import Views
 
@@ -144,16 +144,22 @@ class Stream(torch.utils.data.IterableDataset):
 
     def cut(self, sample: "Sample") -> np.ndarray | str:
         """What the cutter makes of an image file."""
-        chance = zlib.crc32("/".join(Path(sample.name).parts[-2:]).encode())
+        name = "/".join(Path(sample.name).parts[-2:])
+        chance = zlib.crc32(name.encode("utf-8", "surrogateescape"))
         try:
-            image = read_image(sample)
+            image = read_image(sample, self.cutter.files.reading)
         except ValueError as error:
             return str(error)
         return self.cutter.cut(image, [self.cutter.seed, self.epoch, chance])
 
 
 def load_shards(
-    root: str, image_size: int | None, workers: int, bad_images: str, test_only: bool
+    root: str,
+    image_size: int | None,
+    workers: int,
+    bad_images: str,
+    test_only: bool,
+    reading: Reading = AS_SEEN,
 ) -> Data:
     """Tar files in webdataset's layout: `<key>.jpg` (or another image) and, of labels, `<key>.cls`.
 
@@ -187,7 +193,7 @@ def load_shards(
             found = list_shard(shard)
             members += found
             labels += found.values()
-        good, found = readable(members, workers, bad_images)
+        good, found = readable(members, workers, bad_images, reading)
         bad.extend(found.values())
         if not numbers:  # the training set's classes, where it is listed
             classes = sorted(set(labels) - {None}, key=lambda text: (len(text), text))
@@ -197,7 +203,7 @@ def load_shards(
                 raise ValueError(f"{member}: its class {label} is not among the training classes")
         labels = [-1 if name is None else numbers[name] for name in labels]
         kept = torch.tensor([i not in found for i in range(len(members))], dtype=torch.bool)
-        images = Shards(good, image_size or 224, workers)
+        images = Shards(good, image_size or 224, workers, reading)
         return images, torch.tensor(labels, dtype=torch.int64)[kept]
 
     train_part = part([] if test_only and test else train)

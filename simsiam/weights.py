@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from simsiam import checkpoint, metrics, serialization
 from simsiam.datasets import shorter_side
 from simsiam.files import about
-from simsiam.images import centre, read_image, to_rgb
+from simsiam.images import AS_SEEN, Reading, centre, read_image, to_rgb
 from simsiam.layouts import translated
 from simsiam.loader import Files
 from simsiam.network import Classifier, SimSiam
@@ -222,6 +222,7 @@ class Source:
             raise ValueError(f"--{name}: {path} is ours, and has its own")
         with about(str(path)):
             net = checkpoint.network(state).eval()
+            Reading.of(state["args"])
         rest = {name: state[name] for name in checkpoint.FORMAT}
         del rest["model"], rest["optimizer"]  # `net` has the weights, and ranks are sent no more
         return cls(str(path), net, rest["encoder"], [], rest)
@@ -250,6 +251,11 @@ class Source:
         if self.state is None:
             return "imagenet" if self.encoder["stem"] == "imagenet" else ""
         return str(self.state["args"].get("data_name") or "")
+
+    @property
+    def reading(self) -> Reading:
+        """How the files of the training images were read."""
+        return Reading.of(self.state["args"]) if self.state else AS_SEEN
 
     @property
     def shorter(self) -> int:
@@ -293,6 +299,7 @@ class Predictor(nn.Module):
             raise ValueError(f"{source.path}: is not a linear model; linear.py makes one of it")
         self.net, self.classes, self.views = source.net, source.classes, source.views
         self.size, self.shorter = self.views.size, source.shorter
+        self.reading = source.reading
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -317,7 +324,7 @@ class Predictor(nn.Module):
     def predict(self, images: object) -> list[dict[str, object]]:
         """The `class` and `score` of each image, and the `scores` of all classes.
 
-        `images`: what `pil` takes, or many of them, also as one tensor or array. Raises ValueError
+        `images`: what `rgb` takes, or many of them, also as one tensor or array. Raises ValueError
         for what is no image, naming a file.
         """
         many = images if isinstance(images, list | tuple) else [images]
@@ -325,7 +332,7 @@ class Predictor(nn.Module):
             many = list(images)
         if not len(many):
             return []
-        cut = [centre(to_rgb(pil(image)), self.size, self.shorter) for image in many]
+        cut = [centre(rgb(image, self.reading), self.size, self.shorter) for image in many]
         found = []
         for scores in self.scores(torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)).tolist():
             best = max(range(len(scores)), key=scores.__getitem__)
@@ -334,15 +341,15 @@ class Predictor(nn.Module):
         return found
 
 
-def pil(image: object) -> Image.Image:
-    """PIL's image of one, of a file's path, of an array H x W x 3 or of a tensor 3 x H x W.
+def rgb(image: object, reading: Reading) -> Image.Image:
+    """PIL's image in RGB of one, of a file's path, of an array H x W x 3 or of a tensor 3 x H x W.
 
     Arrays and tensors hold bytes, or floats from 0 to 1. Raises ValueError for all else.
     """
     if isinstance(image, Image.Image):
-        return image
+        return to_rgb(image, reading)
     if isinstance(image, str | Path):
-        return read_image(image)
+        return read_image(image, reading)
     pixels = image
     if isinstance(image, Tensor) and image.ndim == 3:
         pixels = image.detach().cpu().permute(1, 2, 0).numpy()

@@ -278,6 +278,7 @@ def ours(folder, arch="resnet18", stem="imagenet", layers=3, classes=None, d=64)
     mean, std = NORMALISATION["imagenet"]
     encoder = {"arch": arch, "stem": stem, "width": None, "image_size": 48}
     args = {"data_name": "textures", "data_root": "my data", "train_size": None, "seed": 0}
+    args |= {"exif": True, "background": "white"}
     args |= {"feature_dim": d, "projector_layers": layers, "predictor": "mlp", "bn": "default"}
     args |= {"similarity": "cosine", "loss": "symmetric", "stop_grad": "on", "name": "ours"}
     args |= {"lr": [0.1, 0.2], "pictures": False, "deterministic": False, "compile": True}

@@ -19,7 +19,7 @@ from tests.helpers import ROOT
 
 # Each room imports only rooms before it.
 ROOMS = (
-    "ranks files lock network images textures views loader shards datasets metrics monitor "
+    "ranks files lock network images folders textures views loader shards datasets metrics monitor "
     "devices serialization checkpoint layouts exports weights run lettering figures pictures"
 ).split()
 COMMANDS = {"main", "linear"}

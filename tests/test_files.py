@@ -157,7 +157,7 @@ def test_names_that_are_no_utf_8_are_written(tmp_path):
     path = tmp_path / "results.csv"
     for name in (b"Gr\xc3\xb6\xc3\x9fe", b"Gr\xf6\xdfe", b"Gr\xf6\xdfe"):
         add_result(path, {"protocol": "KNN", "run": name.decode("ascii", "surrogateescape")})
-    assert pandas.read_csv(path)["run"].tolist() == ["Gr\u00f6\u00dfe", "Gr\ufffd\ufffde"]
+    assert pandas.read_csv(path)["run"].tolist() == ["Gr\u00f6\u00dfe", "Gr\\xf6\\xdfe"]
 
 
 def test_results_gain_a_row_a_run_and_protocol(tmp_path):

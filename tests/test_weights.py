@@ -432,7 +432,7 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
         assert one["score"] == pytest.approx(row.max().item(), abs=1e-6)
         assert list(one["scores"]) == [f"class {i}" for i in range(4)]
         assert sum(one["scores"].values()) == pytest.approx(1, abs=1e-5)
-    image = torch.from_numpy(np.array(opened[0].convert("RGB"))).permute(2, 0, 1)
+    image = torch.from_numpy(np.array(images.to_rgb(opened[0]))).permute(2, 0, 1)
     for tensor in (image, image[None], image / 255, [image]):
         score = predictor.predict(tensor)[0]["score"]
         assert score == pytest.approx(predicted[0]["score"], abs=1e-6)

@@ -16,8 +16,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/features.py`
 
 import utils
-from simsiam import datasets, devices, metrics, ranks
-from simsiam.files import whole_file
+from simsiam import devices, folders, metrics, ranks
+from simsiam.files import printable, whole_file
 from simsiam.images import decode, ignore_pil_warnings
 from simsiam.weights import Source
 
@@ -31,12 +31,11 @@ def listed(root: Path) -> pandas.DataFrame:
     Where the folder has no splits, the first folder within it is a file's label.
     """
     rows = []
-    for split, (files, labels) in datasets.splits(root).items():
-        if split == "" and root.is_dir():
-            labels = [
-                path.relative_to(root).parts[0] if path.parent != root else "" for path in files
-            ]
-        rows += [(path, split, label or "") for path, label in zip(files, labels, strict=True)]
+    found = folders.find(root, scored=False)
+    ranks.say(found.line)
+    for split, part in (("train" if found.split else "", found.train), ("test", found.test)):
+        pairs = zip(part.files, part.labels, strict=True) if part else ()
+        rows += [(path, split, label or "") for path, label in pairs]
     return pandas.DataFrame(rows, columns=["file", "split", "label"])
 
 
@@ -61,12 +60,16 @@ def found(source: Source, files: list[Path], args: Namespace) -> tuple[np.ndarra
     views, rows, kept = source.views, [], []
     for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
         some = files[start : start + BATCH]
-        images, bad = decode(some, views.size, args.num_workers, args.bad_images, source.shorter)
+        cut = (views.size, args.num_workers, args.bad_images, source.shorter)
+        images, bad = decode(some, *cut, allow_none=True, reading=source.reading)
         for reason in bad.values():
             ranks.say(reason)
         kept += [start + i for i in range(len(some)) if i not in bad]
-        features = metrics.features(part, views.plain, images.to(device), amp, normalise=False)
-        rows.append(features.cpu().numpy())
+        if len(images):
+            features = metrics.features(part, views.plain, images.to(device), amp, normalise=False)
+            rows.append(features.cpu().numpy())
+    if not rows:
+        raise ValueError(f"{files[0]}: cannot be read, nor can any other")
     return np.concatenate(rows), kept
 
 
@@ -75,10 +78,11 @@ def write(out: Path, images: pandas.DataFrame, features: np.ndarray) -> None:
 
     Splits and labels are columns where there are some.
     """
-    known = {name: images[name].astype(str).tolist() for name in images if any(images[name])}
+    images = images.astype(str).map(printable)
+    known = {name: images[name].tolist() for name in images if any(images[name])}
     with whole_file(out) as file:
         if out.suffix == ".npz":
-            arrays = {f"{name}s": images[name].astype(str).tolist() for name in images}
+            arrays = {f"{name}s": images[name].tolist() for name in images}
             np.savez(file, features=features, **arrays)
             return
         columns = [f"f{i}" for i in range(features.shape[1])]
