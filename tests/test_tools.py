@@ -261,6 +261,8 @@ def test_features_label_as_training_and_replace_nothing_unasked(runs, tmp_path, 
     table = pandas.read_csv(tables[".csv"])
     assert "split" not in table
     assert table["label"].tolist() == ["cat", "cat", "dog"]
+    features.command([*map(str, flags), "--split_names", "test", *again])
+    assert pandas.read_csv(tables[".csv"])["label"].tolist() == ["cat"]
     assert "folder" in refused(capsys, door, *flags, "--out", tmp_path / "none" / "f.csv")
 
 

@@ -25,13 +25,13 @@ BATCH = 256  # files decoded at a time
 ENDS = (".npz", ".csv", ".parquet")
 
 
-def listed(root: Path) -> pandas.DataFrame:
+def listed(root: Path, split_names: list[str] | None) -> pandas.DataFrame:
     """The images of a folder or CSV list: file, split and label, as main.py reads them.
 
     Where the folder has no splits, the first folder within it is a file's label.
     """
     rows = []
-    found = folders.find(root, scored=False)
+    found = folders.find(root, split_names, scored=False)
     ranks.say(found.line)
     for split, part in (("train" if found.split else "", found.train), ("test", found.test)):
         pairs = zip(part.files, part.labels, strict=True) if part else ()
@@ -78,7 +78,7 @@ def write(out: Path, images: pandas.DataFrame, features: np.ndarray) -> None:
 
     Splits and labels are columns where there are some.
     """
-    images = images.astype(str).map(printable)
+    images = images.map(lambda value: printable(str(value)))
     known = {name: images[name].tolist() for name in images if any(images[name])}
     with whole_file(out) as file:
         if out.suffix == ".npz":
@@ -104,6 +104,7 @@ def command(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model_path", required=True, help="a checkpoint, ours or another project's")
     add("--data_root", required=True, help="a folder of images of any size, or a CSV list")
+    add("--split_names", nargs="+", metavar="NAME", help="as of main.py")
     add("--out", required=True, help=f"the table: a file that ends in {', '.join(ENDS)}")
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--layer", default="backbone", choices=("backbone", "projector"), help="(backbone)")
@@ -123,7 +124,7 @@ def command(argv: list[str] | None = None) -> None:
         source = Source.open(args.model_path, **utils.of_source(args))
         for note in source.notes:
             ranks.say(f"{args.model_path}: {note}")
-        images = listed(Path(args.data_root))
+        images = listed(Path(args.data_root), args.split_names)
         features, kept = found(source, images["file"].tolist(), args)
         write(out, images.iloc[kept], features)
     ranks.say(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
