@@ -43,9 +43,9 @@ def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> N
     saved = source.state["args"]
     args = Namespace(**saved | {"data_root": data_root or saved["data_root"]})
     device = devices.pick_device(device_name)
-    images = datasets.load(
-        args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images
-    )
+    place = (args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images)
+    how = {"reading": source.reading, "split_names": saved.get("split_names")}
+    images = datasets.load(*place, **how)
     if args.train_size is not None:
         images = images.subset(args.train_size, args.seed)
     if crc(images.train_images) != source.state["images_crc"]:
