@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 import utils
 from simsiam import checkpoint, devices, figures, folders, metrics, network, ranks
 from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, load
-from simsiam.files import about, whole_file, write_csv
+from simsiam.files import about, printable, whole_file, write_csv
 from simsiam.images import decode
 from simsiam.loader import Batch, Data, Files, Loader, crc, subset
 from simsiam.monitor import Sums
@@ -585,7 +585,7 @@ def predict(args: Namespace, flags: utils.Flags) -> None:
     for path, values, labels in zip(
         files, best.values.tolist(), best.indices.tolist(), strict=True
     ):
-        row = {"file": str(path)}
+        row = {"file": printable(str(path))}
         for i, (score, label) in enumerate(zip(values, labels, strict=True)):
             place = "" if i == 0 else f"_{i + 1}"
             row |= {f"class{place}": predictor.classes[label], f"score{place}": score}

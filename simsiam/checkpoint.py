@@ -139,7 +139,7 @@ def is_number(value: object) -> bool:
 def is_flag(value: object) -> bool:
     """What the flag of a run can be: a word of it cannot be taken for another flag."""
     if isinstance(value, list | tuple):
-        return all(map(is_number, value))
+        return all(is_number(one) or (isinstance(one, str) and one[:1] != "-") for one in value)
     return value is None or isinstance(value, bool | str) or is_number(value)
 
 
