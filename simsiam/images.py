@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
 import stat
@@ -19,7 +20,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif")
-EXTENSIONS += tuple({".avif"} & Image.registered_extensions().keys())  # Pillow 11.3 has it
+# Pillow 11.3 has it. (To ask it would load all its decoders, and try them before JPEG's.)
+EXTENSIONS += (".avif",) if importlib.util.find_spec("PIL._avif") else ()
 BACKGROUNDS = ("white", "black", "none")
 OR_SKIP = ", or leave out what cannot be read: --bad_images skip"
 
@@ -62,7 +64,8 @@ class Reading:
 
 AS_SEEN = Reading()  # as a viewer shows an image
 
-# What makes an image with an EXIF orientation upright.
+# Where PIL keeps what may tell an orientation; and what makes such an image upright.
+NOTES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -90,13 +93,10 @@ def open_image(path: ImageFile) -> Image.Image:
     Raises ValueError naming the file; also for one of so many pixels that PIL warns of a bomb.
     """
     try:
-        if isinstance(path, Stored):
-            path_or_file = path.content()
-        elif stat.S_ISREG(os.stat(path).st_mode):
-            path_or_file = path
-        else:  # to open a FIFO would be to wait for whoever writes into it
-            raise ValueError("not a file")
-        image = Image.open(path_or_file)
+        in_file = isinstance(path, str | Path)
+        if in_file and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a file")  # to open a FIFO would be to wait for its writer
+        image = Image.open(path if in_file else path.content())
         if image.format == "EPS":  # PIL would run Ghostscript on it
             raise ValueError("EPS is a program, not pixels")
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -138,6 +138,8 @@ def to_rgb(image: Image.Image, reading: Reading = AS_SEEN) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Transpose | None:
     """How to turn an image as its EXIF orientation says; None where it has none, or is upright."""
+    if NOTES.isdisjoint(image.info) and image.format != "TIFF":  # most images: it saves time
+        return None
     with contextlib.suppress(Exception):  # a parser fed with junk may raise anything
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     return None
