@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,14 +19,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 import linear
 import main
 from simsiam import checkpoint, serialization, weights
 from simsiam.files import RunError
 from simsiam.network import SimSiam
+from simsiam.textures import textures
 from tests.helpers import ROOT, refused
-from tests.test_ranks import image_files, shard_files
 
 
 def state() -> dict:
@@ -247,9 +249,13 @@ def test_there_is_one_reader(tmp_path):
 
 
 def test_a_shard_s_name_is_no_command(tmp_path, monkeypatch, capsys):
-    shards = shard_files(tmp_path / "tars", image_files(tmp_path / "images", 60))
-    (shard, *_) = sorted(shards.glob("*train*.tar"))
-    shard.rename(shards / f"pipe:touch done; cat {shard.name}")
+    shards, pixels = tmp_path / "tars", textures(16, seed=0)[0].permute(0, 2, 3, 1).numpy()
+    shards.mkdir()
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    shard = Path(shutil.make_archive(shards / "train", "tar", tmp_path / "images"))
+    shutil.copy(shard, shards / "pipe:touch done; cat train.tar")
     monkeypatch.chdir(shards)
     flags = "--data_name webdataset --image_size 32 --arch resnet8 --stem cifar --width 4 --k 5 "
     flags += "--feature_dim 16 --batch_size 16 --epochs 1 --no-pictures --num_workers 0 --out r "
