@@ -623,7 +623,7 @@ def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_pat
     assert matrix.tolist() == metrics.confusion_matrix(images.test_labels, ranking[:, 0], 10)
     top1 = monitor.measure()["test_acc@1"]
     assert 100 * matrix.trace() / 123 == pytest.approx(top1, abs=1e-3)
-    assert f"top-1 {top1:.2f} % of 123 images" in drawn["confusion"].axes[0].get_title()
+    assert f"top-1 {top1:.2f} % of 123 images" in drawn["confusion"].get_suptitle()
     points = [len(part.get_offsets()) for part in drawn["embedding"].axes[0].collections]
     assert points == numbers_of_classes.tolist()
 
