@@ -8,6 +8,7 @@ torchrun --nproc_per_node 8 linear.py --ddp --model_path results/..._model.pth -
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import os
 import sys
@@ -27,7 +28,7 @@ import utils
 from simsiam import checkpoint, devices, figures, folders, metrics, network, ranks
 from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, load
 from simsiam.files import about, printable, whole_file, write_csv
-from simsiam.images import decode
+from simsiam.images import BACKGROUNDS, Reading, decode
 from simsiam.loader import Batch, Data, Files, Loader, crc, subset
 from simsiam.monitor import Sums
 from simsiam.run import Run, run_of
@@ -65,6 +66,9 @@ def make_flags() -> utils.Flags:
     add("data_root", utils.data_place, root)
     parts = "its folders or lists to train on and to score with (as in pre-training)"
     add("split_names", str, parts, nargs="+", metavar="NAME")
+    add("exif", "two", "turn images as their EXIF orientation says (as in pre-training)")
+    background = "what transparent pixels show (as in pre-training); none: the colours below"
+    add("background", BACKGROUNDS, background)
     fraction = "use a class-balanced, seeded fraction of the labels"
     add("label_fraction", number(float, 1e-9, 1), fraction, 1.0)
     add = flags.group("protocol")
@@ -316,6 +320,14 @@ def split_names(args: Namespace, source: Source) -> list[str] | None:
     return args.split_names or (saved.get("split_names") if same else None)
 
 
+def reading(args: Namespace, source: Source) -> Reading:
+    """How image files are read: as the flags say or, where they are silent, as in pre-training."""
+    told = {"exif": args.exif, "background": args.background}
+    return dataclasses.replace(
+        source.reading, **{name: x for name, x in told.items() if x is not None}
+    )
+
+
 def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple[Data, str, str]:
     """The data set of the flags or, where they are silent, of a checkpoint; its name and root.
 
@@ -337,7 +349,7 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
     elif not args.data_root and name in DOWNLOADED and not os.path.isdir(root):
         root = "data"  # it was elsewhere, on another machine
     how = (source.encoder["image_size"], args.num_workers, args.bad_images, test_only)
-    images = load(name, root, *how, source.reading, split_names(args, source))
+    images = load(name, root, *how, reading(args, source), split_names(args, source))
     if images.test_images is None:
         raise ValueError(f"--data_root {root}: has no labelled test images to score with")
     if same and saved.get("train_size") is not None and not test_only:
@@ -413,7 +425,7 @@ def prepare(run: Run) -> Prepared:
             augmentation = Augmentation.read(run.state["augmentation"])
     place = None if name == "textures" else utils.data_place(root)
     run.settle(amp=amp, data_name=name, data_root=place, split_names=split_names(args, source))
-    run.settle(**vars(source.reading))
+    run.settle(**vars(reading(args, source)))
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
     torch.manual_seed(args.seed)

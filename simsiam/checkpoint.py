@@ -107,7 +107,8 @@ def load(path: str | Path) -> dict:
             )
     if not well_formed(state):
         raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program")
-    state["args"] = BEFORE | state["args"]
+    for name, value in BEFORE.items():
+        state["args"].setdefault(name, value)
     return state
 
 

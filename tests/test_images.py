@@ -222,6 +222,12 @@ def test_a_run_keeps_to_how_its_images_are_read(run, capsys):
     seen = np.asarray(read_image(path))
     assert np.abs(seen.astype(int) - stored).max() > 100  # white, but for one part in 255
     assert predictor.predict(seen)[0]["score"] != score
+    flags = "--epochs 1 --cached --no-pictures --exif --background white --name seen"
+    linear.main(["--model_path", model, *flags.split()])  # of photos as they are seen
+    source = Source.open(root / "seen_model.pth")
+    assert source.reading == Reading()
+    assert Predictor(source).predict(str(path)) == Predictor(source).predict(seen)
+    assert source.state["images_crc"] != Source.open(model).state["images_crc"]
 
 
 def test_a_run_from_before_the_flags_reads_images_as_it_did(run, tmp_path, capsys):
