@@ -31,6 +31,7 @@ from simsiam.files import about, printable, whole_file, write_csv
 from simsiam.images import BACKGROUNDS, Reading, decode
 from simsiam.loader import Batch, Data, Files, Loader, crc, subset
 from simsiam.monitor import Sums
+from simsiam.progress import Progress
 from simsiam.run import Run, run_of
 from simsiam.views import Augmentation, Views
 from simsiam.weights import Predictor, Source
@@ -66,7 +67,7 @@ def make_flags() -> utils.Flags:
     add("data_root", utils.data_place, root)
     parts = "its folders or lists to train on and to score with (as in pre-training)"
     add("split_names", str, parts, nargs="+", metavar="NAME")
-    add("exif", "two", "turn images as their EXIF orientation says (as in pre-training)")
+    add("exif", "two", "turn images as EXIF says (as in pre-training)")
     background = "what transparent pixels show (as in pre-training); none: the colours below"
     add("background", BACKGROUNDS, background)
     fraction = "use a class-balanced, seeded fraction of the labels"
@@ -232,10 +233,10 @@ def evaluate(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float, 
     return F.cross_entropy(logits, labels).item(), 100 * top1.item(), 100 * top5.item()
 
 
-def progress_of(epoch: int, args: Namespace, loader: Loader, start: int = 0) -> utils.Progress:
+def progress_of(epoch: int, args: Namespace, loader: Loader, start: int = 0) -> Progress:
     """The progress of an epoch."""
     shown, smaller = {"loss": "loss", "top1": "acc"}, "the same command with --cached"
-    return utils.Progress(epoch, args, len(loader), shown, smaller, start, loader.batch_size)
+    return Progress(epoch, args, len(loader), shown, smaller, start, loader.batch_size)
 
 
 def fit(head: nn.Linear, lrs: list[float], task: Task, args: Namespace) -> nn.ModuleList:
@@ -436,8 +437,8 @@ def prepare(run: Run) -> Prepared:
     protocol = "Linear, cached" if args.cached else "Linear"
     protocol += f", {100 * args.label_fraction:g}% of labels" * (args.label_fraction < 1)
     run.list_bad_images(images.bad)
-    what = f"{run.path}: {protocol}, {arch}"
-    result = utils.introduce(what, net, images, name, size, device)
+    what, counts = f"{run.path}: {protocol}, {arch}", network.params_and_flops(net, size)
+    result = utils.introduce(what, net, counts, images, name, size, device, amp)
     result |= {"protocol": protocol, "data": utils.data_label(name, root), "arch": arch}
     net.to(device, memory_format=torch.channels_last)
     images = images.to(device)

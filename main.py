@@ -23,50 +23,12 @@ from simsiam.files import RunError, about
 from simsiam.images import BACKGROUNDS, Reading
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
+from simsiam.progress import Progress
+from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS
 from simsiam.run import Run
-from simsiam.views import NORMALISATION, Augmentation, Views
+from simsiam.views import Augmentation, Views
 from utils import number
 
-CIFAR = {  # paper, App. D
-    "arch": "resnet18",
-    "stem": "cifar",
-    "image_size": None,  # the data set's own
-    "feature_dim": 2048,
-    "projector_layers": 2,
-    "batch_size": 512,
-    "epochs": 800,
-    "lr": 0.03,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
-    "warmup_epochs": 0.0,
-    "fix_pred_lr": False,
-}
-IMAGENET = CIFAR | {  # paper, sec. 3 and App. A; the predictor's lr as in the authors' command
-    "arch": "resnet50",
-    "stem": "imagenet",
-    "image_size": 224,
-    "projector_layers": 3,
-    "epochs": 100,
-    "lr": 0.05,
-    "weight_decay": 1e-4,
-    "fix_pred_lr": True,
-}
-SHORT = CIFAR | {  # ours, for minutes to hours on a CPU: see docs/results.md
-    "arch": "resnet8",
-    "feature_dim": 512,
-    "batch_size": 64,
-    "epochs": 20,
-    "lr": 1.0,
-    "fix_pred_lr": True,
-}
-RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT}
-# What the views of a recipe are, and mean and std of the images.
-VIEWS = {
-    "cifar": (Augmentation(), *NORMALISATION["cifar"]),
-    "imagenet": (Augmentation(blur_p=0.5), *NORMALISATION["imagenet"]),
-    "short": (Augmentation(), *NORMALISATION["cifar"]),
-}
-USUAL_RECIPE = {"textures": "short", "imagenet": "imagenet", "webdataset": "imagenet"}
 STATISTICS = tuple(
     ("epoch lr train_loss std rank collapse test_acc@1 test_acc@5 images_per_sec seconds").split()
 )
@@ -165,11 +127,12 @@ def rate(args: Namespace, progress: float) -> float:
 
 # Where PyTorch's fused step heeds `found_inf`; on mps it does not.
 FUSED = ("cpu", "cuda")
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.SGD:
     """SGD over two groups, of which the predictor's may keep its learning rate."""
-    fused = next(net.parameters()).device.type in FUSED
+    device = next(net.parameters()).device.type
     predictor = [p for p in net.predictor.parameters() if p.requires_grad]
     return torch.optim.SGD(
         [
@@ -179,7 +142,8 @@ def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.SGD:
         lr=args.lr * args.batch_size / 256,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        fused=fused,
+        # Fused SGD never sets the momentum of a first step that a scaler left out.
+        fused=device in FUSED and args.amp != "fp16",
     )
 
 
@@ -193,8 +157,12 @@ def train(
     start: int,
     args: Namespace,
     amp: torch.autocast,
+    scaler: torch.amp.GradScaler = UNSCALED,
 ) -> Iterator[int]:
-    """One epoch (paper, Algorithm 1) from step `start` on; yields each step when it is done."""
+    """One epoch (paper, Algorithm 1) from step `start` on; yields each step when it is done.
+
+    `scaler`: of the gradients of an fp16 `amp`.
+    """
     net.train()
     for batch in loader.epoch(epoch, start):
         x = views(batch)  # x1, x2: the same images, augmented twice
@@ -204,13 +172,14 @@ def train(
         with amp:
             loss, z = net(*x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
         # A loss that is not finite moves no weight; a fused step sees to it without a wait.
         bad = tally.add(loss, z)
         if optimizer.defaults["fused"]:
             optimizer.found_inf = bad
         if optimizer.defaults["fused"] or not bad:
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
         yield batch.step
 
 
@@ -226,6 +195,7 @@ class Prepared(NamedTuple):
     views: Views
     tally: Tally
     amp: torch.autocast
+    scaler: torch.amp.GradScaler
     monitor: Monitor
     result: dict
 
@@ -281,6 +251,8 @@ def prepare(run: Run) -> Prepared:
                 raise ValueError("its encoder is not that of its arguments")
             encoder, augmentation = state["encoder"], Augmentation.read(state["augmentation"])
     size, mean, std = encoder["image_size"], encoder["mean"], encoder["std"]
+    counts = network.params_and_flops(net, size)
+    amp = devices.precision_of_training(device, args.amp, amp, counts[1])
     run.settle(amp=amp, image_size=size)
     if args.data_name != "textures":
         run.settle(data_root=utils.data_place(args.data_root))
@@ -293,7 +265,7 @@ def prepare(run: Run) -> Prepared:
         )
     run.list_bad_images(images.bad)
     what = f"{run.path}: SimSiam {args.arch}, d = {args.feature_dim}"
-    result = utils.introduce(what, net, images, args.data_name, size, device)
+    result = utils.introduce(what, net, counts, images, args.data_name, size, device, amp)
     if args.ddp:
         ranks.say(
             f"ranks: {ranks.count()}, {each} images each a step; whatever their number, lr is "
@@ -301,7 +273,8 @@ def prepare(run: Run) -> Prepared:
         )
     result |= {"data": utils.data_label(args.data_name, args.data_root), "arch": args.arch}
     result |= {"feature_dim": args.feature_dim, "k": args.k, "protocol": "KNN"}
-    images, amp = images.to(device), devices.autocast(device, amp)
+    images, autocast = images.to(device), devices.autocast(device, amp)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     views = Views(size, mean, std, augmentation, net.num_views, args.seed)
     loader = Loader(images.train_images, args.batch_size, args.seed, views=views)
     if args.bank_size is not None:
@@ -310,10 +283,10 @@ def prepare(run: Run) -> Prepared:
     net.to(device, memory_format=torch.channels_last)
     optimizer, tally = make_optimizer(net, args), Tally(device)
     trained = ranks.for_training(net, args.compile, size)
-    run.keep(net, optimizer, tally, len(loader), functools.partial(rate, args))
+    run.keep(net, optimizer, tally, len(loader), functools.partial(rate, args), scaler)
     warned = "collapse" in run.facts
-    monitor = Monitor(net, views, images, args, RECIPES[args.recipe]["lr"], amp, warned)
-    return Prepared(trained, optimizer, loader, views, tally, amp, monitor, result)
+    monitor = Monitor(net, views, images, args, RECIPES[args.recipe]["lr"], autocast, warned)
+    return Prepared(trained, optimizer, loader, views, tally, autocast, scaler, monitor, result)
 
 
 def pretrain(run: Run, made: Prepared) -> None:
@@ -330,8 +303,8 @@ def pretrain(run: Run, made: Prepared) -> None:
     shown = {"loss": "loss", "std": "std"}
     for epoch in run.epochs():
         stop_on_collapse(run)
-        with utils.Progress(epoch, args, steps, shown, smaller, run.step) as progress:
-            for step in train(*made[:5], epoch, run.step, args, made.amp):
+        with Progress(epoch, args, steps, shown, smaller, run.step) as progress:
+            for step in train(*made[:5], epoch, run.step, args, made.amp, made.scaler):
                 seen = progress(step, tally)
                 collapsed = monitor.look(epoch, step, steps, tally, start_rank)
                 if collapsed:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -15,14 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
 from simsiam import ranks
 from simsiam.files import RunError
 from simsiam.images import BadImage, ignore_pil_warnings
 from simsiam.loader import Data
-from simsiam.monitor import Sums
-from simsiam.network import STEMS, Classifier, SimSiam, params_and_flops
+from simsiam.network import STEMS, Classifier, SimSiam
 from simsiam.run import run_of
 
 # ---- errors in one line -------------------------------------------------------------------------
@@ -77,6 +74,14 @@ def run_command(main: Callable[[], None]) -> None:
     except BadImage as error:
         print(f"{command}: {ranks.label(ranks.rank())}{error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(
+            f"{command}: {ranks.label(ranks.rank())}the device's memory is too small for this run: "
+            "give a smaller --batch_size, or --bank_size, --amp bf16; a checkpoint that is there "
+            "is intact",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except RuntimeError as error:
         if not ranks.lost(error):
             raise
@@ -215,6 +220,18 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     return parse
 
 
+def workers(text: str) -> int:
+    """A type for argparse: how many workers; `auto`: as many as there are cores for a rank.
+
+    A number from the start, since what a run draws from shards depends on it.
+    """
+    if text != "auto":
+        return number(int, 0, 256)(text)
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+    return min(max(1, len(usable) // neighbours), 16)
+
+
 def file_name(text: str) -> str:
     """A type for argparse: the name of a run, with which its files' names begin."""
     if len(os.fsencode(text)) > 180:  # of the 255 that most file systems allow
@@ -247,12 +264,13 @@ def run_flags(flags: Flags, out: str | None = None) -> None:
     add = flags.group("run")
     add("seed", number(int, 0, 2**32 - 1), "of every random choice", 0)
     add("device", str, "auto (cuda, mps, else cpu), or a device's name", "auto")
-    amp = "autocast; auto: bf16 on cuda when supported, off elsewhere"
-    add("amp", ("auto", "bf16", "off"), amp, "auto")
+    amp = "autocast; auto: bf16 where that is faster (cuda and, in training, CPUs that have it)"
+    add("amp", ("auto", "bf16", "fp16", "off"), amp, "auto")
     add("ddp", "switch", "divide the work among the processes of torchrun", False)
     add("compile", "switch", "torch.compile the network", False)
     add("deterministic", "switch", "PyTorch's deterministic algorithms, for cuda", False)
-    add("num_workers", number(int, 0, 256), "threads or processes that decode files", 2)
+    decoders = "threads or processes that decode files; auto: a rank's cores, 16 at most"
+    add("num_workers", workers, decoders, workers("auto"))
     bad = "files that are no images: stop, or leave them out and list them"
     add("bad_images", ("error", "skip"), bad, "error")
     minutes = "write a checkpoint at least so often; 0: after each step"
@@ -318,88 +336,28 @@ def data_label(name: str, root: str) -> str:
 
 
 def introduce(
-    what: str, net: SimSiam | Classifier, images: Data, name: str, size: int, device: torch.device
+    what: str,
+    net: SimSiam | Classifier,
+    counts: tuple[int, int],
+    images: Data,
+    name: str,
+    size: int,
+    device: torch.device,
+    amp: str,
 ) -> dict:
-    """Say what a run is about; the columns of results.csv for its network and its images."""
-    params, flops = params_and_flops(net, size)
+    """Say what a run is about; the columns of results.csv for its network and its images.
+
+    `counts`: the network's `params_and_flops`.
+    """
+    on = f"{device}, {amp}" if amp != "off" else device
+    params, flops = counts
     found = f"{images.found}\n" if images.found else ""
     tests = 0 if images.test_images is None else len(images.test_images)
     ranks.say(
         f"{what}: {params / 1e6:.2f}M parameters, {flops / 1e6:.2f}M multiply-adds an image "
-        f"(thop's FLOPs), on {device}\n{found}{name}: {len(images.train_images)} training images, "
+        f"(thop's FLOPs), on {on}\n{found}{name}: {len(images.train_images)} training images, "
         f"{tests} test images, {len(images.classes)} classes, {size} pixels"
     )
     known = {"train_size": len(images.train_images), "width": net.backbone.conv1.out_channels}
     known |= {"params_m": params / 1e6, "flops_g": flops / 1e9}
     return known | {"device": device.type}
-
-
-# ---- progress -----------------------------------------------------------------------------------
-
-
-class Progress:
-    """A bar an epoch on a terminal, else a plain line a minute; and a word on runs of days.
-
-    Called after each step with its number and the sums so far, which it reads from the device at
-    most once a second; it returns whether it did. `shown`: which of the sums, and their labels;
-    `unit`: by how much a step counts in them. `smaller`: a command that takes less time. Ranks
-    other than the first show nothing.
-    """
-
-    def __init__(
-        self,
-        epoch: int,
-        args: Namespace,
-        steps: int,
-        shown: dict[str, str],
-        smaller: str,
-        start: int = 0,
-        unit: int = 1,
-    ):
-        self.epoch, self.args, self.steps, self.start = epoch, args, steps, start
-        self.shown, self.smaller, self.unit = shown, smaller, unit
-        self.terminal = sys.stderr.isatty() and ranks.rank() == 0
-        self.bar = tqdm(
-            total=steps, leave=False, disable=not self.terminal, bar_format="{desc} |{bar}|"
-        )
-        self.read = self.said = time.perf_counter()
-        self.first_step = None
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bar.close()
-
-    def __call__(self, step: int, tally: Sums) -> bool:
-        now = time.perf_counter()
-        if ranks.rank() > 0:
-            return False
-        if self.first_step is None:  # it holds the warm-up of kernels, or a compilation
-            self.first_step = now
-            return False
-        done = step - self.start  # steps since the first
-        if now - self.read < 1 and done != 1:
-            return False
-        means = tally.means(self.unit * (step + 1))
-        now = self.read = time.perf_counter()  # after the device has caught up
-        seconds = (now - self.first_step) / done  # a step
-        epoch_left = seconds * (self.steps - step - 1)
-        run_left = epoch_left + seconds * self.steps * (self.args.epochs - self.epoch - 1)
-        if done == 1 and self.epoch == 0 and run_left > 86400:
-            ranks.say(
-                f"note: at this speed the run takes {run_left / 86400:.0f} days on this machine. "
-                f"A smaller one: {self.smaller}"
-            )
-        epoch_left, run_left = map(tqdm.format_interval, (epoch_left, run_left))
-        values = " ".join(f"{label} {means[name]:.3f}" for name, label in self.shown.items())
-        text = (  # short enough for a terminal of 80 columns
-            f"{self.epoch + 1}/{self.args.epochs} {values} "
-            f"{self.args.batch_size / seconds:.0f} images/s, left {epoch_left}, run {run_left}"
-        )
-        self.bar.n = step + 1
-        self.bar.set_description_str(text, refresh=True)
-        if not self.terminal and now - self.said >= 60:
-            self.said = now
-            ranks.say(f"epoch {text} (step {step + 1} of {self.steps})")
-        return True

@@ -1,6 +1,6 @@
 """SimSiam (Chen & He, arXiv 2011.10566) as a library. Each room imports only those before it:
 
-ranks, files, lock, network, images, folders, textures, views, loader, shards, datasets, metrics,
-monitor, devices, serialization, checkpoint, layouts, exports, weights, run, lettering,
-figures, pictures.
+batchnorm, ranks, files, lock, network, images, folders, textures, views, recipes, loader, shards,
+datasets, metrics, monitor, progress, devices, serialization, checkpoint, layouts, exports, weights,
+run, lettering, figures, pictures.
 """

@@ -32,7 +32,7 @@ FORMAT = {
     "seconds": (float, "what these steps took"),
     "history": (list, "a dict for each row of the statistics"),
     "facts": (dict, "what a run found out, and keeps: the step of a collapse, a chosen lr, ..."),
-    "made_on": (dict, "device, threads, torch version: what the last bits depend on"),
+    "made_on": (dict, "device, threads, versions, ...: what the last bits depend on"),
 }
 # Flags that are newer than this version, with what was done before there were any.
 BEFORE = {"exif": False, "background": "none"}
@@ -81,11 +81,13 @@ DIVERGED = (
 
 def machine(net: nn.Module) -> dict:
     """What the last bits of a run depend on, besides its flags."""
-    return {
-        "device": next(net.parameters()).device.type,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    } | ({"ranks": ranks.count()} if ranks.count() > 1 else {})
+    device = next(net.parameters()).device
+    found = {"device": device.type, "threads": torch.get_num_threads()}
+    found |= {"torch": str(torch.__version__)}
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device)}
+        found |= {"cudnn": torch.backends.cudnn.version()}
+    return found | ({"ranks": ranks.count()} if ranks.count() > 1 else {})
 
 
 def load(path: str | Path) -> dict:
@@ -250,3 +252,22 @@ def restore(optimizer: Optimizer, state: dict, net: nn.Module) -> None:
             f"note: made on {state['made_on']}, now {machine(net)}: the last bits may differ from "
             "here on"
         )
+
+
+# Facts of a run in fp16, and what a GradScaler calls them.
+SCALE = {"scale": "scale", "scale_steps": "_growth_tracker"}
+
+
+def scale(scaler: torch.amp.GradScaler | None) -> dict:
+    """By what a scaler multiplies gradients, and for how many steps already: facts of a run."""
+    state = scaler.state_dict() if scaler else {}
+    return {name: state[of] for name, of in SCALE.items() if state}
+
+
+def restore_scale(scaler: torch.amp.GradScaler | None, facts: dict) -> None:
+    """Take what `scale` gave. Raises ValueError where it is missing."""
+    if scaler and scaler.is_enabled():
+        if not SCALE.keys() <= facts.keys():
+            raise ValueError("is damaged, or not a checkpoint of a run in fp16")
+        saved = {of: facts[name] for name, of in SCALE.items()}
+        scaler.load_state_dict(scaler.state_dict() | saved)

@@ -35,7 +35,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_up(args: Namespace) -> tuple[torch.device, str]:
-    """The device of the flags, and its amp: bf16 or off. Each rank has a device of its own.
+    """The device of the flags, and its amp: bf16, fp16 or off. Each rank has its own device.
 
     Raises ValueError for one that is not there, and where --compile cannot work on it.
     """
@@ -77,6 +77,27 @@ def try_to_compile(device: torch.device) -> None:
         logging.disable(logging.NOTSET)
 
 
+# Multiply-adds an image from which on CPUs that have units for bf16 train in it.
+BF16_FROM = 100e6
+
+
+def precision_of_training(device: torch.device, asked: str, amp: str, multiply_adds: int) -> str:
+    """The amp of a run that trains: as `set_up` says, but where `asked` is auto bf16 on CPUs too.
+
+    There with units for it alone (AVX512-BF16 or AMX), and for networks from BF16_FROM on: smaller
+    ones gain less, and take minutes (measured: docs/results.md, "Speed").
+    """
+    if asked == "auto" and device.type == "cpu" and multiply_adds >= BF16_FROM and has_bf16_units():
+        return "bf16"
+    return amp
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware, as oneDNN uses it."""
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.10 cannot tell
+    return any(units.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
 def keep_memory() -> None:
     """Let malloc keep what is freed, for a step needs the same memory as the one before.
 
@@ -90,5 +111,6 @@ def keep_memory() -> None:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """bf16 autocast if `amp` is bf16."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
+    """Autocast to `amp`: bf16, fp16 or off."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")

@@ -5,6 +5,7 @@ Images are bytes (uint8, N x 3 x H x W) held on the device, or files whose crops
 
 import atexit
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -88,6 +89,11 @@ def subset(labels: Tensor, size: int, seed: int, flag: str = "--train_size") -> 
 
 
 # ---- images that stay in their files ------------------------------------------------------------
+
+
+# Images under the test transform that a worker sends at once: small parts of a chunk, since two of
+# each worker's wait in the shared memory.
+SENT = 64
 
 
 class Cutter(torch.utils.data.Dataset):
@@ -185,9 +191,11 @@ class Files:
 
     def split(self, number: int) -> Iterator[Tensor]:
         """As of a tensor: chunks under the test transform, uint8, `number` x 3 x size x size."""
+        chunks = [chunk.split(SENT) for chunk in torch.arange(len(self)).split(number)]
         crops = Crops(self, 0, Augmentation(), 0)
-        for images in crops(0, 0, list(torch.arange(len(self)).split(number))):
-            yield images[:, 0]
+        found = crops(0, 0, list(itertools.chain(*chunks)))
+        for parts in chunks:
+            yield torch.cat([images[:, 0] for images in itertools.islice(found, len(parts))])
 
     def batches(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
@@ -325,8 +333,9 @@ class Loader:
         self.crops = None
         if isinstance(images, Files):
             rows = share(batch_size)
-            crop = views.number * 3 * images.size**2
-            room_between_processes(crop * (rows.stop - rows.start), images.workers)
+            # What waits there in an epoch, or while the kNN looks at the images.
+            crops = max(views.number * (rows.stop - rows.start), SENT)
+            room_between_processes(crops * 3 * images.size**2, images.workers)
             self.crops = images.batches(views, seed, batch_size, rows, labels is not None)
 
     def __len__(self) -> int:

@@ -32,17 +32,21 @@ def features(
     """
     training = backbone.training
     backbone.eval()
-    rows, mine = [], images[ranks.share(len(images))]
+    found, done, mine = None, 0, images[ranks.share(len(images))]
     off = True if ranks.rank() else None  # None: on a terminal alone
     with tqdm(None, "features", len(mine), False, delay=2, disable=off, unit="image") as bar:
         for chunk in mine.split(512):
             x = transform(chunk)
             with amp:
-                rows.append(backbone(x).float())
+                rows = backbone(x)
+            if found is None:  # one tensor, filled: a list to be joined would take twice as much
+                found = rows.new_empty(len(mine), rows.shape[1], dtype=torch.float32)
+            found[done : done + len(x)] = rows
+            done += len(x)
             bar.update(len(x))
     backbone.train(training)
-    found = ranks.gathered(torch.cat(rows), len(images))
-    return F.normalize(found, dim=1) if normalise else found
+    found = ranks.gathered(found, len(images))
+    return F.normalize(found, dim=1, out=found) if normalise else found
 
 
 PIXELS_OF = 100_000  # training images for the baseline of raw pixels at most: 1.2 GB of them
@@ -145,9 +149,11 @@ def effective_rank(bank: Tensor) -> float:
     """RankMe (Garrido et al. 2023, arXiv 2210.02885, Eq. 1): N x d -> from 1 to min(N, d).
 
     The exponential of the entropy of the normalised singular values, which are the roots of the
-    d x d Gram matrix's eigenvalues. In fp64, on the CPU (mps has no fp64). Ranks share the work.
+    d x d Gram matrix's eigenvalues. In fp64, on the bank's device (of mps, which has no fp64, on
+    the CPU). Ranks share the work.
     """
-    mine = bank[ranks.cut(len(bank), ranks.rank(), ranks.count())].cpu()
+    mine = bank[ranks.cut(len(bank), ranks.rank(), ranks.count())]
+    mine = mine.cpu() if mine.device.type == "mps" else mine
     gram = ranks.summed(sum(chunk.double().T @ chunk.double() for chunk in mine.split(4096)))
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = singular / singular.sum()

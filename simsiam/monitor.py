@@ -224,9 +224,10 @@ class Monitor:
     def vote(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
         """The kNN's ranking of classes; `labels` are of the bank. Ranks share the queries."""
         voters = labels >= 0  # STL-10's unlabelled images cannot vote
+        if not voters.all():  # else the bank would be there twice
+            bank, labels = bank[voters], labels[voters]
         mine = queries[ranks.share(len(queries))]
-        k, temperature = self.args.k, self.args.temperature
-        ranking = metrics.knn(bank[voters], labels[voters], mine, k, temperature)
+        ranking = metrics.knn(bank, labels, mine, self.args.k, self.args.temperature)
         return ranks.gathered(ranking, len(queries))
 
     def measure(self, keep: bool = False) -> dict:

@@ -14,6 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from simsiam import batchnorm
+
+# How long a rank waits for the others: for what they compute together, and where one of them may
+# first have to download a data set or look through all of its files.
+SOON, LATE = datetime.timedelta(minutes=10), datetime.timedelta(hours=2)
+# By which objects travel, while this process is a rank: it waits until LATE.
+patient: dist.ProcessGroup | None = None
+
 
 def under_torchrun() -> bool:
     """Whether torchrun, or what sets its environment, started this process."""
@@ -67,7 +75,8 @@ def lost(error: RuntimeError) -> bool:
 def joined(overwrite: bool = False) -> Iterator[None]:
     """Make this process one of torchrun's ranks while the context lasts.
 
-    Tensors on the CPU travel by gloo, those of an accelerator by its own backend (NCCL on CUDA).
+    Tensors on the CPU travel by gloo, those of an accelerator by its own backend (NCCL on CUDA),
+    which gives up when a rank has not come after ten minutes: it is lost, or takes another way.
     Raises ValueError if torchrun did not start it, or --overwrite could meet a restarted rank.
     """
     if not (dist.is_available() and under_torchrun()):
@@ -78,18 +87,19 @@ def joined(overwrite: bool = False) -> Iterator[None]:
             "--overwrite: a restart by torchrun could not tell the files to replace from its own: "
             "remove them yourself, or leave out --max_restarts"
         )
+    global patient
     backend = "gloo"
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type
         if kind != "mps":
             backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
-    # One rank may have to look through all files while the others wait for it.
-    timeout = datetime.timedelta(hours=2)
     # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
-    store, number, size = next(dist.rendezvous("env://", timeout=timeout))
+    store, number, size = next(dist.rendezvous("env://", timeout=LATE))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    dist.init_process_group(backend, None, timeout, size, number, store)
+    soon = LATE if backend == "gloo" else SOON
+    dist.init_process_group(backend, None, soon, size, number, store)
+    patient = dist.new_group(timeout=LATE, backend="gloo")
     yield
     dist.destroy_process_group()
 
@@ -141,18 +151,21 @@ def gathered(rows: Tensor, number: int) -> Tensor:
     if not grouped():
         return rows
     sizes = [len(range(number)[cut(number, i, count())]) for i in range(count())]
-    sent = rows.new_zeros(max(sizes), *rows.shape[1:])  # the same shape on all ranks
-    sent[: len(rows)] = rows[: len(sent)]
-    received = [torch.empty_like(sent) for _ in sizes]
-    dist.all_gather(received, sent)
-    return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+    most = max(sizes)  # ranks send tensors of one shape
+    sent = rows if len(rows) == most else torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+    received = rows.new_empty(most * len(sizes), *rows.shape[1:])
+    dist.all_gather_into_tensor(received, sent.contiguous())
+    if min(sizes) == most:
+        return received
+    parts = zip(received.split(most), sizes, strict=True)
+    return torch.cat([part[:size] for part, size in parts])
 
 
 def gathered_objects(mine: object) -> list:
     """What each rank brings, in the order of the ranks, on every rank."""
     found = [mine] * count()
     if grouped():
-        dist.all_gather_object(found, mine)
+        dist.all_gather_object(found, mine, patient)
     return found
 
 
@@ -178,7 +191,7 @@ def from_first(make: Callable[[], object]) -> object:
             found = [make(), None]
         except (ValueError, OSError) as error:
             found = [None, error]
-    dist.broadcast_object_list(found)
+    dist.broadcast_object_list(found, group=patient)
     if found[1] is not None:
         raise found[1]
     return found[0]
@@ -229,17 +242,20 @@ class Agreement:
 def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
     """The SimSiam `net` as the loop needs it, with the same parameters: compiled, distributed.
 
-    Under --ddp gradients are means over the ranks. BN's statistics are of the global batch
-    (PyTorch's SyncBatchNorm); on CPUs, which it does not run on, of each rank's part of it.
+    Under --ddp gradients are means over the ranks. BN's statistics are of the global batch; on
+    CPUs, for which PyTorch has no such functions, of each rank's part of it.
     """
     device = next(net.parameters()).device
     if count() > 1 and device.type != "cpu":
-        nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
+        batchnorm.synchronise(net)
     elif count() > 1:
         say("note: on CPUs BN's statistics are of each rank's part of the batch (no SyncBatchNorm)")
-    trained = torch.compile(net) if compiled else net
+    # BN's buffers are sent by `buffers_of_first`, before they are used: not in each step.
+    how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    trained = nn.parallel.DistributedDataParallel(net, **how) if grouped() else net
+    if compiled:  # from without, so that gradients are sent while others are still computed
+        trained = torch.compile(trained)
     if grouped():
-        trained = nn.parallel.DistributedDataParallel(trained)
         # The first backward pass tells DDP in which order to pack gradients for sending, and from
         # three ranks on their sums' last bits depend on it. So that a run that goes on packs them
         # like one that was never stopped, here is a pass before the first step; it changes nothing.

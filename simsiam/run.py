@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -28,8 +29,9 @@ FREE = "data_root model_path num_workers bad_images device compile deterministic
 FREE += "checkpoint_minutes stop_on_collapse pictures tensorboard".split()
 # What is of a command, not of the run: never taken from a checkpoint.
 OF_THE_COMMAND = ("out", "name", "resume", "overwrite", "ddp")
-# An epoch's end, and a kNN, write no checkpoint so soon after the last one.
-SOON = 10.0  # seconds
+# So soon after the last one, in seconds, an epoch's end writes no table, and neither an epoch's end
+# nor a kNN a checkpoint: on a GPU an epoch may take little longer than that.
+TABLE_SOON, CHECKPOINT_SOON = 10.0, 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -191,14 +193,16 @@ class Run:
         tally: Sums,
         steps: int,
         rate: Callable[[float], float],
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Say what a checkpoint holds besides; where the run is resumed, restore it.
 
-        `steps`: of an epoch; `rate`: the learning rate after so many epochs. The network has a
-        checkpoint's weights already. Raises ValueError where the rest does not fit.
+        `steps`: of an epoch; `rate`: the learning rate after so many epochs; `scaler`: of fp16's
+        gradients. The network has a checkpoint's weights already. Raises ValueError where the rest
+        does not fit.
         """
         self.net, self.optimizer, self.tally = net, optimizer, tally
-        self.steps, self.rate = steps, rate
+        self.steps, self.rate, self.scaler = steps, rate, scaler
         if not self.state:
             return
         with about(self.from_path):
@@ -206,6 +210,7 @@ class Run:
                 raise ValueError("is damaged, or not a checkpoint of this run")
             checkpoint.restore(optimizer, self.state, net)
             tally.load(self.state["tally"])
+            checkpoint.restore_scale(scaler, self.facts)
         self.begun = self.clock() - self.state["seconds"]
         del self.state["model"], self.state["optimizer"]  # they have their place now
         ranks.say(
@@ -228,7 +233,7 @@ class Run:
             tally=self.tally.state(),
             seconds=self.seconds(),
             history=self.history,
-            facts=self.facts,
+            facts=self.facts | checkpoint.scale(self.scaler),
             **self.fixed,
         )
         self.written, self.good = self.clock(), True
@@ -317,11 +322,11 @@ class Run:
         """Around work between an epoch's last step and its row that changes nothing of the run.
 
         A signal ends the process at once: the checkpoint from before holds the epoch's steps
-        (unless it would have been written sooner than `SOON` seconds after another). Raises
+        (unless it would have been written sooner than `CHECKPOINT_SOON` after another). Raises
         RunError for features that are not finite.
         """
         self._listen(False)
-        if self.signal is not None or self._age() >= SOON:
+        if self.signal is not None or self._age() >= CHECKPOINT_SOON:
             self.save()
         if self.signal is not None:
             self._end(self.signal)
@@ -335,8 +340,8 @@ class Run:
     def after_epoch(self, row: dict) -> dict:
         """Put an epoch's row into the statistics, with epoch, lr and seconds; the row.
 
-        Writes the table and a checkpoint, each unless its last one is younger than `SOON` seconds
-        (or --checkpoint_minutes); after the last epoch in any case.
+        Writes the table and a checkpoint, unless the last one is younger than `TABLE_SOON` and
+        `CHECKPOINT_SOON` (or --checkpoint_minutes); after the last epoch in any case.
         """
         row = {
             "epoch": self.epoch + 1,
@@ -347,9 +352,8 @@ class Run:
         self.history.append(row)
         self.epoch, self.step, self.begun = self.epoch + 1, 0, self.clock()
         self.tally.clear()
-        soon = min(SOON, 60 * self.args.checkpoint_minutes)
-        last = self.epoch == self.args.epochs
-        if last or self.clock() - self.tabled >= soon:
+        often, last = 60 * self.args.checkpoint_minutes, self.epoch == self.args.epochs
+        if last or self.clock() - self.tabled >= min(TABLE_SOON, often):
             try:
                 self.write_table()
             except OSError as error:
@@ -357,7 +361,7 @@ class Run:
                     f"warning: {error.filename}: could not be written ({error.strerror}); the next "
                     "epoch tries again"
                 )
-        if last or self._age() >= soon:
+        if last or self._age() >= min(CHECKPOINT_SOON, often):
             self.save()
         return row
 

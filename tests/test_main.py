@@ -20,6 +20,7 @@ from simsiam import checkpoint, metrics, network, pictures
 from simsiam.files import RunError, read_csv
 from simsiam.loader import Data, Files
 from simsiam.monitor import Monitor, Tally
+from simsiam.progress import Progress
 from simsiam.run import Run
 from simsiam.textures import TEXTURES, textures
 from simsiam.views import NORMALISATION, Augmentation, Batch, Views
@@ -300,7 +301,7 @@ def test_fix_pred_lr_keeps_the_predictors_lr(tmp_path):
     for name, fixed in [("fixed", "--fix_pred_lr"), ("free", "--no-fix_pred_lr")]:
         run(tmp_path, f"--epochs 2 --name {name} {fixed}")
         groups = torch.load(tmp_path / f"{name}_model.pth")["optimizer"]["param_groups"]
-        peak = main.SHORT["lr"] * 32 / 256
+        peak = main.RECIPES["short"]["lr"] * 32 / 256
         assert groups[0]["lr"] < 0.1 * peak  # the cosine's end
         assert (groups[1]["lr"] == peak) == (name == "fixed")
         net = network.SimSiam("resnet8", feature_dim=16, width=4)
@@ -692,7 +693,7 @@ def test_a_month_on_the_cpu_is_said(tmp_path, capsys):
     run(tmp_path, "--epochs 1 --name short")
     assert "days" not in capsys.readouterr().out
     args, tally = main.make_flags().read(["--epochs", "1000"])[0], Tally(torch.device("cpu"))
-    with utils.Progress(0, args, 10**9, {"loss": "loss"}, "--recipe short") as progress:
+    with Progress(0, args, 10**9, {"loss": "loss"}, "--recipe short") as progress:
         progress(0, tally)
         progress(1, tally)
     out = capsys.readouterr().out

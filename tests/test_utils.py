@@ -18,12 +18,13 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam import devices
+from simsiam import devices, network
 from simsiam.files import RunError
 from simsiam.images import BadImage
 from simsiam.loader import Data
 from simsiam.monitor import Sums, Tally
 from simsiam.network import SimSiam
+from simsiam.progress import Progress
 from simsiam.textures import textures
 from tests.helpers import ROOT, refused
 
@@ -399,7 +400,10 @@ def test_a_run_introduces_itself(capsys):
     net = SimSiam("resnet8", feature_dim=64)
     images, labels = textures(30, seed=1)
     data = Data(images, labels, images[:7], labels[:7], list("abcdefghij"))
-    columns = utils.introduce("some/run: SimSiam", net, data, "folder:birds", 32, CPU)
+    counts = network.params_and_flops(net, 32)
+    columns = utils.introduce(
+        "some/run: SimSiam", net, counts, data, "folder:birds", 32, CPU, "off"
+    )
     params = sum(p.numel() for p in net.parameters()) / 1e6
     known = {"train_size": 30, "width": 16, "device": "cpu", "params_m": params}
     assert columns == known | {"flops_g": pytest.approx(0.0126, abs=0.0005)}
@@ -445,7 +449,7 @@ SHOWN = {"loss": "loss", "top1": "top-1"}
 def test_progress_waits_for_the_device_once_a_second(clock):
     tally = Counted(CPU, "top1")
     read = []
-    with utils.Progress(0, ARGS, 100, SHOWN, "a smaller one") as progress:
+    with Progress(0, ARGS, 100, SHOWN, "a smaller one") as progress:
         for step in range(50):
             tally.count(loss=torch.tensor(1.0), top1=torch.tensor(0.5))
             read.append(progress(step, tally))
@@ -459,7 +463,7 @@ def test_progress_waits_for_the_device_once_a_second(clock):
 
 def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock, capsys):
     tally = Sums(CPU, "top1")
-    with utils.Progress(1, ARGS, 600, SHOWN, "a smaller one") as progress:
+    with Progress(1, ARGS, 600, SHOWN, "a smaller one") as progress:
         for step in range(600):
             tally.count(loss=torch.tensor(2.0), top1=torch.tensor(0.25))
             clock.now += 0.5
@@ -478,7 +482,7 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock, capsys):
 def test_progress_after_a_resume_counts_its_own_steps(clock, capsys):
     """From step 400 of 600 on: the speed is of what was done here, the mean of the epoch."""
     tally = Counted(CPU, "top1")
-    with utils.Progress(2, ARGS, 600, SHOWN, "a smaller one", start=400, unit=64) as progress:
+    with Progress(2, ARGS, 600, SHOWN, "a smaller one", start=400, unit=64) as progress:
         for step in range(400, 600):
             clock.now += 0.5
             progress(step, tally)
@@ -496,7 +500,7 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_on_a_terminal(clock, capsys, monkeypatch):
     terminal, tally = Terminal(), Sums(CPU, "top1")
     monkeypatch.setattr(sys, "stderr", terminal)
-    with utils.Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
+    with Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
         for step in range(600):
             tally.count(loss=torch.tensor(-0.5), top1=torch.tensor(0.5))
             clock.now += 0.5
@@ -516,7 +520,7 @@ def test_progress_is_a_bar_on_a_terminal(clock, capsys, monkeypatch):
 def test_a_run_of_more_than_a_day_is_said_at_its_start(clock, capsys, epoch, seconds, said):
     """3 epochs of 1000 steps, of 30 s each: 25 hours; of 28 s: 23.3. Later it is not news."""
     tally = Tally(CPU)
-    with utils.Progress(epoch, ARGS, 1000, {"loss": "loss"}, "--epochs 5") as progress:
+    with Progress(epoch, ARGS, 1000, {"loss": "loss"}, "--epochs 5") as progress:
         for step in range(3):
             tally.add(torch.tensor(-0.5), torch.randn(4, 4))
             progress(step, tally)
@@ -531,7 +535,7 @@ def test_ranks_other_than_the_first_show_nothing(clock, capsys, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(sys, "stderr", Terminal())
     tally = Counted(CPU, "top1")
-    with utils.Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
+    with Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
         for step in range(600):
             clock.now += 0.5
             assert not progress(step, tally)

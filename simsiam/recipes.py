@@ -1,0 +1,44 @@
+"""Recipes of main.py: the defaults of its flags, and the views, by name."""
+
+from simsiam.views import NORMALISATION, Augmentation
+
+CIFAR = {  # paper, App. D
+    "arch": "resnet18",
+    "stem": "cifar",
+    "image_size": None,  # the data set's own
+    "feature_dim": 2048,
+    "projector_layers": 2,
+    "batch_size": 512,
+    "epochs": 800,
+    "lr": 0.03,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "warmup_epochs": 0.0,
+    "fix_pred_lr": False,
+}
+IMAGENET = CIFAR | {  # paper, sec. 3 and App. A; the predictor's lr as in the authors' command
+    "arch": "resnet50",
+    "stem": "imagenet",
+    "image_size": 224,
+    "projector_layers": 3,
+    "epochs": 100,
+    "lr": 0.05,
+    "weight_decay": 1e-4,
+    "fix_pred_lr": True,
+}
+SHORT = CIFAR | {  # ours, for minutes to hours on a CPU: see docs/results.md
+    "arch": "resnet8",
+    "feature_dim": 512,
+    "batch_size": 64,
+    "epochs": 20,
+    "lr": 1.0,
+    "fix_pred_lr": True,
+}
+RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT}
+# What the views of a recipe are, and mean and std of the images.
+VIEWS = {
+    "cifar": (Augmentation(), *NORMALISATION["cifar"]),
+    "imagenet": (Augmentation(blur_p=0.5), *NORMALISATION["imagenet"]),
+    "short": (Augmentation(), *NORMALISATION["cifar"]),
+}
+USUAL_RECIPE = {"textures": "short", "imagenet": "imagenet", "webdataset": "imagenet"}
