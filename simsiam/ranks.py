@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import inspect
 import os
 import sys
 import threading
@@ -250,9 +251,7 @@ def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
         batchnorm.synchronise(net)
     elif count() > 1:
         say("note: on CPUs BN's statistics are of each rank's part of the batch (no SyncBatchNorm)")
-    # BN's buffers are sent by `buffers_of_first`, before they are used: not in each step.
-    how = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    trained = nn.parallel.DistributedDataParallel(net, **how) if grouped() else net
+    trained = distributed(net) if grouped() else net
     if compiled:  # from without, so that gradients are sent while others are still computed
         trained = torch.compile(trained)
     if grouped():
@@ -264,6 +263,18 @@ def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
             trained.eval()(*[nothing] * net.num_views)[0].backward()
         net.zero_grad()
     return trained
+
+
+def distributed(net: nn.Module) -> nn.Module:
+    """`net`, whose gradients become means over the ranks while others are still computed.
+
+    BN's buffers are not sent in each step: `buffers_of_first` sends them before they are used.
+    """
+    DDP = nn.parallel.DistributedDataParallel
+    sync = "forward_sync_buffers"  # its name since PyTorch 2.15
+    if sync not in inspect.signature(DDP).parameters:
+        sync = "broadcast_buffers"
+    return DDP(net, gradient_as_bucket_view=True, **{sync: False})
 
 
 def buffers_of_first(net: nn.Module) -> None:
