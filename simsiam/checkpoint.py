@@ -51,13 +51,13 @@ def save(path: str, previous: str | None, net: nn.Module, optimizer: Optimizer, 
     """
     if ranks.rank() > 0:
         return
-    weights = net.state_dict()
+    weights = on_cpu(net.state_dict())
     if not all(value.isfinite().all() for value in weights.values()):
         raise RunError(f"the weights are not finite; {path} keeps those before. {DIVERGED}")
     state |= {
         "version": VERSION,
         "model": weights,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": on_cpu(optimizer.state_dict()),
         "made_on": machine(net),
     }
     content = io.BytesIO()  # whole in memory first: torch.save hides why a write failed
@@ -71,6 +71,15 @@ def save(path: str, previous: str | None, net: nn.Module, optimizer: Optimizer, 
         if not os.path.exists(path):
             before = "there is none before it: mend that, and give the same command"
         raise RunError(f"{path}: could not be written ({error.strerror}); {before}") from error
+
+
+def on_cpu(state: object) -> object:
+    """A state_dict whose tensors are on the CPU, where any machine can load them."""
+    if isinstance(state, Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {name: on_cpu(value) for name, value in state.items()}
+    return state
 
 
 DIVERGED = (

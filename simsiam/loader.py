@@ -347,13 +347,14 @@ class Loader:
         order = torch.from_numpy(order[: self.steps * self.batch_size])
         places = order.split(self.batch_size)
         rows = [self.share(len(part)) for part in places]
+        # To the device at once: a transfer a step would let the host wait for it in each.
+        device = self.images.device if self.labels is None else self.labels.device
+        on_device = order.to(device).split(self.batch_size)
         if self.crops is None:
-            on_device = order.to(self.images.device).split(self.batch_size)
             found = (self.images[on_device[step][rows[step]]] for step in range(start, self.steps))
         else:
             mine = [part[those] for part, those in zip(places, rows, strict=True)]
             found = self.crops(epoch, start, mine)
         for step, images in enumerate(found, start):
-            part = places[step]
-            labels = None if self.labels is None else self.labels[part.to(self.labels.device)]
-            yield Batch(epoch, step, images, labels, len(part), rows[step])
+            labels = None if self.labels is None else self.labels[on_device[step]]
+            yield Batch(epoch, step, images, labels, len(places[step]), rows[step])

@@ -15,6 +15,7 @@ more than to set their environment, and to start them again. Started by it, this
 """
 
 import faulthandler
+import functools
 import os
 import pickle
 import socket
@@ -167,8 +168,8 @@ def work(mode: str, rest: list[str]) -> None:
     utils.run_command(lambda: command.main(rest))
 
 
-def launch(number: int, mode: str, rest: list[str]) -> list[int]:
-    """The exit codes of the ranks."""
+def launch(number: int, work: Callable[[], None]) -> list[int]:
+    """The exit codes of `number` ranks that do this work."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -181,7 +182,7 @@ def launch(number: int, mode: str, rest: list[str]) -> list[int]:
             status = 1
             faulthandler.dump_traceback_later(90, exit=True)  # else nobody knows where it hangs
             try:
-                work(mode, rest)
+                work()
                 status = 0
             except SystemExit as stop:
                 status = stop.code
@@ -201,5 +202,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # a forked process has no threads of its parent's
     for command in " ".join(sys.argv[1:]).split(" then "):
         number, mode, *rest = command.split(" ")
-        codes = launch(int(number), mode, rest)
+        codes = launch(int(number), functools.partial(work, mode, rest))
         print("exit codes", *codes, flush=True)

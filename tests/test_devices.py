@@ -11,10 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import linear
 import main
 from simsiam import devices, metrics, network
 from simsiam.loader import Loader
-from simsiam.monitor import Tally
+from simsiam.monitor import Sums, Tally
 from simsiam.views import Batch, Views
 
 STATS = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -43,33 +44,95 @@ def move(net):
         setattr(net.get_submodule(place), end, fake)
 
 
-@pytest.mark.parametrize("flags", ["", "--recipe imagenet", "--loss asymmetric_2x --bn all"])
-def test_training_on_cuda_mixes_no_devices_and_never_waits(flags, monkeypatch):
-    args = main.make_flags().read(f"--arch resnet18 --batch_size 4 {flags}".split())[0]
-    net, updated = network.simsiam(vars(args)).to(memory_format=torch.channels_last), []
-    with mock.patch.multiple("torch.cuda", is_available=mock.Mock(), is_bf16_supported=mock.Mock()):
-        amp = devices.autocast(CUDA, "bf16")
-    # Torch's own, that want a real device: here nothing is differentiated, pinned or updated.
+@pytest.fixture
+def on_fakes(monkeypatch):
+    """Torch's own, that want a real device: here nothing is differentiated, pinned or updated."""
+    updated = []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: updated.append(self.found_inf))
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: updated.append(self))
+    with mock.patch.multiple("torch.cuda", is_available=mock.Mock(), is_bf16_supported=mock.Mock()):
+        amp = devices.autocast(CUDA, "bf16")
+    return amp, updated
+
+
+def steps_on_fakes(flags, amp, fault=lambda x: None):
+    """Three steps of main.py's loop, and the features of its images: the copies waited for."""
+    args = main.make_flags().read(f"--arch resnet18 --batch_size 4 {flags}".split())[0]
     augmentation, mean, std = main.VIEWS[args.recipe]
+    net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
+    augment = Views(32, mean, std, augmentation, net.num_views)
+
+    def views(batch):
+        x = augment(batch)
+        fault(x[0])
+        return x
+
     with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         watch.waits = []
         move(net)
         images = torch.empty(12, 3, 32, 32, **BYTES)
-        views, loader = Views(32, mean, std, augmentation, net.num_views), Loader(images, 4)
+        loader = Loader(images, 4)
         if args.recipe == "imagenet":  # crops, as workers cut them
             crops = torch.empty(4, net.num_views, 3, 32, 32, **BYTES)
             batches = [Batch(0, step, crops, None, 4, slice(0, 4)) for step in range(3)]
             loader.epoch = lambda *when: iter(batches)
         tally, optimizer = Tally(CUDA), main.make_optimizer(net, args)
         watch.waits = []
-        steps = main.train(net, optimizer, loader, views, tally, 0, 0, args, amp)
-        assert list(steps) == [0, 1, 2]
-        metrics.features(net.backbone, views.plain, images, amp)
-    assert [x.device for x in updated] == [CUDA] * 3
-    assert watch.waits == ["cpu to cuda:0"] * (args.recipe == "cifar")  # the epoch's order
+        assert list(main.train(net, optimizer, loader, views, tally, 0, 0, args, amp)) == [0, 1, 2]
+        metrics.features(net.backbone, augment.plain, images, amp)
+    return watch.waits
+
+
+@pytest.mark.parametrize("flags", ["", "--recipe imagenet", "--loss asymmetric_2x --bn all"])
+def test_training_on_cuda_mixes_no_devices_and_never_waits(flags, on_fakes):
+    amp, updated = on_fakes
+    waits = steps_on_fakes(flags, amp)
+    assert [optimizer.found_inf.device for optimizer in updated] == [CUDA] * 3
+    assert waits == ["cpu to cuda:0"] * ("imagenet" not in flags)  # the epoch's order
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda x: x + torch.ones(32),
+        lambda x: x.mean().item(),
+        lambda x: x[x > 0],
+        lambda x: bool(x.mean() > 0),
+        lambda x: x.mean().tolist(),
+    ],
+)
+def test_the_fakes_see_a_fault_in_a_step(fault, on_fakes):
+    with pytest.raises(RuntimeError, match="two devices|_local_scalar|nonzero"):
+        steps_on_fakes("", on_fakes[0], fault)
+
+
+def test_the_fakes_see_a_blocking_copy(on_fakes):
+    waits = steps_on_fakes("", on_fakes[0], lambda x: torch.ones(3).to(CUDA))
+    assert waits == ["cpu to cuda:0"] * (1 + 3)
+
+
+@pytest.mark.parametrize("kind", ["augmented", "cached"])
+def test_linear_evaluation_on_cuda_mixes_no_devices_and_never_waits(kind, on_fakes):
+    amp, updated = on_fakes
+    args = linear.make_flags().read(["--batch_size", "4", "--lr", "1"])[0]
+    net = network.Classifier(*network.backbone("resnet8", "cifar", None), 10)
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
+        watch.waits = []
+        move(net)
+        views = Views(32, *STATS, linear.AUGMENTATION, 1)
+        encoder = linear.Encoder(net.backbone, views, amp, False)
+        inputs, labels = torch.empty(12, 3, 32, 32, **BYTES), torch.empty(12, **BYTES).long()
+        task = linear.Task(inputs, labels, encoder.augmented, views)
+        if kind == "cached":
+            task = linear.Task(encoder.plain(inputs), labels, linear.at_hand)
+        heads = torch.nn.ModuleList([net.fc])
+        rest = (task.loader(args), task.embed, Sums(CUDA, "top1", "top5"), 0, 0, 1)
+        optimizer = linear.make_optimizer(args, heads, [1.0])
+        watch.waits = []
+        assert list(linear.train(heads, optimizer, *rest)) == [0, 1, 2]
+    assert updated == [optimizer] * 3
+    assert watch.waits == ["cpu to cuda:0"]  # the epoch's order
 
 
 @pytest.mark.parametrize("fused", [True, False])
