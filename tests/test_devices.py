@@ -4,6 +4,9 @@ Tensors are torch's fakes (shape, type and device, no numbers). They raise where
 where a number is asked for: .item(), .tolist(), bool(), a mask as an index. `Watch` adds copies.
 """
 
+import argparse
+import itertools
+import os
 from unittest import mock
 
 import pytest
@@ -13,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linear
 import main
-from simsiam import devices, metrics, network
+import utils
+from simsiam import checkpoint, devices, metrics, network
 from simsiam.loader import Loader
 from simsiam.monitor import Sums, Tally
+from simsiam.textures import textures
 from simsiam.views import Batch, Views
 
 STATS = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -159,3 +164,122 @@ def test_a_loss_that_is_not_finite_moves_no_weight(fused):
     assert torch.equal(seen[1], seen[2])
     assert torch.equal(seen[2], seen[3])
     assert tally.bad_step() == 1
+
+
+# ---- precision ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("units", "device", "asked", "multiply_adds", "amp"),
+    [
+        (("avx512_bf16",), "cpu", "auto", 5e8, "bf16"),
+        (("amx_bf16",), "cpu", "auto", 5e8, "bf16"),
+        (("avx512_bf16",), "cpu", "auto", 5e7, "off"),  # a small network
+        (("avx512_vnni",), "cpu", "auto", 5e8, "off"),  # a CPU without
+        (("avx512_bf16",), "cpu", "off", 5e8, "off"),
+        (("avx512_bf16",), "cuda", "auto", 5e8, "off"),  # what `set_up` found for a GPU stays
+    ],
+)
+def test_large_networks_train_in_bf16_on_cpus_that_have_it(
+    units, device, asked, multiply_adds, amp, monkeypatch
+):
+    found = {"avx512_bf16": False, "amx_bf16": False} | dict.fromkeys(units, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    device = torch.device(device)
+    assert devices.precision_of_training(device, asked, "off", multiply_adds) == amp
+
+
+def halved(scale):
+    """Three steps in fp16 from a `scale`: each step's weights, and the scale in the end."""
+    line = "--data_name textures --width 4 --feature_dim 16 --batch_size 4 --amp fp16"
+    args = main.make_flags().read(line.split())[0]
+    torch.manual_seed(0)
+    net, device = network.simsiam(vars(args)), torch.device("cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    images, views = textures(12, seed=1)[0], Views(32, *STATS)
+    optimizer, tally = main.make_optimizer(net, args), Tally(device)
+    amp, weight = devices.autocast(device, "fp16"), net.backbone.conv1.weight
+    seen = [weight.detach().clone()]
+    rest = (Loader(images, 4), views, tally, 0, 0, args, amp, scaler)
+    for _ in main.train(net, optimizer, *rest):
+        seen.append(weight.detach().clone())
+    assert tally.bad_step() is None  # the loss was finite: gradients alone were too large
+    return seen, scaler.get_scale()
+
+
+def test_steps_in_fp16_are_left_out_where_scaled_gradients_overflow():
+    seen, scale = halved(2.0**120)
+    assert scale == 2.0**117  # halved in each of three steps
+    assert all(torch.equal(weight, seen[0]) for weight in seen)
+    seen, scale = halved(1024.0)
+    assert scale == 1024.0
+    assert not any(torch.equal(one, next) for one, next in itertools.pairwise(seen))
+    assert all(weight.isfinite().all() for weight in seen)
+
+
+def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path):
+    flags = "--data_name textures --train_size 128 --batch_size 32 --width 4 --feature_dim 16 "
+    flags += f"--k 5 --epochs 2 --amp fp16 --no-pictures --checkpoint_minutes 0 --out {tmp_path}"
+    main.main([*flags.split(), "--name", "whole"])
+    train, done = main.train, []
+
+    def until_the_sixth(*args):
+        for step in train(*args):
+            done.append(step)
+            if len(done) == 6:
+                raise KeyboardInterrupt
+            yield step
+
+    with mock.patch.object(main, "train", until_the_sixth), pytest.raises(KeyboardInterrupt):
+        main.main([*flags.split(), "--name", "parted"])
+    state = torch.load(tmp_path / "parted_model.pth")
+    assert (state["epoch"], state["step"], state["facts"]["scale_steps"]) == (1, 1, 5)
+    assert state["facts"]["scale"] == 65536.0
+    main.main([*flags.split(), "--name", "parted", "--resume"])
+    whole, parted = (torch.load(tmp_path / f"{name}_model.pth") for name in ("whole", "parted"))
+    assert parted["facts"] == whole["facts"] == {"scale": 65536.0, "scale_steps": 8}
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parted["model"][name])
+    del state["facts"]["scale"]
+    torch.save(state, tmp_path / "parted_model.pth")
+    with pytest.raises(SystemExit):
+        main.main([*flags.split(), "--name", "parted", "--resume"])
+
+
+# ---- what a checkpoint says of a GPU, and memory ------------------------------------------------
+
+
+def test_a_checkpoint_says_on_which_gpu_it_was_made(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
+    net = torch.nn.Linear(2, 2)
+    assert checkpoint.machine(net).keys() == {"device", "threads", "torch"}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move(net)
+        found = checkpoint.machine(net)
+    assert (found["gpu"], found["cudnn"]) == ("a GPU, cuda:0", 90100)
+
+
+def test_a_device_s_memory_that_is_too_small_is_said_in_one_line(capsys):
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. ...")
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_command(work)
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--batch_size" in err
+
+
+def test_workers_are_a_rank_s_part_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(24)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert utils.workers("auto") == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert utils.workers("auto") == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert utils.workers("auto") == 1
+    assert utils.workers("5") == 5
+    with pytest.raises(argparse.ArgumentTypeError):
+        utils.workers("many")

@@ -201,7 +201,7 @@ def test_what_a_resume_may_change(tmp_path, capsys):
         assert all(value in err for value in both)
     main.main(["--resume", str(path), "--num_workers", "0", "--knn_every", "2"])
     out = capsys.readouterr().out
-    assert "--num_workers 0 (was 2)" in out
+    assert f"--num_workers 0 (was {utils.workers('auto')})" in out
     assert "the run is finished" in out
     assert "none_model.pth" in refused(capsys, main, "--resume", tmp_path / "none_model.pth")
     run(tmp_path, "--epochs", 1, "--name", "b")
@@ -364,7 +364,7 @@ def framed(out, clock, *words):
 
 
 def test_an_epoch_s_end_and_a_knn_write_no_checkpoint_too_soon(tmp_path):
-    """Not sooner than 10 s after the last one; after the last epoch in any case."""
+    """No checkpoint within 60 s and no table within 10 s, unless the run is at its end."""
     clock, table = Clock(), tmp_path / "a_statistics.csv"
 
     def there():
@@ -374,10 +374,10 @@ def test_an_epoch_s_end_and_a_knn_write_no_checkpoint_too_soon(tmp_path):
     # Seconds of two steps and of the kNN; epochs, steps and rows on the disk at the kNN and after.
     story = [
         (4, 5, (0, 0, 0), (0, 0, 0)),  # 9 s after the run's first checkpoint
-        (0, 1, (0, 0, 0), (2, 0, 3)),  # 10 s after it: the end writes
-        (9, 0, (2, 0, 3), (2, 0, 3)),  # 9 s after that
-        (1, 5, (3, 2, 3), (3, 2, 5)),  # 10 s after it: before the kNN, and then the table alone
-        (0, 0, (3, 2, 5), (5, 0, 6)),  # the last
+        (0, 1, (0, 0, 0), (0, 0, 3)),  # 10 s after it: the table
+        (49, 0, (0, 0, 3), (0, 0, 4)),  # 59 s after it
+        (1, 60, (3, 2, 4), (4, 0, 5)),  # 60 s: a checkpoint before the kNN, another 60 s later
+        (0, 0, (4, 0, 5), (5, 0, 6)),  # the last
     ]
     with framed(tmp_path, clock, "--epochs", "5") as run:
         run.begin([{"epoch": 0}])
