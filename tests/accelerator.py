@@ -59,6 +59,7 @@ def register(folder: str) -> types.ModuleType:
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 
     def collectives(store, rank, size, timeout):
+        native.patience = timeout.total_seconds()
         return native.wrap(dist.ProcessGroupGloo(store, rank, size, timeout=timeout))
 
     dist.Backend.register_backend("pretendccl", collectives, devices=["pretend"])
@@ -196,6 +197,7 @@ def synced(native: types.ModuleType) -> None:
                 torch.equal(value, weights["ours"][key]) for key, value in weights[name].items()
             )
             found[name]["equal"] = all(same)
+        found["patience"] = native.patience
         if ranks.rank() == 0:
             tests_ranks.tell(json.dumps(found))
 

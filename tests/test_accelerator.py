@@ -102,6 +102,7 @@ def test_bn_over_ranks_does_not_wait_and_equals_pytorch_s(said, tmp_path):
     assert not found["apart"]["equal"]  # the BN of each part alone gives other weights
     for name in ("scalars", "to_host", "to_device_blocking"):
         assert found["ours"][name] == found["apart"][name]
+    assert found["patience"] == 600  # seconds, after which a lost rank ends the others
     assert out.count("exit codes 0 0") == 2
     assert "pretend:0" in out
     assert next(tmp_path.glob("*_model.pth"))

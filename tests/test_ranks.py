@@ -381,6 +381,31 @@ def test_too_little_shared_memory_is_said_before_the_run(tmp_path, capsys, monke
     assert "--num_workers 2" in line
     assert "77 MB in /dev/shm" in line  # 2 workers x 2 batches x 64 x 2 crops x 3 x 224 x 224
     assert "has 67" in line
+    # Of a batch of 2 the crops would fit, but not the 64 images at a time that the kNN looks at.
+    there.f_bavail = 18
+    flags[-1] = 2
+    line = refused(capsys, main, *flags, "--num_workers", 1, "--arch", "resnet18")
+    assert "19 MB in /dev/shm" in line  # 1 worker x 2 batches x 64 x 3 x 224 x 224
+
+
+def test_features_of_files_are_sent_by_workers_in_small_parts(tmp_path, monkeypatch):
+    paths = sorted(image_files(tmp_path / "images", 150).rglob("train/*/*.jpg"))
+    sent, loader = [], torch.utils.data.DataLoader.__iter__
+
+    def watched(self):
+        for part in loader(self):
+            sent.append(len(part))
+            yield part
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", watched)
+    files = Files(paths, 32, workers=2)
+    chunks = list(files.split(100))
+    assert [len(chunk) for chunk in chunks] == [100, 50]
+    assert sum(sent) == 150
+    assert max(sent) <= 64
+    monkeypatch.undo()
+    one_by_one = torch.cat(list(Files(paths, 32, workers=0).split(1)))
+    assert torch.equal(torch.cat(chunks), one_by_one)
 
 
 def test_workers_do_not_outlive_an_error(tmp_path):
