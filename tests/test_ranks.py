@@ -372,6 +372,18 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(short, size):
     assert line.startswith(f"main.py: rank 0: --batch_size {size}: is cut among 3 ranks: give a")
 
 
+def test_ranks_train_compiled(tmp_path):
+    """DDP is compiled with the network, so that gradients are sent while others are computed."""
+    flags = "--ddp --device cpu --data_name textures --train_size 128 --batch_size 32 --width 4 "
+    flags += "--feature_dim 16 --k 5 --epochs 1 --no-pictures --amp off --name"
+    main_of = lambda *more: ("2", "main", *flags.split(), *more, "--out", tmp_path)  # noqa: E731
+    on_ranks(*main_of("eager"), "then", *main_of("compiled", "--compile"), codes="0 0, 0 0")
+    a, b = (torch.load(tmp_path / f"{name}_model.pth")["model"] for name in ("eager", "compiled"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-2, rtol=1e-2)
+
+
 def test_too_little_shared_memory_is_said_before_the_run(tmp_path, capsys, monkeypatch):
     root = image_files(tmp_path / "images", 64)
     there = SimpleNamespace(f_bavail=64, f_frsize=2**20)  # what docker gives
