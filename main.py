@@ -90,6 +90,9 @@ def make_flags() -> utils.Flags:
     add("show_views", "switch", "draw what the network would see, and exit", False)
     add("tensorboard", "switch", "statistics, pictures and features for it too", False)
     utils.run_flags(flags)
+    add = flags.group("small networks on cuda")
+    graphs = "with --compile: a step's work is captured once, and started as a whole from then on"
+    add("cuda_graphs", "switch", graphs, False)
     return flags
 
 
@@ -99,6 +102,8 @@ def fill(flags: dict, given: dict) -> dict:
     flags = flags | RECIPES[recipe] | given | {"recipe": recipe}
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
+    if flags["cuda_graphs"] and not flags["compile"]:
+        raise ValueError("--cuda_graphs: goes with --compile")
     if flags["warmup_epochs"] >= flags["epochs"]:
         raise ValueError(
             f"--warmup_epochs {flags['warmup_epochs']:g}: must be below --epochs {flags['epochs']}"
@@ -275,14 +280,14 @@ def prepare(run: Run) -> Prepared:
     result |= {"feature_dim": args.feature_dim, "k": args.k, "protocol": "KNN"}
     images, autocast = images.to(device), devices.autocast(device, amp)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    views = Views(size, mean, std, augmentation, net.num_views, args.seed)
+    views = Views(size, mean, std, augmentation, net.num_views, args.seed, args.compile)
     loader = Loader(images.train_images, args.batch_size, args.seed, views=views)
     if args.bank_size is not None:
         images = images.subset(args.bank_size, args.seed, "--bank_size")
         result["protocol"] += f", bank of {args.bank_size}"
     net.to(device, memory_format=torch.channels_last)
     optimizer, tally = make_optimizer(net, args), Tally(device)
-    trained = ranks.for_training(net, args.compile, size)
+    trained = ranks.for_training(net, size, args.compile, args.cuda_graphs)
     run.keep(net, optimizer, tally, len(loader), functools.partial(rate, args), scaler)
     warned = "collapse" in run.facts
     monitor = Monitor(net, views, images, args, RECIPES[args.recipe]["lr"], autocast, warned)

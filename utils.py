@@ -268,7 +268,7 @@ def run_flags(flags: Flags, out: str | None = None) -> None:
     add("amp", ("auto", "bf16", "fp16", "off"), amp, "auto")
     add("ddp", "switch", "divide the work among the processes of torchrun", False)
     add("compile", "switch", "torch.compile the network", False)
-    add("deterministic", "switch", "PyTorch's deterministic algorithms, for cuda", False)
+    add("deterministic", "switch", "the same bits in each run, also on cuda (slower)", False)
     decoders = "threads or processes that decode files; auto: a rank's cores, 16 at most"
     add("num_workers", workers, decoders, workers("auto"))
     bad = "files that are no images: stop, or leave them out and list them"

@@ -240,11 +240,14 @@ class Agreement:
         self.sent = []
 
 
-def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
+def for_training(
+    net: nn.Module, image_size: int, compiled: bool = False, captured: bool = False
+) -> nn.Module:
     """The SimSiam `net` as the loop needs it, with the same parameters: compiled, distributed.
 
     Under --ddp gradients are means over the ranks. BN's statistics are of the global batch; on
-    CPUs, for which PyTorch has no such functions, of each rank's part of it.
+    CPUs, for which PyTorch has no such functions, of each rank's part of it. `captured`: on cuda a
+    compiled step becomes CUDA graphs, for networks that compute faster than Python starts kernels.
     """
     device = next(net.parameters()).device
     if count() > 1 and device.type != "cpu":
@@ -253,7 +256,7 @@ def for_training(net: nn.Module, compiled: bool, image_size: int) -> nn.Module:
         say("note: on CPUs BN's statistics are of each rank's part of the batch (no SyncBatchNorm)")
     trained = distributed(net) if grouped() else net
     if compiled:  # from without, so that gradients are sent while others are still computed
-        trained = torch.compile(trained)
+        trained = torch.compile(trained, mode="reduce-overhead" if captured else None)
     if grouped():
         # The first backward pass tells DDP in which order to pack gradients for sending, and from
         # three ranks on their sums' last bits depend on it. So that a run that goes on packs them

@@ -25,8 +25,8 @@ from simsiam.monitor import Sums
 WRITTEN = "model.pth statistics.csv bad_images.txt".split()
 WRITTEN += "curves.png neighbours.png embedding.png confusion.png".split()
 # What a run may be resumed with another value of.
-FREE = "data_root model_path num_workers bad_images device compile deterministic knn_every".split()
-FREE += "checkpoint_minutes stop_on_collapse pictures tensorboard".split()
+FREE = "data_root model_path num_workers bad_images device compile deterministic".split()
+FREE += "cuda_graphs knn_every checkpoint_minutes stop_on_collapse pictures tensorboard".split()
 # What is of a command, not of the run: never taken from a checkpoint.
 OF_THE_COMMAND = ("out", "name", "resume", "overwrite", "ddp")
 # So soon after the last one, in seconds, an epoch's end writes no table, and neither an epoch's end

@@ -30,7 +30,7 @@ from simsiam.recipes import VIEWS
 from simsiam.textures import textures
 from simsiam.views import Batch, Views
 from tests import ranks as tests_ranks
-from tools import features
+from tools import bench, features
 
 SOURCE = Path(__file__).with_name("accelerator.cpp")
 
@@ -108,6 +108,7 @@ def runs(place: str, device: str) -> dict:
     run(linear, f"{judged} --evaluate_only --no-pictures")
     run(linear, f"{judged} --predict {place}/images --out_csv {place}/predictions.csv")
     images = f"--data_root {place}/images/train --out {place}/features.csv"
+    bench.command(f"gpu --device {device} --small --quick --csv {place}/benchmarks.csv".split())
     features.command(
         f"--device {device} --amp off --model_path {place}/whole_model.pth {images}".split()
     )

@@ -48,7 +48,7 @@ def gradients() -> None:
         device, amp = devices.set_up(args)
         torch.manual_seed(0)
         net = network.simsiam(vars(args))
-        trained = ranks.for_training(net, False, 32)
+        trained = ranks.for_training(net, 32)
         images = textures(640, seed=1)[0]
         views = Views(32, *main.VIEWS[args.recipe][1:])
         found = []

@@ -84,6 +84,7 @@ def test_the_commands_give_the_same_bits_as_on_the_cpu(said, tmp_path):
                 assert mine[column] == other[column], (name, column)
     for key, value in ours["whole"]["model"].items():
         assert torch.equal(value, ours["parted"]["model"][key])
+    assert set(pandas.read_csv(tmp_path / "pretend" / "benchmarks.csv")["device"]) == {"pretend"}
     for table in ("predictions.csv", "features.csv"):
         mine, other = (
             pandas.read_csv(tmp_path / device / table).drop(columns=["file"])

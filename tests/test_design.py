@@ -62,6 +62,7 @@ def test_the_arrows_of_the_design_hold():
             "utils.py": set(),
             "bench.py": {*COMMANDS, "utils"},  # it times them
             "profiler.py": {"main"},
+            "gpu.py": {"main", "utils"},
         }.get(path.name, {"utils"})
         if path.parent.name != "simsiam":
             assert outside <= allowed, f"{path.name} imports {outside - allowed}"

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linear
 import main
 import utils
-from simsiam import checkpoint, devices, metrics, network
+from simsiam import checkpoint, devices, metrics, network, ranks
 from simsiam.loader import Loader
 from simsiam.monitor import Sums, Tally
 from simsiam.textures import textures
 from simsiam.views import Batch, Views
+from tests.helpers import refused
 
 STATS = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 CUDA, BYTES = torch.device("cuda", 0), {"dtype": torch.uint8, "device": "cuda:0"}
@@ -244,6 +245,19 @@ def test_a_run_in_fp16_goes_on_to_the_same_bits(tmp_path):
     torch.save(state, tmp_path / "parted_model.pth")
     with pytest.raises(SystemExit):
         main.main([*flags.split(), "--name", "parted", "--resume"])
+
+
+# ---- compiled ------------------------------------------------------------------------------------
+
+
+def test_a_captured_step_is_a_compiled_one(monkeypatch, capsys):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda net, mode=None: modes.append(mode) or net)
+    net = torch.nn.Linear(2, 2)
+    for flags in ((), (True,), (True, True)):
+        assert ranks.for_training(net, 32, *flags) is net
+    assert modes == [None, "reduce-overhead"]
+    assert "--cuda_graphs: goes with --compile" in refused(capsys, main, "--cuda_graphs")
 
 
 # ---- what a checkpoint says of a GPU, and memory ------------------------------------------------

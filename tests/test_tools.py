@@ -15,7 +15,7 @@ from PIL import Image
 
 import linear
 import main
-from simsiam import checkpoint
+from simsiam import checkpoint, network
 from simsiam.datasets import load
 from simsiam.files import RunError, read_csv
 from tests.helpers import ROOT, refused
@@ -315,3 +315,24 @@ def test_profile_writes_a_trace_and_no_run(tmp_path, capsys, monkeypatch):
             bench.command(wrong)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bench_gpu_runs_on_a_cpu(tmp_path):
+    """Small, so that it cannot rot; its rows tell the device, and rows of another one stay."""
+    path = tmp_path / "b.csv"
+    other = {"benchmark": "gpu views", "ours": "1", "unit": "views/s", "device": "Some GPU"}
+    pandas.DataFrame([other], columns=bench.COLUMNS).to_csv(path, index=False)
+    bench.command(["gpu", "--device", "cpu", "--csv", str(path), "--quick"])
+    table = pandas.read_csv(path).set_index(["device", "benchmark"])
+    assert table.loc[("Some GPU", "gpu views"), "ours"] == 1
+    rows = table.loc["cpu"]
+    assert (rows["ours"] > 0).all()
+    # Views are read as bytes and written as fp32: 5 bytes a number of 3 x 32 x 32.
+    views, traffic = rows.loc["gpu views", "ours"], rows.loc["gpu views: read and written"]
+    assert traffic["ours"] == pytest.approx(views * 5 * 3 * 32 * 32, rel=1e-4)
+    assert traffic["peer"] == pytest.approx(rows.loc["gpu: a copy", "ours"], rel=1e-4)
+    # ResNet-8 of width 8: each step is 2 views, forward and twice that backward, 2 FLOP each.
+    net = network.SimSiam("resnet8", feature_dim=64, width=8)
+    flop = 2 * 2 * 3 * network.params_and_flops(net, 32)[1]
+    speed, rate = (rows.loc[f"gpu step, off{end}", "ours"] for end in ("", ": FLOP/s"))
+    assert rate == pytest.approx(speed * flop, rel=1e-4)

@@ -38,24 +38,13 @@ from simsiam.loader import Data, Files, Loader
 from simsiam.monitor import Monitor, Tally
 from simsiam.textures import TEXTURES, textures
 from simsiam.views import Batch, Views
-from tools import peers, profiler
+from tools import gpu, peers, profiler
 from tools.peers import Peer
+from tools.timing import in_turns
 
-COLUMNS = tuple("benchmark ours peer peer_name ratio unit threads cpu torch date".split())
+COLUMNS = tuple("benchmark ours peer peer_name ratio unit device threads cpu torch date".split())
 # What a benchmark yields: its name, ours, the peer's, the peer's name, the unit.
 Row = tuple[str, float, float | None, str | None, str]
-
-
-def in_turns(*functions: Callable[[], object], rounds: int = 5) -> list[float]:
-    """Median seconds of each function, called in turns after a call of each to warm up."""
-    seconds = [[] for _ in functions]
-    for i in range(rounds + 1):
-        for times, function in zip(seconds, functions, strict=True):
-            begun = time.perf_counter()
-            function()
-            if i > 0:
-                times.append(time.perf_counter() - begun)
-    return [statistics.median(times) for times in seconds]
 
 
 def versioned(package: str, what: str) -> str:
@@ -383,11 +372,13 @@ BENCHMARKS = {
     "jpeg": bench_jpeg,
     "start": bench_start,
     "ddp": bench_ddp,
+    "gpu": gpu.bench,
 }
 
 
-def table_row(what: str, ours: float, peer: float | None, peer_name: str | None, unit: str) -> dict:
+def table_row(row: Row, device: str) -> dict:
     """A row of results/benchmarks.csv; prints it."""
+    what, ours, peer, peer_name, unit = row
     ratio, text = None, f"{what}: {ours:.4g} {unit}"
     if peer is not None:
         text += f", {peer_name} {peer:.4g}"
@@ -397,7 +388,7 @@ def table_row(what: str, ours: float, peer: float | None, peer_name: str | None,
     print(text, flush=True)
     ours, peer, ratio = (None if x is None else f"{x:.6g}" for x in (ours, peer, ratio))
     machine = (torch.get_num_threads(), cpu_name(), str(torch.__version__))
-    values = (what, ours, peer, peer_name, ratio, unit, *machine, datetime.date.today())
+    values = (what, ours, peer, peer_name, ratio, unit, device, *machine, datetime.date.today())
     return dict(zip(COLUMNS, values, strict=True))
 
 
@@ -419,16 +410,18 @@ def command(argv: list[str] | None = None) -> None:
     for name in args.benchmarks:
         if name not in BENCHMARKS:
             parser.error(f"{name}: choose from {names}")
-    if rest and args.benchmarks != ["linear"]:
-        parser.error(f"{rest[0]}: only `linear` and `profile`, alone, take more flags")
+    if rest and args.benchmarks not in (["linear"], ["gpu"]):
+        parser.error(f"{rest[0]}: only `linear`, `gpu` and `profile`, alone, take more flags")
     Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     for name in args.benchmarks or BENCHMARKS:
-        rows = [table_row(*row) for row in BENCHMARKS[name](*rest)]
+        device = gpu.name_of(gpu.read(rest)[0]) if name == "gpu" else "cpu"
+        rows = [table_row(row, device) for row in BENCHMARKS[name](*rest)]
         old = []
         if Path(args.csv).is_file():
             old = pandas.read_csv(args.csv, dtype=str, keep_default_na=False).to_dict("records")
-        new = {(row["benchmark"], row["peer_name"] or "") for row in rows}
-        old = [row for row in old if (row["benchmark"], row["peer_name"]) not in new]
+        new = {(row["benchmark"], row["peer_name"] or "", device) for row in rows}
+        key = lambda row: (row["benchmark"], row["peer_name"], row.get("device") or "cpu")  # noqa: E731
+        old = [row for row in old if key(row) not in new]
         files.write_csv(args.csv, [*old, *rows], COLUMNS)
 
 

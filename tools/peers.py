@@ -116,11 +116,11 @@ def kornia_views(images: Tensor, recipe: dict, batch: int) -> Callable:
     return lambda: sum(len(transform(chunk.float() / 255)) for chunk in images.split(batch))
 
 
-def plain_training(images: Tensor, recipe: dict, batch: int) -> Callable:
+def plain_training(images: Tensor, recipe: dict, batch: int, device: str = "cpu") -> Callable:
     """Steps of SimSiam as a plain loop has them: NCHW, PIL views, `.item()` each step."""
     from simsiam.network import SimSiam
 
-    net = SimSiam()
+    net = SimSiam().to(device)
     optimizer = torch.optim.SGD(
         net.parameters(), recipe["lr"], recipe["momentum"], weight_decay=recipe["weight_decay"]
     )
@@ -130,7 +130,7 @@ def plain_training(images: Tensor, recipe: dict, batch: int) -> Callable:
     def run() -> float:
         total = 0.0
         for x1, x2 in loader:
-            loss, _ = net(x1, x2)
+            loss, _ = net(x1.to(device), x2.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
