@@ -78,7 +78,7 @@ def try_to_compile(device: torch.device) -> None:
 
 
 # Multiply-adds an image from which on CPUs that have units for bf16 train in it.
-BF16_FROM = 100e6
+BF16_FROM = 40e6
 
 
 def precision_of_training(device: torch.device, asked: str, amp: str, multiply_adds: int) -> str:

@@ -134,6 +134,25 @@ def bench_train() -> Iterator[Row]:
     yield "train", gflop * n / fast, rate, "this machine's sgemm", "GFLOP/s"
 
 
+def bench_precision() -> Iterator[Row]:
+    """Steps in bf16 against fp32 on this CPU, by the network's size: what --amp auto goes by."""
+    for arch, width in (("resnet8", 16), ("resnet8", 32), ("resnet20", 32), ("resnet18", None)):
+        flags = f"--recipe short --arch {arch} --batch_size 64"
+        flags += f" --width {width}" if width else ""
+        images = noise(2 * 64)
+        (bf16, net), (fp32, _) = (
+            training(f"{flags} --amp {amp}", images) for amp in ("bf16", "off")
+        )
+        fast, slow = in_turns(bf16, fp32)
+        adds = network.params_and_flops(net, 32)[1] / 1e6
+        what = (
+            f"precision, {arch}"
+            + f" of width {width}" * bool(width)
+            + f", {adds:.0f}M multiply-adds"
+        )
+        yield what, len(images) / fast, len(images) / slow, "fp32", "images/s"
+
+
 def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
     """resnet20 on 5,000 textures: an epoch and the kNN at its end, against lightly's example."""
     images = Data(*textures(5000, seed=1), *textures(1000, seed=2), list(TEXTURES))
@@ -366,6 +385,7 @@ def cpu_name() -> str:
 BENCHMARKS = {
     "views": bench_views,
     "train": bench_train,
+    "precision": bench_precision,
     "epoch": bench_epoch,
     "knn": bench_knn,
     "linear": bench_linear,
