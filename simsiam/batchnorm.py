@@ -6,6 +6,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def all_gather(parts: Tensor, mine: Tensor) -> None:
+    """Fill `parts` with what each rank has as `mine`, in the order of the ranks."""
+    # Its name since PyTorch 2.14, which warns of the other one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(parts, mine)
+
+
 class EqualParts(torch.autograd.Function):
     """Normalise by the statistics of all ranks, whose parts are equal in size and not empty.
 
@@ -21,7 +28,7 @@ class EqualParts(torch.autograd.Function):
         mean, invstd = torch.batch_norm_stats(x, eps)
         mine = torch.cat([mean, invstd])
         parts = mine.new_empty(dist.get_world_size() * len(mine))
-        dist.all_gather_into_tensor(parts, mine)
+        all_gather(parts, mine)
         means, invstds = parts.view(-1, len(mine)).split(len(mean), 1)
         counts = mean.new_full((len(means),), x.numel() // x.shape[1])
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
