@@ -49,6 +49,8 @@ def make_flags() -> utils.Flags:
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
     size = "side of the views, in pixels; None: as the images"
     add("image_size", number(int, 8, 1024), size)
+    sides = "sides of the views, each for a part of the epochs; None: --image_size throughout"
+    add("view_sizes", number(int, 8, 1024), sides, nargs="+", metavar="PIXELS")
     add = flags.group("network")
     archs = f"{', '.join(network.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)"
     add("arch", str, archs)
@@ -102,6 +104,11 @@ def fill(flags: dict, given: dict) -> dict:
     flags = flags | RECIPES[recipe] | given | {"recipe": recipe}
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
+    sizes = flags["view_sizes"] or ()
+    if len(sizes) > flags["epochs"]:
+        raise ValueError(f"--view_sizes: {len(sizes)} sizes are more than the epochs: give fewer")
+    if sizes and flags["data_name"] in ("imagenet", "webdataset"):
+        raise ValueError("--view_sizes: is for images in memory, not for crops that workers cut")
     if flags["cuda_graphs"] and not flags["compile"]:
         raise ValueError("--cuda_graphs: goes with --compile")
     if flags["warmup_epochs"] >= flags["epochs"]:
@@ -232,6 +239,14 @@ def described(args: Namespace, images: Data) -> tuple[dict, Augmentation]:
     return encoder | {"mean": mean, "std": std}, augmentation
 
 
+def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number: int) -> Views:
+    """The views of a run; `number` of them an image."""
+    plain = (encoder["image_size"], encoder["mean"], encoder["std"])
+    sizes, epochs = args.view_sizes or [], args.epochs
+    sides = [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)] if sizes else ()
+    return Views(*plain, augmentation, number, args.seed, args.compile, sides)
+
+
 def prepare(run: Run) -> Prepared:
     """All that a run needs, new or from its checkpoint. Raises ValueError and OSError."""
     args, state = run.args, run.state
@@ -255,7 +270,7 @@ def prepare(run: Run) -> Prepared:
             if any(state["encoder"][name] != encoder[name] for name in ("arch", "stem", "width")):
                 raise ValueError("its encoder is not that of its arguments")
             encoder, augmentation = state["encoder"], Augmentation.read(state["augmentation"])
-    size, mean, std = encoder["image_size"], encoder["mean"], encoder["std"]
+    size = encoder["image_size"]
     counts = network.params_and_flops(net, size)
     amp = devices.precision_of_training(device, args.amp, amp, counts[1])
     run.settle(amp=amp, image_size=size)
@@ -280,7 +295,7 @@ def prepare(run: Run) -> Prepared:
     result |= {"feature_dim": args.feature_dim, "k": args.k, "protocol": "KNN"}
     images, autocast = images.to(device), devices.autocast(device, amp)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    views = Views(size, mean, std, augmentation, net.num_views, args.seed, args.compile)
+    views = views_of(args, encoder, augmentation, net.num_views)
     loader = Loader(images.train_images, args.batch_size, args.seed, views=views)
     if args.bank_size is not None:
         images = images.subset(args.bank_size, args.seed, "--bank_size")
@@ -364,7 +379,7 @@ def show_views(args: Namespace) -> None:
     """`<run>_views.png`: two views of a few images, as the network gets them; trains nothing."""
     images, label = images_of(args), utils.data_label(args.data_name, args.data_root)
     encoder, augmentation = described(args, images)
-    views = Views(*list(encoder.values())[3:], augmentation, seed=args.seed)
+    views = views_of(args, encoder, augmentation, 2)
     path = os.path.join(args.out, f"{args.name}_views.png")
     os.makedirs(args.out, exist_ok=True)
     pictures.draw_views(path, label, images.train_images, views, args.seed)

@@ -256,7 +256,8 @@ def for_training(
         say("note: on CPUs BN's statistics are of each rank's part of the batch (no SyncBatchNorm)")
     trained = distributed(net) if grouped() else net
     if compiled:  # from without, so that gradients are sent while others are still computed
-        trained = torch.compile(trained, mode="reduce-overhead" if captured else None)
+        mode = "reduce-overhead" if captured else None
+        trained = torch.compile(trained, mode=mode, dynamic=False)  # views have few sizes
     if grouped():
         # The first backward pass tells DDP in which order to pack gradients for sending, and from
         # three ranks on their sums' last bits depend on it. So that a run that goes on packs them

@@ -148,8 +148,9 @@ class Run:
         with about(path):
             checkpoint.check_resumable(state)
             args = self.flags.complete(saved)
-        # No step was yet after the warm-up: so far the learning rates are those of any --epochs.
+        # No step was yet after the warm-up: so far all is as with any --epochs.
         warming = state["epoch"] + (state["step"] > 0) <= getattr(args, "warmup_epochs", 0)
+        warming = warming and not getattr(args, "view_sizes", None)
         for name, now in self.given.items():
             before = getattr(args, name)
             if now in (before, "auto") or name in OF_THE_COMMAND:

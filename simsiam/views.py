@@ -4,6 +4,7 @@ Nothing is drawn from a global RNG: what a step sees is a function of (seed, epo
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -233,6 +234,8 @@ class Views:
     operations is drawn a batch. All is drawn for the global batch, so that views do not depend on
     the number of ranks. `compiled`: the colour operations, each by torch.compile, which then runs
     through the images once or twice for each instead of five to twenty times; the last bits differ.
+    `sides`: the views' side in each epoch, in pixels, where it is not `size` throughout; the test
+    transform keeps to `size`.
     """
 
     def __init__(
@@ -244,14 +247,17 @@ class Views:
         number: int = 2,
         seed: int = 0,
         compiled: bool = False,
+        sides: Sequence[int] = (),
     ):
-        self.size, self.mean, self.std = size, mean, std
+        self.size, self.mean, self.std, self.sides = size, mean, std, sides
         # Each for itself: their order is another one in each batch.
-        self.colour = [torch.compile(adjust) if compiled else adjust for adjust in COLOUR]
+        self.colour = list(COLOUR)
+        if compiled:
+            self.colour = [torch.compile(adjust, dynamic=False) for adjust in COLOUR]
         self.augmentation, self.number, self.seed = augmentation, number, seed
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """`number` views an image: each normalised float32, n x 3 x size x size.
+        """`number` views an image: each normalised float32, n x 3 x side x side.
 
         A function of the seed and the batch. The first of two views does not depend on `number`.
         """
@@ -265,6 +271,7 @@ class Views:
     def view(self, images: Tensor, cut: bool, batch: Batch, rng: np.random.Generator) -> Tensor:
         """One view of `images`, n x 3 x H x W; without the crop where they are `cut` already."""
         a, n = self.augmentation, batch.size
+        side = self.sides[batch.epoch] if self.sides else self.size
         _, _, height, width = images.shape
         boxes = np.zeros((n, 4))
         if not cut:
@@ -292,8 +299,8 @@ class Views:
             x = by_channel(images).div_(255)
             x = torch.where(flip[..., None], x.flip(-1), x)
         else:
-            rows = resize_weights(top, tall, height, self.size)
-            columns = resize_weights(left, wide, width, self.size)
+            rows = resize_weights(top, tall, height, side)
+            columns = resize_weights(left, wide, width, side)
             columns = torch.where(flip, columns.flip(1), columns)
             x = resample(images, rows / 255, columns)
         if a.jitter_p:
@@ -304,7 +311,7 @@ class Views:
             x = saturate(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
         if a.blur_p:
             # The kernel is a tenth of the image wide, as in SimCLR (arXiv 2002.05709, App. A).
-            weights = blur_weights(sigma, self.size, self.size // 20 * 2 + 1)
+            weights = blur_weights(sigma, side, side // 20 * 2 + 1)
             x = resample(x, weights, weights)
         return self.normalise(x)
 

@@ -138,6 +138,32 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         assert Image.open(tmp_path / f"a_{name}.png").size[0] > 400
 
 
+def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
+    flags = "--epochs 4 --view_sizes 16 24 32 --warmup_epochs 3"
+    sides, step = [], network.SimSiam.forward
+
+    def watched(net, *views):
+        sides.append(views[0].shape[-1])
+        return step(net, *views)
+
+    monkeypatch.setattr(network.SimSiam, "forward", watched)
+    run(tmp_path, f"{flags} --name whole")
+    steps = len(sides) // 4
+    # Epochs 0 to 3 have the sizes 0 * 3 // 4 = 0, 1 * 3 // 4 = 0, 2 * 3 // 4 = 1, 3 * 3 // 4 = 2.
+    assert sides == [16] * 2 * steps + [24] * steps + [32] * steps
+    cut = f"{flags} --name cut --checkpoint_minutes 0"
+    run_until(monkeypatch, 2, 1, lambda: run(tmp_path, cut))
+    again = f"{TINY} --no-pictures --out {tmp_path} --name cut --resume"
+    for flag, value in (("--view_sizes", "16"), ("--epochs", "8")):  # even in the warm-up
+        assert f"was made with {flag}" in refused(capsys, *again.split(), flag, value)
+    run(tmp_path, f"{cut} --resume")
+    assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
+    err = refused(capsys, *TINY.split(), "--epochs", "2", *"--view_sizes 8 16 32".split())
+    assert "--view_sizes: 3 sizes are more than the epochs" in err
+    files = f"--data_name imagenet --data_root {tmp_path} --view_sizes 16 32".split()
+    assert "--view_sizes: is for images in memory" in refused(capsys, *files)
+
+
 def test_resume_ends_at_the_same_bits(tmp_path, capsys, monkeypatch):
     run(tmp_path, "--epochs 3 --name whole --seed 5")
     cut = "--epochs 3 --name cut --seed 5"

@@ -323,3 +323,15 @@ def test_compiled_colours_equal_the_others():
         batch = Batch.alone(images, 0, step)
         for mine, theirs in zip(compiled(batch), eager(batch), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_views_grow_with_the_epochs():
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    growing = Views(32, MEAN, STD, sides=(12, 20, 32))
+    for epoch, side in enumerate((12, 20, 32)):
+        whole = Views(side, MEAN, STD)
+        batch = Batch.alone(images, epoch)
+        for mine, theirs in zip(growing(batch), whole(batch), strict=True):
+            assert mine.shape == (8, 3, side, side)
+            assert torch.equal(mine, theirs)
+    assert growing.plain(images).shape == (8, 3, 32, 32)
