@@ -73,6 +73,10 @@ def make_flags() -> utils.Flags:
     add("similarity", tuple(network.SIMILARITIES), "of p and z (sec. 4.5)", "cosine")
     loss = "one way or both; 2x: of two pairs (sec. 4.6)"
     add("loss", tuple(network.PAIRS), loss, "symmetric")
+    add = flags.group("what others have added")
+    add("target", network.TARGETS, "z that a view's p meets; mean: of all other views", "other")
+    add("num_views", number(int, 2, 16), "views of an image in a step, with --target mean", 2)
+    add("covariance", number(float, 0), "weight of VICReg's covariance term, of z", 0.0)
     add = flags.group("optimization")
     usual = ", ".join(f"{name}: {recipe}" for name, recipe in USUAL_RECIPE.items())
     add("recipe", tuple(RECIPES), f"defaults (by --data_name: {usual}, others: cifar)")

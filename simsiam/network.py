@@ -123,9 +123,22 @@ def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
     return -(z.float().softmax(1) * p.float().log_softmax(1)).sum(1).mean()
 
 
+def covariance(z: Tensor) -> Tensor:
+    """VICReg's covariance term (Bardes et al. 2022, arXiv 2105.04906, Eq. 3, 4): N x d -> scalar.
+
+    The squared covariances of each two channels, summed over them and divided by d, in fp32: 0
+    where no channel tells of another one.
+    """
+    z = z.float() - z.float().mean(0)
+    found = z.T @ z / (len(z) - 1)
+    return (found.pow(2).sum() - found.diagonal().pow(2).sum()) / z.shape[1]
+
+
 SIMILARITIES = {"cosine": D, "cross_entropy": cross_entropy}
 # Which view's p meets which view's z, by --loss (sec. 4.6).
 PAIRS = {"symmetric": ((0, 1), (1, 0)), "asymmetric": ((0, 1),), "asymmetric_2x": ((0, 1), (2, 3))}
+# What z a view's p meets: the other view's, or the mean of all the others'.
+TARGETS = ("other", "mean")
 PREDICTORS = ("mlp", "none", "fixed")
 BN = ("default", "none", "hidden", "all")
 
@@ -168,6 +181,13 @@ class SimSiam(nn.Module):
     `similarity`: `cosine`, `D`; or `cross_entropy` (sec. 4.5).
     `loss`: `symmetric`, Eq. 4; `asymmetric`, p of the first view only; `asymmetric_2x`, that of two
     pairs of views an image (sec. 4.6).
+
+    What others have added:
+    `target`: `mean`, p of each view meets the mean of the other views' z; there may be more than
+    two, `num_views` in all (FastSiam: Pototzky et al. 2022, arXiv 2206.10969, sec. 3).
+    `covariance`: by so much `covariance` of z, mean over the views, is added to the loss; of each
+    rank's part of the batch.
+
     `num_views` is how many views of an image a step takes.
 
     Raises ValueError for an unknown value, or a `feature_dim` below 4.
@@ -186,6 +206,9 @@ class SimSiam(nn.Module):
         similarity: str = "cosine",
         loss: str = "symmetric",
         projector_affine: bool = False,
+        target: str = "other",
+        num_views: int = 2,
+        covariance: float = 0.0,
     ):
         super().__init__()
         if feature_dim < 4:
@@ -195,9 +218,16 @@ class SimSiam(nn.Module):
             ("bn", bn, BN),
             ("similarity", similarity, SIMILARITIES),
             ("loss", loss, PAIRS),
+            ("target", target, TARGETS),
         ):
             if value not in known:
                 raise ValueError(f"--{name} {value}: choose one of {', '.join(known)}")
+        if target == "mean" and loss != "symmetric":
+            raise ValueError(f"--target mean: goes with --loss symmetric, not {loss}")
+        if num_views != 2 and (target != "mean" or num_views not in range(2, 17)):
+            raise ValueError(f"--num_views {num_views}: from 2 to 16, and goes with --target mean")
+        if not 0 <= covariance < math.inf:
+            raise ValueError(f"--covariance {covariance}: must be at least 0")
         d = feature_dim
         hidden_bn, output_bn = bn != "none", bn in ("default", "all")
         self.backbone, self.features = backbone(arch, stem, width)
@@ -207,8 +237,12 @@ class SimSiam(nn.Module):
         if predictor == "none":
             self.predictor = nn.Identity()
         self.predictor.requires_grad_(predictor != "fixed")
-        self.stop_grad, self.D, self.pairs = stop_grad, SIMILARITIES[similarity], PAIRS[loss]
-        self.num_views = 1 + max(max(pair) for pair in self.pairs)
+        self.stop_grad, self.D, self.covariance = stop_grad, SIMILARITIES[similarity], covariance
+        views = range(num_views)
+        self.meets = [(i, [j]) for i, j in PAIRS[loss]]  # a view's p, and the z that it meets
+        if target == "mean":
+            self.meets = [(i, [j for j in views if j != i]) for i in views]
+        self.num_views = 1 + max(max(i, *others) for i, others in self.meets)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """All but the predictor's, which may have a learning rate of its own."""
@@ -217,23 +251,33 @@ class SimSiam(nn.Module):
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         """`num_views` views, N x 3 x H x W each -> the loss (a scalar), and z1, detached, N x d.
 
-        The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what the ablations make of it.
+        The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what flags make of it.
         Each view is its own forward pass: BN statistics are per view, as in the authors' code.
         """
         z = [self.projector(self.backbone(x)) for x in views]
         target = [one.detach() for one in z] if self.stop_grad else z  # detach: the stop-gradient
-        D = [self.D(self.predictor(z[i]), target[j]) for i, j in self.pairs]
-        return sum(D) / len(D), z[0].detach()
+        D = [self.D(self.predictor(z[i]), mean([target[j] for j in js])) for i, js in self.meets]
+        loss = sum(D) / len(D)
+        if self.covariance:
+            loss = loss + self.covariance * sum(map(covariance, z)) / len(z)
+        return loss, z[0].detach()
 
 
-# What of main.py's flags makes a SimSiam, besides --stop_grad and --projector_affine.
+def mean(tensors: list[Tensor]) -> Tensor:
+    """The mean of tensors of one shape; a single one as it is."""
+    return torch.stack(tensors).mean(0) if len(tensors) > 1 else tensors[0]
+
+
+# What of main.py's flags makes a SimSiam, besides --stop_grad and those that are newer.
 NETWORK = tuple("arch stem feature_dim projector_layers width predictor bn similarity loss".split())
 
 
 def simsiam(args: Mapping) -> SimSiam:
     """The network of main.py's flags. Raises ValueError as `SimSiam` does; KeyError."""
     more = {"stop_grad": args["stop_grad"] == "on"}
-    more |= {"projector_affine": args.get("projector_affine", False) is True}  # older ones lack it
+    # Checkpoints from before them lack these.
+    newer = ("projector_affine", "target", "num_views", "covariance")
+    more |= {name: args[name] for name in newer if name in args}
     return SimSiam(**{name: args[name] for name in NETWORK}, **more)
 
 

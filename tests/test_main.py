@@ -138,6 +138,32 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         assert Image.open(tmp_path / f"a_{name}.png").size[0] > 400
 
 
+def test_what_others_have_added_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    flags = "--epochs 2 --target mean --num_views 3 --covariance 0.04"
+    run(tmp_path, f"{flags} --name whole")
+    run_until(
+        monkeypatch, 1, 1, lambda: run(tmp_path, f"{flags} --name cut --checkpoint_minutes 0")
+    )
+    path = tmp_path / "cut_model.pth"
+    run(tmp_path, f"--resume {path}")
+    assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
+    run(tmp_path, "--epochs 2 --name plain")
+    assert not same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "plain"))
+
+
+def test_a_run_from_before_these_flags_goes_on(tmp_path, monkeypatch):
+    run(tmp_path, "--epochs 2 --name whole")
+    cut = "--epochs 2 --name cut --checkpoint_minutes 0"
+    run_until(monkeypatch, 1, 1, lambda: run(tmp_path, cut))
+    path = tmp_path / "cut_model.pth"
+    state = torch.load(path)
+    for name in ("target", "num_views", "covariance", "view_sizes", "cuda_graphs"):
+        del state["args"][name]
+    torch.save(state, path)
+    run(tmp_path, f"--resume {path}")
+    assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
+
+
 def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
     flags = "--epochs 4 --view_sizes 16 24 32 --warmup_epochs 3"
     sides, step = [], network.SimSiam.forward

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from lightly.loss import NegativeCosineSimilarity
+from lightly.loss.vicreg_loss import covariance_loss
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from lightly.models.modules.heads import ProjectionHead
 from torch import nn
@@ -323,3 +324,75 @@ def test_the_command_names_what_is_wrong(capsys):
     assert "--width 8" in refused(capsys, door, "--width", 8)
     assert "--feature_dim" in refused(capsys, door, "--feature_dim", 3)
     assert "--image_size" in refused(capsys, door, "--image_size", "nan")
+
+
+# ---- what others have added ---------------------------------------------------------------------
+
+
+def seeded(**more):
+    torch.manual_seed(0)
+    return network.SimSiam("resnet8", feature_dim=32, width=4, **more)
+
+
+def test_a_mean_target_of_two_views_is_simsiam_to_the_bit():
+    views, found = torch.randn(2, 8, 3, 16, 16), []
+    for net in (seeded(), seeded(target="mean")):
+        loss, z = net(*views)
+        loss.backward()
+        found.append([loss, z, *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_mean_targets_of_four_views_equal_lightly_s_fastsiam():
+    """Each p against the mean of the other three z, as in lightly's example of FastSiam."""
+    net, views = seeded(target="mean", num_views=4), torch.randn(4, 8, 3, 16, 16)
+    assert net.num_views == 4
+    loss, _ = net(*views)
+    criterion = NegativeCosineSimilarity()
+    z = [net.projector(net.backbone(x)) for x in views]
+    theirs = 0.0
+    for i in range(4):
+        others = torch.stack(z[:i] + z[i + 1 :]).detach()
+        theirs += criterion(net.predictor(z[i]), others.mean(0)) / 4
+    gradients = [torch.autograd.grad(one, list(net.parameters())) for one in (loss, theirs)]
+    torch.testing.assert_close(loss, theirs, rtol=0, atol=1e-6)
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_covariance_by_hand_and_against_lightly():
+    # Channels (1, -1) and (2, -2): a covariance of 4 over n - 1 = 1, twice squared, over d = 2.
+    z = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
+    assert network.covariance(z).item() == pytest.approx(2 * 4**2 / 2)
+    assert network.covariance(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item() == 0
+    z = torch.randn(64, 16) @ torch.randn(16, 16)
+    torch.testing.assert_close(network.covariance(z), covariance_loss(z), rtol=1e-4, atol=0)
+
+
+def test_covariance_is_added_by_its_weight_and_reaches_the_encoder():
+    views = torch.randn(2, 8, 3, 16, 16)
+    plain, weighed = seeded(), seeded(covariance=0.5)
+    loss, _ = plain(*views)
+    more, _ = weighed(*views)
+    z = [weighed.projector(weighed.backbone(x)) for x in views]
+    added = 0.5 * (covariance_loss(z[0]) + covariance_loss(z[1])) / 2
+    torch.testing.assert_close(more - loss, added, rtol=1e-3, atol=1e-5)
+    (more - loss.detach()).backward()
+    loss.backward()
+    weights = (net.backbone.conv1.weight.grad for net in (plain, weighed))
+    assert not torch.allclose(*weights)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"num_views": 3},
+        {"num_views": 17, "target": "mean"},
+        {"target": "mean", "loss": "asymmetric"},
+        {"target": "median"},
+        {"covariance": -1.0},
+    ],
+)
+def test_what_others_have_added_does_not_go_with_all(flags):
+    with pytest.raises(ValueError, match=f"--{next(iter(flags))}"):
+        seeded(**flags)
