@@ -58,6 +58,14 @@ class Parser(argparse.ArgumentParser):
                 self.exit(2, line if i == ranks.rank() else None)
 
 
+def is_memory(error: Exception) -> bool:
+    """Whether memory could not be had, of a device or of the machine."""
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "DefaultCPUAllocator" in str(error)  # a RuntimeError of no type of its own
+    )
+
+
 def run_command(main: Callable[[], None]) -> None:
     """A command's `main`, each of its ends said in one line."""
     command = os.path.basename(sys.argv[0])
@@ -74,18 +82,18 @@ def run_command(main: Callable[[], None]) -> None:
     except BadImage as error:
         print(f"{command}: {ranks.label(ranks.rank())}{error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(
-            f"{command}: {ranks.label(ranks.rank())}the device's memory is too small for this run: "
-            "give a smaller --batch_size, or --bank_size, --amp bf16; a checkpoint that is there "
-            "is intact",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except RuntimeError as error:
-        if not ranks.lost(error):
+    except (MemoryError, RuntimeError) as error:
+        first = ranks.label(ranks.rank())
+        if is_memory(error):
+            line = f"{command}: {first}there is too little memory for this run: give a smaller "
+            line += (
+                "--batch_size or --bank_size, or --amp bf16; a checkpoint that is there is intact"
+            )
+            print(line, file=sys.stderr)
+        elif ranks.lost(error):
+            print(f"{first}another rank is gone", file=sys.stderr)
+        else:
             raise
-        print(f"{ranks.label(ranks.rank())}another rank is gone", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # outside of the steps, where `Run` listens
         print("stopped", file=sys.stderr)
@@ -259,13 +267,16 @@ TEXTURES_HAVE_NO_ROOT = (
 )
 
 
+AMP = ("auto", "bf16", "fp16", "off")
+
+
 def run_flags(flags: Flags, out: str | None = None) -> None:
     """The flags that every command has for its run. `out`: the default folder, in words."""
     add = flags.group("run")
     add("seed", number(int, 0, 2**32 - 1), "of every random choice", 0)
     add("device", str, "auto (cuda, mps, else cpu), or a device's name", "auto")
     amp = "autocast; auto: bf16 where that is faster (cuda and, in training, CPUs that have it)"
-    add("amp", ("auto", "bf16", "fp16", "off"), amp, "auto")
+    add("amp", AMP, amp, "auto")
     add("ddp", "switch", "divide the work among the processes of torchrun", False)
     add("compile", "switch", "torch.compile the network", False)
     add("deterministic", "switch", "the same bits in each run, also on cuda (slower)", False)

@@ -274,9 +274,17 @@ def test_a_checkpoint_says_on_which_gpu_it_was_made(monkeypatch):
     assert (found["gpu"], found["cudnn"]) == ("a GPU, cuda:0", 90100)
 
 
-def test_a_device_s_memory_that_is_too_small_is_said_in_one_line(capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. ..."),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(error, capsys):
     def work():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. ...")
+        raise error
 
     with pytest.raises(SystemExit) as stop:
         utils.run_command(work)

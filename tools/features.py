@@ -109,7 +109,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--layer", default="backbone", choices=("backbone", "projector"), help="(backbone)")
     add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=("auto", "bf16", "off"), help="as of main.py (auto)")
+    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
     add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
     add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
     utils.source_flags(parser)
