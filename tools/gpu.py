@@ -28,7 +28,7 @@ Row = tuple[str, float, float | None, str | None, str]
 LARGE = ("--batch_size 512", 16, 50_000, 8192, "--arch resnet50 --batch_size 256", 224)
 SMALL = ("--arch resnet8 --width 8 --feature_dim 64 --batch_size 32", 2, 2_000, 512)
 SMALL += ("--arch resnet18 --feature_dim 64 --batch_size 8", 64)
-FROM_SCRATCH = 3 * 2  # a step's passes, forward and twice that backward, of two views
+PASSES = 2 * 3  # of a step: two views, each forward and twice that backward
 
 
 def name_of(device: torch.device) -> str:
@@ -59,7 +59,7 @@ class Training:
         self.args = main.make_flags().read(line)[0]
         self.amp_name = devices.set_up(self.args)[1]
         net = network.simsiam(vars(self.args)).to(device, memory_format=torch.channels_last)
-        self.flop = 2 * FROM_SCRATCH * network.params_and_flops(net, size)[1]  # a step and image
+        self.flop = 2 * PASSES * network.params_and_flops(net, size)[1]  # of a step, for an image
         augmentation, mean, std = VIEWS[recipe]
         self.images, self.net = images, net
         self.views = Views(size, mean, std, augmentation, net.num_views, 0, compiled)
