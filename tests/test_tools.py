@@ -317,6 +317,17 @@ def test_profile_writes_a_trace_and_no_run(tmp_path, capsys, monkeypatch):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_bench_start_gets_to_the_first_step(tmp_path):
+    command = [sys.executable, "-c", bench.STAGES, tmp_path]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    stages = [line.split(maxsplit=2)[1:] for line in out.splitlines() if line[:6] == "STAGE "]
+    when = [float(seconds) for seconds, _ in stages]
+    assert when == sorted(when)
+    names = [name for _, name in stages]
+    assert (names[0], names[-1]) == ("python", "first step")
+    assert {"network", "images"} < set(names)
+
+
 def test_bench_gpu_runs_on_a_cpu(tmp_path):
     """Small, so that it cannot rot; its rows tell the device, and rows of another one stay."""
     path = tmp_path / "b.csv"

@@ -323,8 +323,8 @@ def stage(name): stages.append((name, time.time()))
 import torch, torchvision; stage("import of torch and torchvision")
 import main; stage("other imports")
 prepare, train, load = main.prepare, main.train, main.load
-def timed_load(*a):
-    stage("network"); found = load(*a); stage("images"); return found
+def timed_load(*a, **more):
+    stage("network"); found = load(*a, **more); stage("images"); return found
 def timed_prepare(run):
     made = prepare(run); stage("Params and FLOPs, optimizer"); return made
 def first_step(*a):
