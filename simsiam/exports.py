@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.layouts import LAYOUTS, renamed
-from simsiam.network import IMAGENET_ARCHS, Classifier
+from simsiam.network import IMAGENET_ARCHS, Classifier, kept_weights
 
 EXPORTS = {  # the formats of `exported`, and the layout of each
     "torchvision": "torchvision",
@@ -29,7 +29,7 @@ def exported(
     `encoder`: its arch and stem. `encoder_only`: without heads or classifier. Raises ValueError
     where that project has no such network.
     """
-    weights, layout = net.state_dict(), EXPORTS[to]
+    weights, layout = kept_weights(net), EXPORTS[to]
     refuse_other_encoders(encoder["arch"], encoder["stem"], to)
     if encoder_only:
         weights = {name: weights[name] for name in weights if name.startswith("backbone.")}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock
 
 IMAGENET_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -140,6 +141,8 @@ PAIRS = {"symmetric": ((0, 1), (1, 0)), "asymmetric": ((0, 1),), "asymmetric_2x"
 # What z a view's p meets: the other view's, or the mean of all the others'.
 TARGETS = ("other", "mean")
 PREDICTORS = ("mlp", "none", "fixed")
+# Parts that others' SimSiam has not, and that nobody needs once it is trained.
+ONLY_IN_TRAINING = ("local_predictor", "momentum_encoder")
 BN = ("default", "none", "hidden", "all")
 
 
@@ -161,6 +164,29 @@ def mlp(widths: list[int], hidden_bn: bool, output_bn: bool, affine: bool = True
     if output_bn:
         layers.append(nn.BatchNorm1d(d, affine=affine))
     return nn.Sequential(*layers)
+
+
+def meetings(
+    loss: str, target: str, num_views: int, local_views: int
+) -> tuple[int, list[tuple[int, list[int]]]]:
+    """How many views have a z to be met, and which view's p meets the mean of which views' z.
+
+    The arguments are `SimSiam`'s; views are numbered, the local ones last. Raises ValueError.
+    """
+    if loss != "symmetric" and (target == "mean" or local_views):
+        flag = f"--local_views {local_views}" if local_views else "--target mean"
+        raise ValueError(f"{flag}: goes with --loss symmetric, not {loss}")
+    if num_views != 2 and (target != "mean" or num_views not in range(2, 17)):
+        raise ValueError(f"--num_views {num_views}: from 2 to 16, and goes with --target mean")
+    if local_views not in range(17):
+        raise ValueError(f"--local_views {local_views}: must be from 0 to 16")
+    views = range(num_views)
+    if target == "mean":
+        meets, met = [(i, [j for j in views if j != i]) for i in views], [list(views)]
+    else:
+        meets, met = [(i, [j]) for i, j in PAIRS[loss]], [[j] for j in views]
+        num_views = 1 + max(map(max, PAIRS[loss]))
+    return num_views, meets + [(num_views + i, js) for i in range(local_views) for js in met]
 
 
 class SimSiam(nn.Module):
@@ -188,7 +214,14 @@ class SimSiam(nn.Module):
     `covariance`: by so much `covariance` of z, mean over the views, is added to the loss; of each
     rank's part of the batch.
 
-    `num_views` is how many views of an image a step takes.
+    `target_momentum`: z comes from a momentum encoder, whose weights move toward the encoder's by
+    1 - `target_momentum` before each training step (BYOL: Grill et al. 2020, arXiv 2006.07733, sec.
+    3.1; the paper's sec. 5.2 compares them). None: from the encoder itself.
+    `local_views`: so many small views more, whose p meets the z of each of the others. Nobody meets
+    theirs (multi-crop: Caron et al. 2020, arXiv 2006.09882, sec. 3.2), and they have a predictor of
+    their own, since a shared one is unstable (MULAN, arXiv 2602.05845).
+
+    A step takes `num_views` views of an image, and then `local_views`.
 
     Raises ValueError for an unknown value, or a `feature_dim` below 4.
     """
@@ -209,6 +242,8 @@ class SimSiam(nn.Module):
         target: str = "other",
         num_views: int = 2,
         covariance: float = 0.0,
+        target_momentum: float | None = None,
+        local_views: int = 0,
     ):
         super().__init__()
         if feature_dim < 4:
@@ -222,41 +257,68 @@ class SimSiam(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"--{name} {value}: choose one of {', '.join(known)}")
-        if target == "mean" and loss != "symmetric":
-            raise ValueError(f"--target mean: goes with --loss symmetric, not {loss}")
-        if num_views != 2 and (target != "mean" or num_views not in range(2, 17)):
-            raise ValueError(f"--num_views {num_views}: from 2 to 16, and goes with --target mean")
+        self.num_views, self.meets = meetings(loss, target, num_views, local_views)
+        self.local_views = local_views
         if not 0 <= covariance < math.inf:
             raise ValueError(f"--covariance {covariance}: must be at least 0")
+        if target_momentum is not None and not (stop_grad and 0 <= target_momentum <= 1):
+            raise ValueError(
+                f"--target_momentum {target_momentum}: from 0 to 1, and goes with --stop_grad on"
+            )
         d = feature_dim
         hidden_bn, output_bn = bn != "none", bn in ("default", "all")
         self.backbone, self.features = backbone(arch, stem, width)
         widths = [self.features] + [d] * projector_layers
         self.projector = mlp(widths, hidden_bn, output_bn, projector_affine)
-        self.predictor = mlp([d, d // 4, d], hidden_bn, bn == "all")
-        if predictor == "none":
-            self.predictor = nn.Identity()
-        self.predictor.requires_grad_(predictor != "fixed")
+
+        def prediction_mlp() -> nn.Module:
+            if predictor == "none":
+                return nn.Identity()
+            h = mlp([d, d // 4, d], hidden_bn, bn == "all")
+            return h.requires_grad_(predictor != "fixed")
+
+        self.predictor = prediction_mlp()
+        self.local_predictor = prediction_mlp() if local_views else None
+        self.target_momentum, self.momentum_encoder = target_momentum, None
+        self.start_momentum_encoder()
         self.stop_grad, self.D, self.covariance = stop_grad, SIMILARITIES[similarity], covariance
-        views = range(num_views)
-        self.meets = [(i, [j]) for i, j in PAIRS[loss]]  # a view's p, and the z that it meets
-        if target == "mean":
-            self.meets = [(i, [j for j in views if j != i]) for i in views]
-        self.num_views = 1 + max(max(i, *others) for i, others in self.meets)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
-        """All but the predictor's, which may have a learning rate of its own."""
+        """All that learn but the predictors', which may have a learning rate of their own."""
         return [*self.backbone.parameters(), *self.projector.parameters()]
 
+    def predictor_parameters(self) -> list[nn.Parameter]:
+        """Those of the predictors that learn."""
+        heads = nn.ModuleList([self.predictor, self.local_predictor])
+        return [p for p in heads.parameters() if p.requires_grad]
+
+    def start_momentum_encoder(self) -> None:
+        """Begin it, if there is one by the flags, as a copy of the encoder."""
+        if self.target_momentum is not None:
+            encoder = nn.Sequential(self.backbone, self.projector)
+            self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def targets(self, views: tuple[Tensor, ...]) -> list[Tensor]:
+        """z of the momentum encoder, which in training makes its step toward the encoder first."""
+        if self.training:
+            move = get_ema_multi_avg_fn(self.target_momentum)
+            move(list(self.momentum_encoder.parameters()), self.encoder_parameters(), 0)
+        return [self.momentum_encoder(x) for x in views]
+
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        """`num_views` views, N x 3 x H x W each -> the loss (a scalar), and z1, detached, N x d.
+        """All views, N x 3 x H x W each -> the loss (a scalar), and z1, detached, N x d.
 
         The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what flags make of it.
         Each view is its own forward pass: BN statistics are per view, as in the authors' code.
         """
         z = [self.projector(self.backbone(x)) for x in views]
         target = [one.detach() for one in z] if self.stop_grad else z  # detach: the stop-gradient
-        D = [self.D(self.predictor(z[i]), mean([target[j] for j in js])) for i, js in self.meets]
+        if self.momentum_encoder is not None:
+            target = self.targets(views[: self.num_views])
+        p = {i: self.predictor(z[i]) for i, _ in self.meets if i < self.num_views}
+        p |= {i: self.local_predictor(z[i]) for i in range(self.num_views, len(z))}
+        D = [self.D(p[i], mean([target[j] for j in js])) for i, js in self.meets]
         loss = sum(D) / len(D)
         if self.covariance:
             loss = loss + self.covariance * sum(map(covariance, z)) / len(z)
@@ -268,6 +330,16 @@ def mean(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).mean(0) if len(tensors) > 1 else tensors[0]
 
 
+def kept_weights(net: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a network, less the parts `ONLY_IN_TRAINING`."""
+    weights = net.state_dict()
+    return {
+        name: value
+        for name, value in weights.items()
+        if name.partition(".")[0] not in ONLY_IN_TRAINING
+    }
+
+
 # What of main.py's flags makes a SimSiam, besides --stop_grad and those that are newer.
 NETWORK = tuple("arch stem feature_dim projector_layers width predictor bn similarity loss".split())
 
@@ -276,7 +348,7 @@ def simsiam(args: Mapping) -> SimSiam:
     """The network of main.py's flags. Raises ValueError as `SimSiam` does; KeyError."""
     more = {"stop_grad": args["stop_grad"] == "on"}
     # Checkpoints from before them lack these.
-    newer = ("projector_affine", "target", "num_views", "covariance")
+    newer = ("projector_affine", *"target num_views covariance target_momentum local_views".split())
     more |= {name: args[name] for name in newer if name in args}
     return SimSiam(**{name: args[name] for name in NETWORK}, **more)
 
@@ -307,7 +379,8 @@ def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, i
     thop counts multiply-adds, also where others say FLOPs and count each one twice. Profiled is a
     deep copy, since thop leaves `total_ops` and `total_params` buffers in what it profiles.
     """
-    whole = copy.deepcopy(nn.Sequential(*net.children())).cpu().float()
+    parts = [part for name, part in net.named_children() if name not in ONLY_IN_TRAINING]
+    whole = copy.deepcopy(nn.Sequential(*parts)).cpu().float()
     image = torch.zeros(1, 3, image_size, image_size)
     flops, params = thop.profile(whole, inputs=(image,), verbose=False)
     return int(params), int(flops)

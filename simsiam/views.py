@@ -223,6 +223,9 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 COLOUR = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+# The area of a local view's crop over the image's: DINO (Caron et al. 2021, arXiv 2104.14294), sec.
+# 3.1 and its code.
+LOCAL_SCALE = (0.05, 0.4)
 
 
 class Views:
@@ -235,7 +238,8 @@ class Views:
     the number of ranks. `compiled`: the colour operations, each by torch.compile, which then runs
     through the images once or twice for each instead of five to twenty times; the last bits differ.
     `sides`: the views' side in each epoch, in pixels, where it is not `size` throughout; the test
-    transform keeps to `size`.
+    transform keeps to `size`. `local`: so many views more, of crops of `LOCAL_SCALE`, `local_size`
+    pixels wide.
     """
 
     def __init__(
@@ -248,8 +252,11 @@ class Views:
         seed: int = 0,
         compiled: bool = False,
         sides: Sequence[int] = (),
+        local: int = 0,
+        local_size: int = 0,
     ):
         self.size, self.mean, self.std, self.sides = size, mean, std, sides
+        self.local, self.local_size = local, local_size
         # Each for itself: their order is another one in each batch.
         self.colour = list(COLOUR)
         if compiled:
@@ -257,21 +264,32 @@ class Views:
         self.augmentation, self.number, self.seed = augmentation, number, seed
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """`number` views an image: each normalised float32, n x 3 x side x side.
+        """`number` views an image, then `local` ones: each normalised float32, n x 3 x side x side.
 
         A function of the seed and the batch. The first of two views does not depend on `number`.
         """
         rng = np.random.default_rng([self.seed, batch.epoch, batch.step])
-        cut = batch.images.dim() == 5
-        return [
-            self.view(batch.images[:, i] if cut else batch.images, cut, batch, rng)
-            for i in range(self.number)
-        ]
-
-    def view(self, images: Tensor, cut: bool, batch: Batch, rng: np.random.Generator) -> Tensor:
-        """One view of `images`, n x 3 x H x W; without the crop where they are `cut` already."""
-        a, n = self.augmentation, batch.size
+        a, images = self.augmentation, batch.images
+        if images.dim() == 5:
+            return [self.view(part, batch, rng, a, None) for part in images.unbind(1)]
         side = self.sides[batch.epoch] if self.sides else self.size
+        local = dataclasses.replace(a, crop_scale=LOCAL_SCALE)
+        kinds = [(a, side)] * self.number + [(local, self.local_size)] * self.local
+        return [self.view(images, batch, rng, *kind) for kind in kinds]
+
+    def view(
+        self,
+        images: Tensor,
+        batch: Batch,
+        rng: np.random.Generator,
+        a: Augmentation,
+        side: int | None,
+    ) -> Tensor:
+        """One view of `images`, n x 3 x H x W, by `a`, `side` pixels wide.
+
+        Without a `side` they are random crops already, and keep their size.
+        """
+        n, cut = batch.size, side is None
         _, _, height, width = images.shape
         boxes = np.zeros((n, 4))
         if not cut:
@@ -311,6 +329,7 @@ class Views:
             x = saturate(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
         if a.blur_p:
             # The kernel is a tenth of the image wide, as in SimCLR (arXiv 2002.05709, App. A).
+            side = x.shape[-1]
             weights = blur_weights(sigma, side, side // 20 * 2 + 1)
             x = resample(x, weights, weights)
         return self.normalise(x)

@@ -20,7 +20,7 @@ from simsiam.files import about
 from simsiam.images import AS_SEEN, Reading, centre, read_image, to_rgb
 from simsiam.layouts import translated
 from simsiam.loader import Files
-from simsiam.network import Classifier, SimSiam
+from simsiam.network import Classifier, SimSiam, kept_weights
 from simsiam.views import Views
 
 
@@ -95,7 +95,8 @@ def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[s
     """
     given, encoder, notes = under_our_names(net, path)
     mine = net.state_dict()
-    for part in ("backbone",) if parts == "backbone" else ("backbone", "projector", "predictor"):
+    every = ("backbone", "projector", "predictor", "local_predictor")
+    for part in ("backbone",) if parts == "backbone" else every:
         theirs, wanted = part_of(given, part), part_of(mine, part)
         name = differing(wanted, theirs)
         if name is None:
@@ -117,6 +118,7 @@ def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[s
             raise ValueError(f"{reason}{fits}; --init_parts fitting starts that at random")
         notes.append(f"{reason}: that starts at random{fits}")
     checkpoint.load_strictly(net, mine)
+    net.start_momentum_encoder()
     return notes
 
 
@@ -129,7 +131,7 @@ def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], 
         state = checkpoint.load(path)
         return state["model"], state["encoder"], []
     weights = read_weights(path)
-    if differing(net.state_dict(), weights) is None:
+    if differing(kept_weights(net), weights) is None:
         return weights, {}, []
     found, encoder, notes = translated(weights)
     if encoder["stem"] != "imagenet":

@@ -138,8 +138,12 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         assert Image.open(tmp_path / f"a_{name}.png").size[0] > 400
 
 
-def test_what_others_have_added_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    flags = "--epochs 2 --target mean --num_views 3 --covariance 0.04"
+@pytest.mark.parametrize(
+    "flags",
+    ["--target mean --num_views 3 --covariance 0.04", "--target_momentum 0.9 --local_views 2"],
+)
+def test_what_others_have_added_goes_on_to_the_same_bits(tmp_path, monkeypatch, flags):
+    flags = f"{flags} --epochs 2"
     run(tmp_path, f"{flags} --name whole")
     run_until(
         monkeypatch, 1, 1, lambda: run(tmp_path, f"{flags} --name cut --checkpoint_minutes 0")
@@ -157,7 +161,8 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path, monkeypatch):
     run_until(monkeypatch, 1, 1, lambda: run(tmp_path, cut))
     path = tmp_path / "cut_model.pth"
     state = torch.load(path)
-    for name in ("target", "num_views", "covariance", "view_sizes", "cuda_graphs"):
+    newer = "target num_views covariance target_momentum local_views local_size view_sizes"
+    for name in (*newer.split(), "cuda_graphs"):
         del state["args"][name]
     torch.save(state, path)
     run(tmp_path, f"--resume {path}")

@@ -300,6 +300,7 @@ def test_a_killed_rank_costs_no_bit(tiny, tmp_path):
     agree a step later, so that there is a checkpoint every second step.
     """
     flags = [*tiny, "--batch_size", 48, "--epochs", 2, "--out", tmp_path, "--checkpoint_minutes", 0]
+    flags += ["--target_momentum", 0.9]
     on_ranks(3, "main", "--ddp", *flags, "--name", "whole", codes="0 0 0")
     out = said(
         *("torch.distributed.run", "--standalone", "--nproc_per_node", 3, "--max_restarts", 3),

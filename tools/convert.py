@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/convert.
 import utils
 from simsiam import files, ranks
 from simsiam.exports import EXPORTS, exported, remarks
+from simsiam.network import kept_weights
 from simsiam.weights import Source, part_of
 
 FORMATS = (*EXPORTS, "safetensors", "onnx")
@@ -94,7 +95,7 @@ def convert(source: Source, to: str, encoder_only: bool = False) -> bytes:
             from safetensors.torch import save
         except ImportError as error:
             raise ValueError("--to safetensors: pip install safetensors") from error
-        weights = {name: value.contiguous() for name, value in source.net.state_dict().items()}
+        weights = {name: value.contiguous() for name, value in kept_weights(source.net).items()}
         if encoder_only:
             weights = part_of(weights, "backbone")
         return save(weights, {"format": "pt"} | about)
