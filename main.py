@@ -24,7 +24,7 @@ from simsiam.images import BACKGROUNDS, Reading
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
 from simsiam.progress import Progress
-from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS
+from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS, growing
 from simsiam.run import Run
 from simsiam.views import Augmentation, Views
 from utils import number
@@ -49,7 +49,7 @@ def make_flags() -> utils.Flags:
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
     size = "side of the views, in pixels; None: as the images"
     add("image_size", number(int, 8, 1024), size)
-    sides = "sides of the views, each for a part of the epochs; None: --image_size throughout"
+    sides = "sides of the views, each for a part of the epochs; None: as --image_size"
     add("view_sizes", number(int, 8, 1024), sides, nargs="+", metavar="PIXELS")
     add = flags.group("network")
     archs = f"{', '.join(network.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)"
@@ -76,7 +76,7 @@ def make_flags() -> utils.Flags:
     add = flags.group("what others have added")
     add("target", network.TARGETS, "z that a view's p meets; mean: of all other views", "other")
     add("num_views", number(int, 2, 16), "views of an image in a step, with --target mean", 2)
-    add("covariance", number(float, 0), "weight of VICReg's covariance term, of z", 0.0)
+    add("covariance", number(float, 0), "weight of VICReg's covariance term, of z")
     moving = "z is of a momentum encoder, which keeps so much of itself a step (BYOL: 0.99)"
     add("target_momentum", number(float, 0, 1), moving)
     add("local_views", number(int, 0, 16), "small views more, each predicting the others' z", 0)
@@ -112,6 +112,8 @@ def fill(flags: dict, given: dict) -> dict:
     flags = flags | RECIPES[recipe] | given | {"recipe": recipe}
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
+    if "view_sizes" not in given:
+        flags["view_sizes"] = growing(recipe, flags["image_size"], flags["epochs"])
     sizes = flags["view_sizes"] or ()
     if len(sizes) > flags["epochs"]:
         raise ValueError(f"--view_sizes: {len(sizes)} sizes are more than the epochs: give fewer")

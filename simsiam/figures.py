@@ -365,3 +365,26 @@ def rank_and_knn(rows: list[dict], file: IO[bytes]) -> None:
             bare(axes)
         place = {"loc": "outside lower center", "ncols": 3, "fontsize": "small"}
         figure.legend(*axes.get_legend_handles_labels(), **place)
+
+
+def learning(runs: dict[str, list[list[list[float]]]], title: str, file: IO[bytes]) -> None:
+    """The kNN's top-1 over the minutes of training, a colour a recipe.
+
+    `runs`: by recipe, for each run its points, minutes and accuracy. The legend has the best of the
+    last ones.
+    """
+    with drawing(9, 5, file, title, runs) as figure:
+        axes, lines = figure.subplots(), []
+        for i, curves in enumerate(runs.values()):
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            look |= {"linestyle": LINES[i % 4], "markersize": 4}
+            for points in curves:
+                (line,) = axes.plot(*zip(*points, strict=True), **look)
+            lines.append(line)
+        axes.set(xlabel="minutes of training", ylabel="kNN top-1 on test images (%)")
+        axes.set_xlim(left=0)
+        bare(axes)
+        best = {name: max(points[-1][1] for points in curves) for name, curves in runs.items()}
+        labels = [drawable(f"{name}: {top1:.1f} % at the end", 60) for name, top1 in best.items()]
+        place = {"loc": "outside lower center", "ncols": 1 + (len(runs) > 3), "fontsize": 9}
+        figure.legend(lines, labels, **place)

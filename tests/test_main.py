@@ -189,6 +189,12 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
         assert f"was made with {flag}" in refused(capsys, *again.split(), flag, value)
     run(tmp_path, f"{cut} --resume")
     assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
+    read = lambda words: main.make_flags().read(words.split())[0]  # noqa: E731
+    assert read("--recipe fast").view_sizes == [20, 24, 32]
+    assert read("--recipe fast --epochs 2").view_sizes == [24, 32]
+    assert read("--recipe fast --image_size 64").view_sizes == [40, 48, 64]
+    assert read("--recipe fast --view_sizes 16").view_sizes == [16]
+    assert read("--recipe short").view_sizes is None
     err = refused(capsys, *TINY.split(), "--epochs", "2", *"--view_sizes 8 16 32".split())
     assert "--view_sizes: 3 sizes are more than the epochs" in err
     files = f"--data_name imagenet --data_root {tmp_path} --view_sizes 16 32".split()

@@ -19,7 +19,7 @@ from simsiam import checkpoint, network
 from simsiam.datasets import load
 from simsiam.files import RunError, read_csv
 from tests.helpers import ROOT, refused
-from tools import ablate, bench, features, plot
+from tools import ablate, bench, features, plot, speedrun
 
 TINY = (
     "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
@@ -168,6 +168,42 @@ def test_plot_lays_runs_over_one_another(runs, capsys):
         err = capsys.readouterr().err
         assert word in err
         assert err.count("\n") == 1
+
+
+def test_speedrun_trains_each_for_its_minutes_and_tables_it(tmp_path, capsys):
+    flags = "--train_size 200 --width 4 --budget 0.02 --points 2 --out".split()
+    own = "fast --feature_dim 16 --batch_size 32"
+    speedrun.command([own, "plain", *flags, str(tmp_path)])
+    rows = read_csv(tmp_path / "speedrun.csv")
+    assert [row["recipe"] for row in rows] == [own, "plain"]
+    for row, batch in zip(rows, (32, 128), strict=True):
+        curve = json.loads(row["curve"])
+        assert curve[-1][1] == pytest.approx(row["knn"], abs=0.01)
+        assert curve[-1][0] == pytest.approx(row["seconds"] / 60, abs=0.001)
+        assert row["steps"] == row["epochs"] * (200 // batch)
+        assert row["images"] == row["steps"] * batch
+        assert row["seconds"] > 60 * 0.02 / 4  # so few steps tell the speed roughly only
+        net = network.SimSiam("resnet8", feature_dim=int(row["feature_dim"]), width=4)
+        sizes = (20, 24, 32) if batch == 32 else (32,)
+        sides = [sizes[i * len(sizes) // row["epochs"]] for i in range(row["epochs"])]
+        adds = sum(2 * network.params_and_flops(net, side)[1] for side in sides)
+        images = row["images"] / row["epochs"]
+        assert row["tera_adds"] == pytest.approx(adds * images / 1e12, rel=1e-5)
+    name = "fast_feature_dim_16_batch_size_32_0_0_02"
+    ours = read_csv(tmp_path / "speedrun" / f"{name}_statistics.csv")
+    assert len(ours) == 1 + rows[0]["epochs"]
+    assert rows[0]["epochs"] >= 3  # one of each size
+    assert ours[-1]["test_acc@1"] == pytest.approx(rows[0]["knn"])
+    assert 0 < rows[0]["linear"] <= 100
+    assert f"--epochs {rows[0]['epochs']}" in rows[0]["command"]
+    assert Image.open(tmp_path / "speedrun.png").size[0] > 800
+    capsys.readouterr()
+    speedrun.command([own, *flags, str(tmp_path)])
+    assert "is in the table" in capsys.readouterr().out
+    assert read_csv(tmp_path / "speedrun.csv") == rows
+    runner = types.SimpleNamespace(main=speedrun.command)
+    for wrong, word in (("slow", "slow"), ("plain --lr 1", "plain"), ("fast --lr x", "--lr")):
+        assert word in refused(capsys, runner, wrong, *flags, tmp_path)
 
 
 def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypatch):

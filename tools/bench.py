@@ -8,11 +8,9 @@ What is timed are the functions of the rooms and the commands themselves, never 
 Results are added to results/benchmarks.csv.
 """
 
-import contextlib
 import datetime
 import importlib.metadata
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -40,8 +38,9 @@ from simsiam.textures import TEXTURES, textures
 from simsiam.views import Batch, Views
 from tools import gpu, peers, profiler
 from tools.peers import Peer
-from tools.timing import in_turns
+from tools.timing import in_turns, machine_name
 
+CPU = torch.device("cpu")
 COLUMNS = tuple("benchmark ours peer peer_name ratio unit device threads cpu torch date".split())
 # What a benchmark yields: its name, ours, the peer's, the peer's name, the unit.
 Row = tuple[str, float, float | None, str | None, str]
@@ -168,15 +167,15 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
         views.seed = seed
         monitor = Monitor(net, views, images, args, args.lr, amp)
 
-        def ours(epoch: int) -> float:
+        def ours(epoch: int) -> tuple[None, float]:
             list(main.train(net, optimizer, loader, views, tally, epoch, 0, args, amp))  # noqa: B023
-            return monitor.measure()["test_acc@1"]  # noqa: B023
+            return None, monitor.measure()["test_acc@1"]  # noqa: B023
 
         with Peer(peers.lightly_training, images, args) as lightly:
             for epoch in range(epochs):
                 for i, run in enumerate((ours, lightly)):
                     begun = time.perf_counter()
-                    accuracy = run(epoch)
+                    _, accuracy = run(epoch)
                     seconds[i].append(time.perf_counter() - begun)
                     if epoch + 1 == epochs:
                         accuracies[i].append(accuracy)
@@ -374,14 +373,6 @@ def bench_ddp() -> Iterator[Row]:
     yield "ddp", ranks, threads, "one process of two threads", "images/s"
 
 
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor()
-
-
 BENCHMARKS = {
     "views": bench_views,
     "train": bench_train,
@@ -407,7 +398,7 @@ def table_row(row: Row, device: str) -> dict:
         text += f": ratio {ratio:.2f}"
     print(text, flush=True)
     ours, peer, ratio = (None if x is None else f"{x:.6g}" for x in (ours, peer, ratio))
-    machine = (torch.get_num_threads(), cpu_name(), str(torch.__version__))
+    machine = (torch.get_num_threads(), machine_name(CPU), str(torch.__version__))
     values = (what, ours, peer, peer_name, ratio, unit, device, *machine, datetime.date.today())
     return dict(zip(COLUMNS, values, strict=True))
 

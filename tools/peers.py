@@ -4,14 +4,17 @@ Each peer has a process of its own, so that no setting of ours reaches it. A pee
 that prepares what its users keep, and returns the function to be timed.
 """
 
+import copy
 import multiprocessing
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -153,75 +156,168 @@ class Labelled(Dataset):
         return self.transform(self.images[i]), self.labels[i]
 
 
-def lightly_training(images, args) -> Callable:
-    """Lightly's SimSiam example: its transform, heads, loss and `knn_predict`; an epoch a call.
+def lightly_training(
+    images, args, method: str = "SimSiam", amp: bool = False, **options: object
+) -> Callable:
+    """Lightly's SimSiam, BYOL or FastSiam: its transforms, heads, loss and `knn_predict`.
 
-    `images` is a `Data`. Backbone, optimizer, schedule and batches are those of main.py's
-    `args`.
+    `images` is a `Data`. Backbone, optimizer, schedule, batches and device are those of main.py's
+    `args`; d, too, but for BYOL, whose heads are those of lightly's benchmark on CIFAR-10. `amp`:
+    in bf16. `options`: of lightly's transforms. Returns an `epochs_of`.
     """
     import torchvision.transforms as t
-    from lightly.loss import NegativeCosineSimilarity
-    from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
-    from lightly.transforms import SimSiamTransform
-    from lightly.utils.benchmarking import knn_predict
+    from lightly import transforms
 
     from simsiam import network
 
     torch.manual_seed(args.seed)
-    d, peak = args.feature_dim, args.lr * args.batch_size / 256
+    options |= {"input_size": images.train_images.shape[-1]}
     backbone, features = network.backbone(args.arch, args.stem, args.width)
-    projector = SimSiamProjectionHead(features, d, d)
-    predictor = SimSiamPredictionHead(d, d // 4, d)
-    criterion = NegativeCosineSimilarity()
-    encoder = [*backbone.parameters(), *projector.parameters()]
-    optimizer = torch.optim.SGD(
-        [{"params": encoder}, {"params": predictor.parameters(), "fix_lr": args.fix_pred_lr}],
-        peak,
-        args.momentum,
-        weight_decay=args.weight_decay,
-    )
-    train = Labelled(
-        images.train_images, images.train_labels, SimSiamTransform(images.train_images.shape[-1])
-    )
-    loader = DataLoader(
-        train, args.batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
-    )
-    normalise = SimSiamTransform(images.train_images.shape[-1]).transforms[0].transform.transforms
-    plain = t.Compose([t.ToTensor(), normalise[-1]])
+    if method == "BYOL":
+        first, second = transforms.BYOLView1Transform, transforms.BYOLView2Transform
+        views = transforms.BYOLTransform(first(**options), second(**options))
+        net = LightlyByol(backbone, features)
+    else:
+        views = getattr(transforms, f"{method}Transform")(**options)
+        net = LightlySimSiam(backbone, features, args.feature_dim)
+    normalise = transforms.SimSiamTransform().transforms[0].transform.transforms[-1]
+    train = Labelled(images.train_images, images.train_labels, views)
+    plain = t.Compose([t.ToTensor(), normalise])
+    return epochs_of(net, backbone, net.encoder.parameters(), train, images, plain, args, amp)
+
+
+def plain_learning(images, args, recipe: dict, amp: bool = False) -> Callable:
+    """The paper's SimSiam with torchvision's transforms, as most write it: an `epochs_of`."""
+    import torchvision.transforms as t
+
+    from simsiam import network
+
+    torch.manual_seed(args.seed)
+    net = network.simsiam(vars(args))
+    size = images.train_images.shape[-1]
+    train = Labelled(images.train_images, images.train_labels, None)
+    views = PilViews(train.images, 2, recipe, size)
+    train.transform = lambda image: [views.transform(image) for _ in range(2)]
+    plain = t.Compose([t.ToTensor(), t.Normalize(recipe["mean"], recipe["std"])])
+    encoder = net.encoder_parameters()
+    return epochs_of(net, net.backbone, encoder, train, images, plain, args, amp)
+
+
+def epochs_of(
+    net: nn.Module,
+    backbone: nn.Module,
+    encoder: Iterable[nn.Parameter],
+    train: Dataset,
+    images,
+    plain: Callable,
+    args,
+    amp: bool,
+) -> Callable:
+    """A function to be called with each epoch: the seconds of its training, and the kNN's top-1.
+
+    With `judge` False there is None in the place of the kNN. `train`: views, a list, and a label;
+    `net`: views to the loss; `encoder`: its parameters but the predictor's; `plain`: the test
+    transform of a PIL image.
+    """
+    from simsiam import network
+
+    peak, device = args.lr * args.batch_size / 256, torch.device(args.device)
+    net.to(device)
+    groups = [{"params": [*encoder]}, {"params": [*net.predictor.parameters()], "fix": True}]
+    sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+    optimizer = torch.optim.SGD(groups, peak, **sgd)
+    workers = {"num_workers": 2, "persistent_workers": True}
+    loader = DataLoader(train, args.batch_size, shuffle=True, drop_last=True, **workers)
+    score = lightly_score(images, args, plain, workers)
+
+    def run(epoch: int, judge: bool = True) -> tuple[float, float | None]:
+        begun = time.perf_counter()
+        net.train()
+        for step, (x, _) in enumerate(loader):
+            lr = peak * network.schedule(epoch + step / len(loader), args.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = peak if "fix" in group and args.fix_pred_lr else lr
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = net(*(one.to(device) for one in x))
+            loss = loss[0] if isinstance(loss, tuple) else loss  # ours gives z besides
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - begun
+        return seconds, score(backbone) if judge else None
+
+    return run
+
+
+class LightlySimSiam(nn.Module):
+    """The step of lightly's examples of SimSiam and, with more than two views, of FastSiam."""
+
+    def __init__(self, backbone: nn.Module, features: int, d: int):
+        from lightly.loss import NegativeCosineSimilarity
+        from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+
+        super().__init__()
+        self.encoder = nn.Sequential(backbone, SimSiamProjectionHead(features, d, d))
+        self.predictor = SimSiamPredictionHead(d, d // 4, d)
+        self.criterion = NegativeCosineSimilarity()
+
+    def forward(self, *views: Tensor) -> Tensor:
+        z = [self.encoder(x) for x in views]
+        others = [torch.stack(z[:i] + z[i + 1 :]).mean(0).detach() for i in range(len(z))]
+        pairs = zip(z, others, strict=True)
+        return sum(self.criterion(self.predictor(one), rest) for one, rest in pairs) / len(z)
+
+
+class LightlyByol(nn.Module):
+    """The step of lightly's example of BYOL, with the numbers of its benchmark."""
+
+    def __init__(self, backbone: nn.Module, features: int):
+        from lightly.loss import NegativeCosineSimilarity
+        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
+        super().__init__()
+        self.encoder = nn.Sequential(backbone, BYOLProjectionHead(features, 1024, 256))
+        self.predictor = BYOLPredictionHead(256, 1024, 256)
+        self.follower = copy.deepcopy(self.encoder)
+        deactivate_requires_grad(self.follower)
+        self.criterion = NegativeCosineSimilarity()
+
+    def forward(self, *views: Tensor) -> Tensor:
+        from lightly.models.utils import update_momentum
+
+        update_momentum(self.encoder, self.follower, 0.99)
+        p = [self.predictor(self.encoder(x)) for x in views]
+        with torch.no_grad():
+            z = [self.follower(x) for x in views]
+        return 0.5 * (self.criterion(p[0], z[1]) + self.criterion(p[1], z[0]))
+
+
+def lightly_score(images, args, plain: Callable, workers: dict) -> Callable[[nn.Module], float]:
+    """The kNN's top-1 of a backbone, as lightly's benchmark takes it; `plain`: its transform."""
+    from lightly.utils.benchmarking import knn_predict
+
     bank, queries = (
-        DataLoader(Labelled(*part, plain), 512, num_workers=2, persistent_workers=True)
+        DataLoader(Labelled(*part, plain), 512, **workers)
         for part in (
             (images.train_images, images.train_labels),
             (images.test_images, images.test_labels),
         )
     )
 
-    def run(epoch: int) -> float:
-        for part in (backbone, projector, predictor):
-            part.train()
-        for step, ((x0, x1), _) in enumerate(loader):
-            progress = epoch + step / len(loader)
-            for group in optimizer.param_groups:
-                fixed = group.get("fix_lr")
-                group["lr"] = peak * (1 if fixed else network.schedule(progress, args.epochs))
-            z0, z1 = projector(backbone(x0)), projector(backbone(x1))
-            p0, p1 = predictor(z0), predictor(z1)
-            loss = 0.5 * (criterion(z0.detach(), p1) + criterion(z1.detach(), p0))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    @torch.no_grad()
+    def score(backbone: nn.Module) -> float:
         backbone.eval()
-        embed = lambda x: torch.nn.functional.normalize(backbone(x), dim=1)  # noqa: E731
-        with torch.no_grad():
-            features, labels = zip(*((embed(x), y) for x, y in bank), strict=True)
-            features, labels = torch.cat(features).T.contiguous(), torch.cat(labels)
-            classes, hits = len(images.classes), 0
-            for x, y in queries:
-                found = knn_predict(embed(x), features, labels, classes, args.k, args.temperature)
-                hits += (found[:, 0] == y).sum().item()
+        embed = lambda x: F.normalize(backbone(x.to(args.device)), dim=1)  # noqa: E731
+        features, labels = zip(*((embed(x), y) for x, y in bank), strict=True)
+        features, labels = torch.cat(features).T.contiguous(), torch.cat(labels).to(args.device)
+        classes, hits = len(images.classes), 0
+        for x, y in queries:
+            found = knn_predict(embed(x), features, labels, classes, args.k, args.temperature)
+            hits += (found[:, 0].cpu() == y).sum().item()
         return 100 * hits / len(images.test_labels)
 
-    return run
+    return score
 
 
 def lightly_knn(bank: Tensor, labels: Tensor, queries: Tensor) -> Callable:
