@@ -21,6 +21,8 @@ COLLAPSED_STD = 0.3
 # A rank of the bank's features below this part of the untrained encoder's means dimensional
 # collapse, and so does one below 2, unless it was so from the start: simple images have that too.
 COLLAPSED_RANK, LOWEST_RANK = 0.6, 2
+# A weight of VICReg's covariance term above this has kept networks from learning.
+STRONG_COVARIANCE = 0.03
 SMALL_BATCH = 16  # on a rank, from which down BN's statistics alone can make a run fail
 FLAT_IMAGES = 8  # mean std over the images of a pixel, of 255, below which these hardly differ
 
@@ -149,6 +151,9 @@ def likely_causes(args: Namespace, usual_lr: float, varied: float) -> list[str]:
         ),
         f"--lr {args.lr:g}, {args.lr / usual_lr:.3g} times the recipe's: try --lr {usual_lr:g}, or "
         "--warmup_epochs 10": args.lr > 2 * usual_lr,
+        f"--covariance {args.covariance:g}, which outweighs the rest: try 0.01": (
+            args.covariance > STRONG_COVARIANCE
+        ),
         f"BN over no more than {each} images: try --batch_size {64 * ranks.count()}": (
             each <= SMALL_BATCH
         ),

@@ -155,6 +155,7 @@ def test_collapse_by_its_thresholds():
 
 
 BASE = {"batch_size": 64, "lr": 1.0, "stop_grad": "on", "predictor": "mlp", "bn": "default"}
+BASE |= {"covariance": 0.01}
 
 
 def test_likely_causes_are_those_of_the_run():
@@ -170,9 +171,12 @@ def test_likely_causes_are_those_of_the_run():
         ("bn", "none"),
         ("bn", "hidden"),
         ("lr", 30.0),
+        ("covariance", 0.5),
     ):
         (line,) = causes(**{flag: value})
-        assert line.startswith(f"--{flag} {value:g}" if flag == "lr" else f"--{flag} {value}")
+        assert line.startswith(
+            f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
+        )
     assert causes(lr=2.0) == causes(bn="all") == causes(batch_size=17) == []
     assert "4 images" in causes(batch_size=4)[0]
     assert "30 times the recipe's" in causes(lr=30.0)[0]
