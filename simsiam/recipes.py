@@ -42,7 +42,6 @@ FAST = SHORT | {  # ours: the most accuracy a minute of what docs/results.md com
     "image_size": 32,
     "view_sizes": (20, 24, 32),
     "covariance": 0.01,
-    "batch_size": 128,
     "lr": 0.5,
 }
 RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT, "fast": FAST}
