@@ -24,7 +24,7 @@ from simsiam.images import BACKGROUNDS, Reading
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
 from simsiam.progress import Progress
-from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS, growing
+from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS
 from simsiam.run import Run
 from simsiam.views import Augmentation, Views
 from utils import number
@@ -49,8 +49,8 @@ def make_flags() -> utils.Flags:
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
     size = "side of the views, in pixels; None: as the images"
     add("image_size", number(int, 8, 1024), size)
-    sides = "sides of the views, each for a part of the epochs; None: as --image_size"
-    add("view_sizes", number(int, 8, 1024), sides, nargs="+", metavar="PIXELS")
+    sides = "sides of the views, each for a part of the epochs: pixels, or parts of --image_size"
+    add("view_sizes", utils.side, sides, nargs="+", metavar="SIDE")
     add = flags.group("network")
     archs = f"{', '.join(network.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)"
     add("arch", str, archs)
@@ -113,7 +113,7 @@ def fill(flags: dict, given: dict) -> dict:
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
     if "view_sizes" not in given:
-        flags["view_sizes"] = growing(recipe, flags["image_size"], flags["epochs"])
+        flags["view_sizes"] = (flags["view_sizes"] or [])[-flags["epochs"] :] or None
     sizes = flags["view_sizes"] or ()
     if len(sizes) > flags["epochs"]:
         raise ValueError(f"--view_sizes: {len(sizes)} sizes are more than the epochs: give fewer")
@@ -254,7 +254,8 @@ def described(args: Namespace, images: Data) -> tuple[dict, Augmentation]:
 def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number: int) -> Views:
     """The views of a run; `number` of them an image, and its local ones."""
     plain = (encoder["image_size"], encoder["mean"], encoder["std"])
-    sizes, epochs = args.view_sizes or [], args.epochs
+    whole, epochs = encoder["image_size"], args.epochs
+    sizes = [max(8, round(s * whole)) if s <= 1 else s for s in args.view_sizes or []]
     sides = [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)] if sizes else ()
     local = (args.local_views, args.local_size or 16)
     return Views(*plain, augmentation, number, args.seed, args.compile, sides, *local)

@@ -228,6 +228,14 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     return parse
 
 
+def side(text: str) -> float:
+    """A type for argparse: a view's side, in pixels or, up to 1, as a part of the image's."""
+    value = number(float, 0.1, 1024)(text)
+    if value > 1 and (value < 8 or value != int(value)):
+        raise argparse.ArgumentTypeError(f"must be pixels, 8 or more, or from 0.1 to 1, not {text}")
+    return int(value) if value > 1 else value
+
+
 def workers(text: str) -> int:
     """A type for argparse: how many workers; `auto`: as many as there are cores for a rank.
 

@@ -1,14 +1,12 @@
 """Recipes of main.py: the defaults of its flags, and the views, by name."""
 
-from collections.abc import Sequence
-
 from simsiam.views import NORMALISATION, Augmentation
 
 CIFAR = {  # paper, App. D
     "arch": "resnet18",
     "stem": "cifar",
     "image_size": None,  # the data set's own
-    "view_sizes": None,  # as the images
+    "view_sizes": None,  # image_size throughout
     "feature_dim": 2048,
     "projector_layers": 2,
     "covariance": 0.0,
@@ -39,8 +37,7 @@ SHORT = CIFAR | {  # ours, for minutes to hours on a CPU: see docs/results.md
     "fix_pred_lr": True,
 }
 FAST = SHORT | {  # ours: the most accuracy a minute of what docs/results.md compares
-    "image_size": 32,
-    "view_sizes": (20, 24, 32),
+    "view_sizes": (0.625, 0.75, 1.0),
     "covariance": 0.01,
     "lr": 0.5,
 }
@@ -53,12 +50,3 @@ VIEWS = {
     "fast": (Augmentation(), *NORMALISATION["cifar"]),
 }
 USUAL_RECIPE = {"textures": "short", "imagenet": "imagenet", "webdataset": "imagenet"}
-
-
-def growing(recipe: str, image_size: int, epochs: int) -> Sequence[int] | None:
-    """The sides of a recipe's views in a run of so many epochs: the largest is `image_size`."""
-    usual = RECIPES[recipe]
-    if usual["view_sizes"] is None:
-        return None
-    sides = [max(8, round(side * image_size / usual["image_size"])) for side in usual["view_sizes"]]
-    return sides[-epochs:]

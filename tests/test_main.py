@@ -4,6 +4,7 @@ import copy
 import os
 import socket
 import sys
+import types
 
 import matplotlib.figure
 import numpy as np
@@ -190,11 +191,16 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
     run(tmp_path, f"{cut} --resume")
     assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
     read = lambda words: main.make_flags().read(words.split())[0]  # noqa: E731
-    assert read("--recipe fast").view_sizes == [20, 24, 32]
-    assert read("--recipe fast --epochs 2").view_sizes == [24, 32]
-    assert read("--recipe fast --image_size 64").view_sizes == [40, 48, 64]
+    assert read("--recipe fast").view_sizes == (0.625, 0.75, 1.0)
+    assert read("--recipe fast --epochs 2").view_sizes == (0.75, 1.0)
     assert read("--recipe fast --view_sizes 16").view_sizes == [16]
     assert read("--recipe short").view_sizes is None
+    images = types.SimpleNamespace(train_images=torch.empty(1, 3, 64, 64))
+    for size, sides in ((32, [20, 20, 24, 24, 32]), (64, [40, 40, 48, 48, 64])):
+        args = read("--recipe fast --epochs 5" + " --image_size 32" * (size == 32))
+        assert main.views_of(args, *main.described(args, images), 2).sides == sides
+    for wrong in ("0.05", "7", "20.5", "2000"):
+        assert "--view_sizes" in refused(capsys, "--view_sizes", wrong)
     err = refused(capsys, *TINY.split(), "--epochs", "2", *"--view_sizes 8 16 32".split())
     assert "--view_sizes: 3 sizes are more than the epochs" in err
     files = f"--data_name imagenet --data_root {tmp_path} --view_sizes 16 32".split()
