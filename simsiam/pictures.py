@@ -63,9 +63,10 @@ def tiles(columns: list[Tensor]) -> np.ndarray:
 
 
 def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -> None:
-    """A picture of eight images, and two views of each as the network gets them.
+    """A picture of eight images, and their views as the network gets them in the first epoch.
 
-    `images`: of a `Data`, from which those evenly apart are taken.
+    `images`: of a `Data`, from which those evenly apart are taken. Views of another size are shown
+    as large, each of their pixels a square.
     """
     images = images[spread(len(images), 8)]
     places = torch.arange(len(images))
@@ -73,10 +74,15 @@ def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -
     batch = next(loader.epoch(0))
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (views.mean, views.std))
     shown = [torch.cat(list(images.split(512)))[batch.labels]]
-    shown += [(x * std + mean).mul(255).round().byte() for x in views(batch)]
+    names = ["image"]
+    for i, x in enumerate(views(batch)):
+        x = (x * std + mean).mul(255).round()
+        shown.append(F.interpolate(x, shown[0].shape[2:], mode="nearest-exact").byte())
+        name = f"view {i + 1}" if i < views.number else f"local {i + 1 - views.number}"
+        names.append(name + f", {x.shape[-1]} px" * (x.shape != shown[0].shape))
     with whole_file(path) as file:
         title = f"{label}: what the network sees of each image"
-        figures.sheet(tiles(shown), ("image", "view 1", "view 2"), title, file)
+        figures.sheet(tiles(shown), names, title, file)
 
 
 def draw_run(

@@ -610,16 +610,19 @@ def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, drawn):
             torch.testing.assert_close(undone, wanted, atol=0.51 / 255, rtol=0)
 
 
-@pytest.mark.parametrize("in_files", [False, True])
-def test_views_stand_beside_their_own_image(tmp_path, in_files):
-    """Each image has one colour, and chance leaves it: in the PNG there are three tiles of each."""
+SMALL = {"sides": (20,), "local": 1, "local_size": 16}
+
+
+@pytest.mark.parametrize(("in_files", "more"), [(False, {}), (True, {}), (False, SMALL)])
+def test_views_stand_beside_their_own_image(tmp_path, in_files, more):
+    """Each image has one colour, and chance leaves it: in the PNG there is a row of such tiles."""
     colours = [(15 * i, 255 - 15 * i, 100) for i in range(16)]
     images = torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].repeat(1, 1, 32, 32)
     if in_files:
         for i, colour in enumerate(colours):
             Image.new("RGB", (32, 32), colour).save(tmp_path / f"{i}.png")
         images = Files([tmp_path / f"{i}.png" for i in range(16)], 32, workers=0)
-    views = Views(32, *NORMALISATION["cifar"], Augmentation(jitter_p=0.0, gray_p=0.0))
+    views = Views(32, *NORMALISATION["cifar"], Augmentation(jitter_p=0.0, gray_p=0.0), **more)
     path = tmp_path / "a_views.png"
     pictures.draw_views(str(path), "a", images, views, 0)
     pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy())
@@ -630,8 +633,8 @@ def test_views_stand_beside_their_own_image(tmp_path, in_files):
     for place in shown:
         (top, left), (bottom, right) = place.min(0).values, place.max(0).values
         assert bottom - top < height / 8  # one row
-        assert right - left > 0.8 * width  # of three tiles
-        assert len(place) > 0.9 * 3 * (bottom - top) ** 2
+        assert right - left > 0.8 * width  # of all tiles
+        assert len(place) > 0.9 * (3 + views.local) * (bottom - top) ** 2
 
 
 def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_path, drawn):
