@@ -43,7 +43,7 @@ COLUMNS = tuple(
         "knn linear seed threads machine torch commit date curve command"
     ).split()
 )
-KEY = ("recipe", "data", "train_size", "network", "budget", "seed", "machine")
+KEY = ("recipe", "data", "train_size", "network", "budget", "seed", "threads", "machine")
 PEERS = ("lightly:SimSiam", "lightly:BYOL", "lightly:FastSiam", "plain")
 PICTURE = ("data", "train_size", "network")  # which are alike in all curves of a picture
 # Theirs, but for network and data: lightly's benchmark on CIFAR-10 has lr 0.06 at batch 128.
