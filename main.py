@@ -23,6 +23,7 @@ from simsiam.files import RunError, about
 from simsiam.images import BACKGROUNDS, Reading
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
+from simsiam.optimizer import make_optimizer, rate
 from simsiam.progress import Progress
 from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS
 from simsiam.run import Run
@@ -88,7 +89,8 @@ def make_flags() -> utils.Flags:
     add("epochs", count, "sweeps over the training set")
     add("lr", positive, "base learning rate: lr = base * batch_size / 256")
     add("momentum", number(float, 0, 1), "of SGD")
-    add("weight_decay", number(float, 0), "of SGD, on all parameters")
+    add("weight_decay", number(float, 0), "of SGD")
+    add("bn_decay", "two", "weight decay also on BN's parameters and on biases")
     add("warmup_epochs", number(float, 0), "epochs of linear warm-up")
     add("fix_pred_lr", "two", "keep the predictor's lr constant")
     add = flags.group("monitor")
@@ -144,31 +146,7 @@ def fill(flags: dict, given: dict) -> dict:
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-def rate(args: Namespace, progress: float) -> float:
-    """The learning rate `progress` epochs into the run."""
-    peak = args.lr * args.batch_size / 256
-    return peak * network.schedule(progress, args.epochs, args.warmup_epochs)
-
-
-# Where PyTorch's fused step heeds `found_inf`; on mps it does not.
-FUSED = ("cpu", "cuda")
 UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
-
-
-def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.SGD:
-    """SGD over two groups, of which the predictor's may keep its learning rate."""
-    device = next(net.parameters()).device.type
-    return torch.optim.SGD(
-        [
-            {"params": net.encoder_parameters(), "fix_lr": False},
-            {"params": net.predictor_parameters(), "fix_lr": args.fix_pred_lr},
-        ],
-        lr=args.lr * args.batch_size / 256,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        # Fused SGD never sets the momentum of a first step that a scaler left out.
-        fused=device in FUSED and args.amp != "fp16",
-    )
 
 
 def train(

@@ -141,7 +141,11 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--target mean --num_views 3 --covariance 0.04", "--target_momentum 0.9 --local_views 2"],
+    [
+        "--target mean --num_views 3 --covariance 0.04",
+        "--target_momentum 0.9 --local_views 2",
+        "--recipe fast",
+    ],
 )
 def test_what_others_have_added_goes_on_to_the_same_bits(tmp_path, monkeypatch, flags):
     flags = f"{flags} --epochs 2"
@@ -156,6 +160,29 @@ def test_what_others_have_added_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
     assert not same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "plain"))
 
 
+def test_bn_and_biases_have_no_decay_if_so_asked():
+    net = network.SimSiam("resnet8", feature_dim=16, width=4)
+    read = lambda words: main.make_flags().read(words.split())[0]  # noqa: E731
+    plain = main.make_optimizer(net, read("--recipe short"))
+    assert [group["weight_decay"] for group in plain.param_groups] == [5e-4] * 2
+    args = read("--recipe short --no-bn_decay --lr 0.5 --batch_size 256")
+    apart = main.make_optimizer(net, args)
+    decay = {id(p): g["weight_decay"] for g in apart.param_groups for p in g["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in apart.param_groups)
+    for name, parameter in net.named_parameters():
+        of_bn_or_bias = parameter.dim() < 2
+        assert decay[id(parameter)] == (0.0 if of_bn_or_bias else 5e-4), name
+    fixed = {id(p) for g in apart.param_groups if g["fix_lr"] for p in g["params"]}
+    assert fixed == {id(p) for p in net.predictor.parameters()}
+    for parameter in net.parameters():  # no gradient: what a step changes is the decay alone
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    apart.step()
+    for name, value in net.named_parameters():
+        factor = 1 if value.dim() < 2 else 1 - 0.5 * 5e-4
+        torch.testing.assert_close(value, factor * before[name], rtol=1e-6, atol=0)
+
+
 def test_a_run_from_before_these_flags_goes_on(tmp_path, monkeypatch):
     run(tmp_path, "--epochs 2 --name whole")
     cut = "--epochs 2 --name cut --checkpoint_minutes 0"
@@ -163,7 +190,7 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "cut_model.pth"
     state = torch.load(path)
     newer = "target num_views covariance target_momentum local_views local_size view_sizes"
-    for name in (*newer.split(), "cuda_graphs"):
+    for name in (*newer.split(), "bn_decay", "cuda_graphs"):
         del state["args"][name]
     torch.save(state, path)
     run(tmp_path, f"--resume {path}")
