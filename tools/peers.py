@@ -6,6 +6,7 @@ that prepares what its users keep, and returns the function to be timed.
 
 import copy
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -226,7 +227,9 @@ def epochs_of(
     groups = [{"params": [*encoder]}, {"params": [*net.predictor.parameters()], "fix": True}]
     sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay}
     optimizer = torch.optim.SGD(groups, peak, **sgd)
-    workers = {"num_workers": 2, "persistent_workers": True}
+    cores = getattr(os, "sched_getaffinity", lambda _: range(2))(0)
+    # One core: a worker beside the loop would only wait for it.
+    workers = {"num_workers": 2, "persistent_workers": True} if len(cores) > 1 else {}
     loader = DataLoader(train, args.batch_size, shuffle=True, drop_last=True, **workers)
     score = lightly_score(images, args, plain, workers)
 

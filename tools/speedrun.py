@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 from argparse import Namespace
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -238,11 +239,28 @@ def parsed(argv: list[str] | None) -> tuple[Namespace, list[Contender], Data]:
     return args, contenders, images
 
 
+def shares_of_cores(jobs: int) -> list[list[int]]:
+    """The cores of this process, dealt out to so many jobs; more jobs than cores share them."""
+    has = hasattr(os, "sched_getaffinity")
+    cores = sorted(os.sched_getaffinity(0) if has else range(os.cpu_count() or 1))
+    each = max(1, len(cores) // jobs)
+    return [[cores[(i * each + j) % len(cores)] for j in range(each)] for i in range(jobs)]
+
+
+def keep_to_next(shares: Iterator[list[int]]) -> None:
+    """Keep this thread, and the processes that it starts, to the next share of the cores.
+
+    So a contender whose loader has workers takes no core from its neighbour.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, next(shares))
+
+
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
     args, contenders, images = parsed(argv)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, cores // args.jobs)
+    shares = shares_of_cores(args.jobs)
+    threads = len(shares[0])
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
     table, first = Path(args.out, "speedrun.csv"), contenders[0].args
     table.with_suffix("").mkdir(parents=True, exist_ok=True)
@@ -263,7 +281,7 @@ def command(argv: list[str] | None = None) -> None:
             if race.run(contender, args.budget * 2**doubled) >= (args.to or 0):
                 return
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs, initializer=keep_to_next, initargs=(iter(shares),)) as pool:
         for done in [pool.submit(until, contender) for contender in contenders]:
             done.result()
     say(f"wrote {table} and {table.with_suffix('.png')}")
