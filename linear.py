@@ -1,6 +1,7 @@
-"""Judge a pre-trained encoder: a linear head on its frozen features; evaluate; predict.
+"""Judge a pre-trained encoder: a linear head on its frozen features; fine-tune; evaluate; predict.
 
 python linear.py --model_path results/2048_200_512_800_model.pth
+python linear.py --model_path results/2048_200_512_800_model.pth --finetune
 python linear.py --model_path results/..._linear_model.pth --evaluate_only
 python linear.py --model_path results/..._linear_model.pth --predict a.jpg my_images/
 torchrun --nproc_per_node 8 linear.py --ddp --model_path results/..._model.pth --optimizer lars
@@ -28,8 +29,9 @@ import utils
 from simsiam import checkpoint, devices, figures, folders, metrics, network, ranks
 from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, load
 from simsiam.files import about, printable, whole_file, write_csv
+from simsiam.fitting import Embed, Encoder, Task, Tuned, at_hand, evaluate, hits, make_optimizer
 from simsiam.images import BACKGROUNDS, Reading, decode
-from simsiam.loader import Batch, Data, Files, Loader, crc, subset
+from simsiam.loader import Data, Files, Loader, crc, subset
 from simsiam.monitor import Sums
 from simsiam.progress import Progress
 from simsiam.run import Run, run_of
@@ -39,7 +41,13 @@ from utils import number
 
 # lr is per 256 images. sgd: MoCo's protocol, which the paper "also tried" (App. A), and the usual
 # one on CIFAR. lars: the authors' code for ImageNet (the paper, App. A, has a base lr of 0.02).
-RECIPES = {"sgd": {"lr": [30.0], "batch_size": 256}, "lars": {"lr": [0.1], "batch_size": 4096}}
+RECIPES = {
+    "sgd": {"lr": [30.0], "batch_size": 256, "epochs": 90, "weight_decay": 0.0},
+    "lars": {"lr": [0.1], "batch_size": 4096, "epochs": 90, "weight_decay": 0.0},
+    # With --finetune, ours: lr is the head's and, without --encoder_lr, the encoder's.
+    "finetune sgd": {"lr": [0.1], "batch_size": 64, "epochs": 30, "weight_decay": 5e-4},
+    "finetune adamw": {"lr": [0.004], "batch_size": 64, "epochs": 30, "weight_decay": 0.05},
+}
 # The training transform: random resized crop and flip.
 AUGMENTATION = Augmentation(crop_scale=(0.08, 1.0), jitter_p=0.0, gray_p=0.0)
 STATISTICS = tuple(
@@ -74,12 +82,23 @@ def make_flags() -> utils.Flags:
     add("label_fraction", number(float, 1e-9, 1), fraction, 1.0)
     add = flags.group("protocol")
     add("cached", "switch", "no augmentation: extract the features once", False)
-    add("optimizer", tuple(RECIPES), "and its recipe", "sgd")
+    optimizers = "and its recipe; adamw: with --finetune, lars: without"
+    add("optimizer", ("sgd", "lars", "adamw"), optimizers, "sgd")
     add("batch_size", number(int, 1, 2**31), "images a step")
-    add("epochs", number(int, 1, 2**31), "sweeps over the training set", 90)
+    add("epochs", number(int, 1, 2**31), "sweeps over the training set")
     lr = "base learning rate, per 256 images; of several, the best on a held-out tenth of the "
     lr += "training set"
     add("lr", number(float, 1e-12), lr, nargs="+")
+    add("weight_decay", number(float, 0), "of the optimizer")
+    smoothing = "the part of each label that is spread over all classes"
+    add("label_smoothing", number(float, 0, 1), smoothing, 0.0)
+    add = flags.group("the whole network")
+    tuned = "train the encoder with the head, BN in train mode, instead of freezing it"
+    add("finetune", "switch", tuned, False)
+    scratch = "with --finetune: from random weights, to see what pre-training is worth"
+    add("from_scratch", "switch", scratch, False)
+    add("encoder_lr", number(float, 1e-12), "base learning rate of the encoder (that of --lr)")
+    add("mixup", number(float, 0, 100), "alpha of mixup, in training; 0: none", 0.0)
     utils.run_flags(flags, "that of --model_path")
     return flags
 
@@ -93,12 +112,25 @@ MODES = {
 
 
 def fill(flags: dict, given: dict) -> dict:
-    """The flags with the optimizer's recipe. Raises ValueError.
+    """The flags with the recipe of optimizer and mode. Raises ValueError.
 
     Without --out, files go where --model_path lies. Without --name, the name of a run that trains
     stays None: it is made of its --model_path's.
     """
-    flags = flags | RECIPES[flags["optimizer"]]
+    wrong = {
+        "cached": "features that are extracted once are frozen" if flags["cached"] else "",
+        "optimizer": "lars is for heads" if flags["optimizer"] == "lars" else "",
+        "amp": "fp16 is for frozen encoders" if flags["amp"] == "fp16" else "",
+    }
+    for name, why in wrong.items() if flags["finetune"] else ():
+        if why:
+            raise ValueError(f"--{name}: does not go with --finetune: {why}")
+    for name in ("from_scratch", "encoder_lr", "mixup"):
+        if flags[name] and not flags["finetune"]:
+            raise ValueError(f"--{name}: goes with --finetune")
+    if flags["optimizer"] == "adamw" and not flags["finetune"]:
+        raise ValueError("--optimizer adamw: goes with --finetune")
+    flags = flags | RECIPES["finetune " * flags["finetune"] + flags["optimizer"]]
     flags |= {"out": os.path.dirname(flags["model_path"]) or "."} | given
     if flags["evaluate_only"] and flags["predict"]:
         raise ValueError("--evaluate_only and --predict: choose one")
@@ -113,103 +145,30 @@ def fill(flags: dict, given: dict) -> dict:
 # ---- fitting ------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    """What heads are fitted to: images, or features that are at hand, and their labels."""
-
-    inputs: Tensor | Files
-    labels: Tensor
-    embed: Callable[[Batch], Tensor]  # a batch's features, N x d, of the whole global batch
-    views: Views | None = None
-
-    def chosen(self, which: Tensor) -> "Task":
-        """A part of it."""
-        return self._replace(inputs=self.inputs[which], labels=self.labels[which])
-
-    def loader(self, args: Namespace) -> Loader:
-        """Of images a rank gets its share; features are at hand on every rank, and stay whole."""
-        batch_size = min(args.batch_size, len(self.labels))
-        share = ranks.share if self.views else whole
-        return Loader(
-            self.inputs, batch_size, args.seed, self.labels, True, self.views, share=share
-        )
-
-
-def whole(number: int) -> slice:
-    """The rows of all ranks."""
-    return slice(0, number)
-
-
-def at_hand(batch: Batch) -> Tensor:
-    """The features of a batch that holds features."""
-    return batch.images
-
-
-class Encoder:
-    """A frozen backbone with its views: features of images, and the proof that it is frozen."""
-
-    def __init__(self, backbone: nn.Module, views: Views, amp: torch.autocast, compiled: bool):
-        self.backbone = backbone.eval().requires_grad_(False)
-        self.run = torch.compile(backbone) if compiled else backbone
-        self.views, self.amp = views, amp
-        self.before = {name: value.clone() for name, value in backbone.state_dict().items()}
-
-    def plain(self, images: Tensor | Files) -> Tensor:
-        """Features under the test transform, N x d."""
-        return metrics.features(self.backbone, self.views.plain, images, self.amp, False)
-
-    @torch.no_grad()
-    def augmented(self, batch: Batch) -> Tensor:
-        """Features of one view an image, N x d; ranks share the work, and each gets them all."""
-        (x,) = self.views(batch)
-        with self.amp:
-            mine = self.run(x).float()
-        return ranks.gathered(mine, batch.size)
-
-    def check(self) -> None:
-        """Raises RuntimeError that names a parameter or buffer that has changed by a bit."""
-        for name, value in self.backbone.state_dict().items():
-            if not torch.equal(value, self.before[name]):
-                raise RuntimeError(f"the encoder is not frozen: {name} changed")
-
-
-def make_optimizer(args: Namespace, heads: nn.ModuleList, lrs: list[float]) -> Optimizer:
-    """One parameter group a head, each with its own base lr (per 256 images); no weight decay."""
-    groups = [
-        {"params": list(head.parameters()), "peak": lr * args.batch_size / 256, "lr": lr}
-        for head, lr in zip(heads, lrs, strict=True)
-    ]
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9)
-    try:
-        from timm.optim import Lars
-    except ImportError as error:
-        raise ValueError("--optimizer lars: needs timm: pip install timm") from error
-    # Without weight decay timm's LARS adapts only if told to; apex's, the authors', always does.
-    return Lars(groups, momentum=0.9, trust_coeff=0.001, eps=1e-8, always_adapt=True)
-
-
 def train(
     heads: nn.ModuleList,
     optimizer: Optimizer,
     loader: Loader,
-    embed: Callable[[Batch], Tensor],
+    embed: Embed,
     tally: Sums,
     epoch: int,
     start: int,
     epochs: int,
+    smoothing: float = 0.0,
 ) -> Iterator[int]:
     """One epoch of all heads side by side, from step `start` on; yields each step.
 
     The heads do not touch one another: the sum of their losses has for each head the gradient of
-    its own. Adds to `tally`, image by image, the first head's loss, top-1 and top-5.
+    its own. Where `embed` lets gradients through, the encoder learns too. `smoothing`: of labels.
+    Adds to `tally`, image by image, the first head's loss, top-1 and top-5.
     """
     for batch in loader.epoch(epoch, start):
-        features = embed(batch)
+        features, targets = embed(batch)
         factor = network.schedule(epoch + batch.step / len(loader), epochs)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         logits = [head(features) for head in heads]
-        losses = [F.cross_entropy(scores, batch.labels) for scores in logits]
+        losses = [F.cross_entropy(scores, targets, label_smoothing=smoothing) for scores in logits]
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
@@ -219,37 +178,38 @@ def train(
         yield batch.step
 
 
-def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How many are right, and right among the best five (or all, if fewer), from 0 to 1."""
-    right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return right[:, 0].float().mean(), right.any(1).float().mean()
-
-
-@torch.no_grad()
-def evaluate(head: nn.Module, features: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """Loss, top-1 and top-5 (percent) of a head on features."""
-    logits = head(features)
-    top1, top5 = hits(logits, labels)
-    return F.cross_entropy(logits, labels).item(), 100 * top1.item(), 100 * top5.item()
-
-
 def progress_of(epoch: int, args: Namespace, loader: Loader, start: int = 0) -> Progress:
     """The progress of an epoch."""
     shown, smaller = {"loss": "loss", "top1": "acc"}, "the same command with --cached"
     return Progress(epoch, args, len(loader), shown, smaller, start, loader.batch_size)
 
 
-def fit(head: nn.Linear, lrs: list[float], task: Task, args: Namespace) -> nn.ModuleList:
-    """A copy of `head` for each lr, trained from the start to the end."""
+def fit(
+    head: nn.Linear,
+    lrs: list[float],
+    task: Task,
+    args: Namespace,
+    backbone: nn.Module | None = None,
+) -> nn.ModuleList:
+    """A copy of `head` for each lr, trained from the start to the end; a `backbone` with one."""
     heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
-    optimizer, loader = make_optimizer(args, heads, lrs), task.loader(args)
+    optimizer, loader = make_optimizer(args, heads, lrs, backbone), task.loader(args)
     tally = Sums(task.labels.device, "top1", "top5")
+    last = (args.epochs, args.label_smoothing)
     for epoch in range(args.epochs):
         tally.clear()
         with progress_of(epoch, args, loader) as progress:
-            for step in train(heads, optimizer, loader, task.embed, tally, epoch, 0, args.epochs):
+            for step in train(heads, optimizer, loader, task.embed, tally, epoch, 0, *last):
                 progress(step, tally)
     return heads
+
+
+def held_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Which of the training images an lr is chosen with: nine tenths, indices; a tenth, a mask."""
+    kept = subset(labels.cpu(), len(labels) - max(1, len(labels) // 10), seed).to(labels.device)
+    out = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    out[kept] = False
+    return kept, out
 
 
 def best_on_held_out(
@@ -259,17 +219,34 @@ def best_on_held_out(
 
     `plain` gives the features of held-out images; None where the inputs are features.
     """
-    labels = task.labels
-    kept = subset(labels.cpu(), len(labels) - max(1, len(labels) // 10), args.seed)
-    kept = kept.to(labels.device)
-    out = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    out[kept] = False
+    kept, out = held_out(task.labels, args.seed)
     heads = fit(head, args.lr, task.chosen(kept), args)
     features = plain(task.inputs[out]) if plain else task.inputs[out]
-    scores = [evaluate(head, features, labels[out])[1] for head in heads]
-    for lr, score in zip(args.lr, scores, strict=True):
+    scores = [evaluate(head, features, task.labels[out])[1] for head in heads]
+    return the_best(args.lr, scores)
+
+
+def best_of_tuned(
+    net: network.Classifier, encoder: Tuned, task: Task, args: Namespace, classes: int
+) -> float:
+    """As `best_on_held_out`, with a copy of the whole network trained for each lr."""
+    kept, out = held_out(task.labels, args.seed)
+    scores = []
+    for lr in args.lr:
+        copied = copy.deepcopy(net)
+        how = (encoder.views, encoder.amp, args.compile, classes, args.mixup)
+        tuned = Tuned(copied.backbone, *how)
+        some = task.chosen(kept)._replace(embed=tuned.augmented)
+        (head,) = fit(copied.fc, [lr], some, args, copied.backbone)
+        scores.append(evaluate(head, tuned.plain(task.inputs[out]), task.labels[out])[1])
+    return the_best(args.lr, scores)
+
+
+def the_best(lrs: list[float], scores: list[float]) -> float:
+    """The lr with the best score; says all."""
+    for lr, score in zip(lrs, scores, strict=True):
         ranks.say(f"--lr {lr:g}: {score:.2f} % of the held-out tenth of the training set")
-    return args.lr[scores.index(max(scores))]
+    return lrs[scores.index(max(scores))]
 
 
 def pixels_baseline(images: Data, views: Views, amp: torch.autocast, args: Namespace) -> float:
@@ -358,11 +335,16 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
     return images.chosen(images.train_labels >= 0), name, root
 
 
+def mode(args: Namespace) -> str:
+    """What is fitted, as the names of its files have it."""
+    return ("scratch" if args.from_scratch else "finetune") if args.finetune else "linear"
+
+
 def run_name(args: Namespace, source: Source) -> str:
     """The name of a run: that of its --model_path's file, and what is not the default."""
     saved = source.state["args"] if source.state else {}
     begin = run_of(args.model_path)[1] if saved else Path(args.model_path).stem
-    parts = [begin, "linear"]
+    parts = [begin, mode(args)]
     parts += ["cached"] if args.cached else []
     parts += [args.optimizer] if args.optimizer != "sgd" else []
     other = saved and args.data_name not in (None, saved.get("data_name"))
@@ -378,13 +360,20 @@ class Prepared(NamedTuple):
     encoder: Encoder
     task: Task
     images: Data
-    test_features: Tensor
+    test_features: Tensor | None  # of a frozen encoder: the same in all epochs
     optimizer: Optimizer
     loader: Loader
     tally: Sums
     extraction: float  # seconds, of the training images' features
+    seen: int  # images an epoch
     knn: float | None  # top-1 at the end of pre-training
     result: dict  # what is known of the row in results.csv
+
+    def of_test(self) -> Tensor:
+        """The features of the test images, N x d."""
+        if self.test_features is not None:
+            return self.test_features
+        return self.encoder.plain(self.images.test_images)
 
 
 def rate(run: Run, progress: float) -> float:
@@ -398,10 +387,31 @@ def resumed_encoder(run: Run, net: network.Classifier) -> None:
     before = net.backbone.state_dict(prefix="backbone.")
     with about(run.from_path):
         checkpoint.load_strictly(net, run.state["model"])
-        if not run.facts.keys() >= {"lr", "baseline"} or run.facts["lr"] <= 0:
+        if run.facts.get("lr", 0) <= 0 or not (run.args.finetune or "baseline" in run.facts):
             raise ValueError("is damaged, or not a checkpoint of linear.py")
-    if not all(torch.equal(run.state["model"][name], value) for name, value in before.items()):
+    if not run.args.finetune and not all(
+        torch.equal(run.state["model"][name], value) for name, value in before.items()
+    ):
         raise ValueError(f"--model_path {run.args.model_path}: not the encoder of {run.from_path}")
+
+
+def fitted_to(
+    args: Namespace, net: network.Classifier, images: Data, views: Views, amp: torch.autocast
+) -> tuple[Encoder, Task, Tensor | None, float]:
+    """The encoder, what the head is fitted to, and what it is judged by; seconds of extraction."""
+    how = (net.backbone, views, amp, args.compile)
+    if args.finetune:
+        tuned = Tuned(*how, len(images.classes), args.mixup)
+        ranks.say("the whole network is trained, with BN in train mode; it is scored in eval mode")
+        task = Task(images.train_images, images.train_labels, tuned.augmented, views, False)
+        return tuned, task, None, 0.0
+    encoder = Encoder(*how)
+    test_features = encoder.plain(images.test_images)  # the same in all epochs
+    task = Task(images.train_images, images.train_labels, encoder.augmented, views)
+    begun = time.perf_counter()
+    if args.cached:
+        task = Task(encoder.plain(images.train_images), images.train_labels, at_hand)
+    return encoder, task, test_features, time.perf_counter() - begun
 
 
 def prepare(run: Run) -> Prepared:
@@ -425,51 +435,62 @@ def prepare(run: Run) -> Prepared:
         with about(run.from_path):
             augmentation = Augmentation.read(run.state["augmentation"])
     place = None if name == "textures" else utils.data_place(root)
-    run.settle(amp=amp, data_name=name, data_root=place, split_names=split_names(args, source))
+    run.settle(data_name=name, data_root=place, split_names=split_names(args, source))
     run.settle(**vars(reading(args, source)))
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
+    arch, stem, width, size, mean, std = (source.encoder[key] for key in checkpoint.ENCODER)
     torch.manual_seed(args.seed)
-    net = network.Classifier(source.net.backbone, source.net.features, len(images.classes))
+    body = network.backbone(arch, stem, width)[0] if args.from_scratch else source.net.backbone
+    net = network.Classifier(body, source.net.features, len(images.classes))
     if run.state:
         resumed_encoder(run, net)
-    arch, _, _, size, mean, std = (source.encoder[key] for key in checkpoint.ENCODER)
-    protocol = "Linear, cached" if args.cached else "Linear"
+    protocol = {"linear": "Linear", "finetune": "Fine-tuned", "scratch": "From scratch"}[mode(args)]
+    protocol += ", cached" * args.cached
     protocol += f", {100 * args.label_fraction:g}% of labels" * (args.label_fraction < 1)
     run.list_bad_images(images.bad)
     what, counts = f"{run.path}: {protocol}, {arch}", network.params_and_flops(net, size)
+    if args.finetune:
+        amp = devices.precision_of_training(device, args.amp, amp, counts[1])
+    run.settle(amp=amp)
     result = utils.introduce(what, net, counts, images, name, size, device, amp)
     result |= {"protocol": protocol, "data": utils.data_label(name, root), "arch": arch}
     net.to(device, memory_format=torch.channels_last)
     images = images.to(device)
     views = Views(size, mean, std, augmentation, 1, args.seed)
-    encoder = Encoder(net.backbone, views, devices.autocast(device, amp), args.compile)
-    test_features = encoder.plain(images.test_images)  # of a frozen encoder: once for all epochs
-    task = Task(images.train_images, images.train_labels, encoder.augmented, views)
-    begun = time.perf_counter()
-    if args.cached:
-        task = Task(encoder.plain(images.train_images), images.train_labels, at_hand)
-    extraction = time.perf_counter() - begun
+    autocast = devices.autocast(device, amp)
+    encoder, task, test_features, extraction = fitted_to(args, net, images, views, autocast)
     heads = nn.ModuleList([net.fc])
-    optimizer = make_optimizer(args, heads, [run.facts.get("lr", args.lr[0])])
+    learning = net.backbone if args.finetune else None
+    optimizer = make_optimizer(args, heads, [run.facts.get("lr", args.lr[0])], learning)
     loader, tally = task.loader(args), Sums(device, "top1", "top5")
     run.keep(net, optimizer, tally, len(loader), functools.partial(rate, run))
     history = source.state["history"] if source.state else [{}]
     knn = history[-1].get("test_acc@1")
     found = (net, encoder, task, images, test_features, optimizer, loader, tally)
-    return Prepared(*found, extraction, knn, result)
+    seen = len(task.labels) if task.keep_last else len(loader) * loader.batch_size
+    return Prepared(*found, extraction, seen, knn, result)
 
 
 def begin(run: Run, made: Prepared) -> None:
     """The baseline, and the choice among several lr; then a new run begins."""
     args, encoder = run.args, made.encoder
-    baseline = pixels_baseline(made.images, encoder.views, encoder.amp, args)
-    ranks.say(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
-    run.facts |= {"lr": args.lr[0], "baseline": baseline}
+    run.facts |= {"lr": args.lr[0]}
+    if not args.finetune:
+        baseline = pixels_baseline(made.images, encoder.views, encoder.amp, args)
+        ranks.say(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
+        run.facts |= {"baseline": baseline}
     if len(args.lr) > 1:
-        plain = None if args.cached else encoder.plain
-        lr = run.facts["lr"] = best_on_held_out(made.net.fc, made.task, plain, args)
+        if args.finetune:
+            of_net = (made.net, encoder, made.task, args, len(made.images.classes))
+            lr = best_of_tuned(*of_net)
+        else:
+            plain = None if args.cached else encoder.plain
+            lr = best_on_held_out(made.net.fc, made.task, plain, args)
+        run.facts["lr"] = lr
         made.optimizer.param_groups[0]["peak"] = rate(run, 0)
+        if args.finetune and args.encoder_lr is None:
+            made.optimizer.param_groups[1]["peak"] = rate(run, 0)
         ranks.say(f"chosen: --lr {lr:g}; fitted again on the whole training set")
     run.begin([], made.extraction)
 
@@ -480,15 +501,18 @@ def judge(run: Run, made: Prepared) -> None:
     if run.state is None:
         begin(run, made)
     fitted = (nn.ModuleList([made.net.fc]), made.optimizer, made.loader, made.task.embed, tally)
+    last = (args.epochs, args.label_smoothing)
     for epoch in run.epochs():
         with progress_of(epoch, args, made.loader, run.step) as progress:
-            for step in train(*fitted, epoch, run.step, args.epochs):
+            for step in train(*fitted, epoch, run.step, *last):
                 run.after_step(step, progress(step, tally))
         made.encoder.check()
-        mean = tally.means(len(made.task.labels))
+        mean = tally.means(made.seen)
         row = {"train_loss": mean["loss"]}
         row |= {"train_acc@1": 100 * mean["top1"], "train_acc@5": 100 * mean["top5"]}
-        test = evaluate(made.net.fc, made.test_features, made.images.test_labels)
+        with run.measuring() if args.finetune else contextlib.nullcontext():
+            features = made.of_test()
+        test = evaluate(made.net.fc, features, made.images.test_labels)
         row |= zip(("test_loss", "test_acc@1", "test_acc@5"), test, strict=True)
         row = run.after_epoch(row)
         # Cached epochs take a blink: not all of them are said.
@@ -498,20 +522,22 @@ def judge(run: Run, made: Prepared) -> None:
                 f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} "
                 f"train {row['train_acc@1']:.2f} % test {row['test_acc@1']:.2f} %"
             )
-    last, knn = run.history[-1], made.knn
+    last, knn, baseline = run.history[-1], made.knn, run.facts.get("baseline")
+    features = made.of_test()
     with run.finishing():
         best = run.report(**made.result)
         if args.pictures:
-            predicted, classes = made.net.fc(made.test_features).argmax(1), made.images.classes
+            predicted, classes = made.net.fc(features).argmax(1), made.images.classes
             labels = made.images.test_labels
             matrix = metrics.confusion_matrix(labels, predicted, len(classes))
             draw_confusion(f"{run.path}_confusion.png", args.name, matrix, classes)
             with whole_file(f"{run.path}_curves.png") as file:
-                start = {"epoch": 0, "raw_acc@1": run.facts["baseline"]}
-                figures.curves({args.name: [start, *run.history]}, file)
+                start = [{"epoch": 0, "raw_acc@1": baseline}] if baseline is not None else []
+                figures.curves({args.name: [*start, *run.history]}, file)
     ranks.say(
-        f"linear top-1 {last['test_acc@1']:.2f} % (best epoch {best:.2f} %), top-5 "
-        f"{last['test_acc@5']:.2f} %; raw pixels {run.facts['baseline']:.2f} %"
+        f"{made.result['protocol']}: top-1 {last['test_acc@1']:.2f} % (best epoch {best:.2f} %), "
+        f"top-5 {last['test_acc@5']:.2f} %"
+        + (f"; raw pixels {baseline:.2f} %" if baseline is not None else "")
         + (f"; kNN at the end of pre-training {knn:.2f} %" if knn is not None else "")
         + f"\nwrote {run.path}_model.pth and {run.path}_statistics.csv"
     )

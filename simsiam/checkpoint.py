@@ -234,6 +234,20 @@ def check_resumable(state: dict) -> None:
             raise ValueError(f"its history lacks numbers of epoch {row['epoch']}")
 
 
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
+
+
+def fits_parameter(name: str, value: object, parameter: Tensor) -> bool:
+    """Whether an optimizer can have kept `value`, which it calls `name`, of a parameter."""
+    if value is None:
+        return name == "momentum_buffer"  # before the first step
+    if not isinstance(value, Tensor) or not value.isfinite().all():
+        return False
+    if name == "step":
+        return value.numel() == 1 and value.item() >= 0
+    return (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
+
+
 def restore(optimizer: Optimizer, state: dict, net: nn.Module) -> None:
     """The momentum of a checkpoint; says so where the machine is another one.
 
@@ -242,17 +256,10 @@ def restore(optimizer: Optimizer, state: dict, net: nn.Module) -> None:
     mine, saved = optimizer.state_dict(), state["optimizer"].get("state")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fits = isinstance(saved, dict) and saved.keys() <= set(range(len(parameters)))
+    names = ADAM if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
     for i, buffers in saved.items() if fits else ():
-        fits = fits and isinstance(buffers, dict) and buffers.keys() == {"momentum_buffer"}
-        momentum = buffers["momentum_buffer"] if fits else None
-        fits = fits and (
-            momentum is None
-            or (
-                isinstance(momentum, Tensor)
-                and (momentum.shape, momentum.dtype) == (parameters[i].shape, parameters[i].dtype)
-                and bool(momentum.isfinite().all())
-            )
-        )
+        fits = fits and isinstance(buffers, dict) and buffers.keys() == names
+        fits = fits and all(fits_parameter(k, v, parameters[i]) for k, v in buffers.items())
     if not fits:
         raise ValueError("its optimizer does not fit its network")
     optimizer.load_state_dict(mine | {"state": saved})

@@ -1,0 +1,204 @@
+"""linear.py --finetune: against a plain loop; how it goes on; what it refuses."""
+
+import pandas
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import MixUp
+
+import linear
+import main
+from simsiam import network
+from simsiam.datasets import load
+from simsiam.fitting import Tuned
+from simsiam.loader import Loader
+from simsiam.textures import textures
+from simsiam.views import Batch, Views
+from tests import helpers
+
+TINY = "--epochs 2 --batch_size 40 --no-pictures --checkpoint_minutes 0"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A checkpoint of main.py on 400 textures."""
+    out = tmp_path_factory.mktemp("results")
+    flags = "--data_name textures --train_size 400 --width 4 --feature_dim 16 --epochs 1"
+    main.main(f"{flags} --no-pictures --out {out} --name pre".split())
+    return out / "pre_model.pth"
+
+
+def judge(model_path, out, *flags):
+    linear.main([str(f) for f in ("--model_path", model_path, "--out", out, *flags)])
+
+
+def weights(out, name):
+    return torch.load(out / f"{name}_model.pth")["model"]
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_twenty_steps_are_a_plain_loop_s(pretrained, tmp_path, monkeypatch, optimizer):
+    """Weights and losses: PyTorch's own optimizer with two groups, cosine, BN in train mode."""
+    lrs = {"sgd": (1.0, 0.3), "adamw": (0.05, 0.02)}[optimizer]
+    flags = f"{TINY} --finetune --optimizer {optimizer} --lr {lrs[0]} --encoder_lr {lrs[1]}"
+    losses, train = [], linear.train
+
+    def remembered(*args):
+        tally, before = args[4], 0.0
+        for step in train(*args):
+            losses.append((tally["loss"].item() - before) / 40)
+            before = tally["loss"].item()
+            yield step
+
+    monkeypatch.setattr(linear, "train", remembered)
+    judge(pretrained, tmp_path, *flags.split(), "--label_smoothing", 0.1, "--weight_decay", 0.01)
+    assert len(losses) == 20
+
+    state = torch.load(pretrained)
+    net = network.SimSiam("resnet8", feature_dim=16, width=4)
+    net.load_state_dict(state["model"])
+    torch.manual_seed(0)
+    net = network.Classifier(net.backbone, 16, 10)
+    per = 40 / 256
+    groups = [
+        {"params": part.parameters(), "lr": lr * per}
+        for part, lr in zip((net.fc, net.backbone), lrs, strict=True)
+    ]
+    make = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    more = {"momentum": 0.9} if optimizer == "sgd" else {}
+    plain = make(groups, weight_decay=0.01, **more)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 20)
+    encoder = state["encoder"]
+    views = Views(32, encoder["mean"], encoder["std"], linear.AUGMENTATION, 1, 0)
+    data = load("textures", "").subset(400, 0)
+    loader = Loader(data.train_images, 40, 0, data.train_labels)
+    net.train()
+    found = []
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            (x,) = views(batch)
+            loss = F.cross_entropy(net(x), batch.labels, label_smoothing=0.1)
+            plain.zero_grad()
+            loss.backward()
+            plain.step()
+            schedule.step()
+            found.append(loss.item())
+    assert losses == pytest.approx(found, abs=1e-6)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    ours = weights(tmp_path, "pre_finetune" + ("_adamw" if optimizer == "adamw" else ""))
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("more", [(), ("--optimizer", "adamw", "--mixup", 0.2)])
+def test_resume_ends_at_the_same_bits(pretrained, tmp_path, monkeypatch, more):
+    class Stop(Exception):
+        """Ends a run as a power cut would."""
+
+    train = linear.train
+
+    def stopped(*args):
+        for step in train(*args):
+            if (args[5], step) == (1, 4):
+                raise Stop
+            yield step
+
+    flags = (*TINY.split(), "--finetune", *more, "--name")
+    judge(pretrained, tmp_path, *flags, "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "train", stopped)
+        with pytest.raises(Stop):
+            judge(pretrained, tmp_path, *flags, "cut")
+    state = torch.load(tmp_path / "cut_model.pth")
+    assert (state["epoch"], state["step"]) == (1, 4)
+    judge(pretrained, tmp_path, *flags, "cut", "--resume")
+    assert same_bits(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
+    tables = [pandas.read_csv(tmp_path / f"{name}_statistics.csv") for name in ("whole", "cut")]
+    assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
+
+
+def test_where_a_network_starts(pretrained, tmp_path, capsys):
+    """From the checkpoint's weights, or from random ones; at a rate of nothing both stay so."""
+    flags = (*TINY.split(), "--finetune", "--lr", 1e-12, "--weight_decay", 0)
+    judge(pretrained, tmp_path, *flags)
+    judge(pretrained, tmp_path, *flags, "--from_scratch")
+    out = capsys.readouterr().out
+    assert out.count("BN in train mode") == 2
+    tuned, scratch = weights(tmp_path, "pre_finetune"), weights(tmp_path, "pre_scratch")
+    before = torch.load(pretrained)["model"]
+    torch.manual_seed(0)
+    random = network.backbone("resnet8", width=4)[0].state_dict()
+    for name, value in random.items():
+        if "running" in name or "num_batches" in name:
+            assert not torch.equal(tuned[f"backbone.{name}"], before[f"backbone.{name}"])
+            continue
+        name = f"backbone.{name}"
+        torch.testing.assert_close(tuned[name], before[name], atol=1e-9, rtol=0)
+        torch.testing.assert_close(scratch[name], value, atol=1e-9, rtol=0)
+    table = pandas.read_csv(tmp_path / "results.csv")
+    assert table["protocol"].tolist() == ["Fine-tuned", "From scratch"]
+
+
+def test_a_tuned_network_is_a_linear_model_to_all_else(pretrained, tmp_path, capsys):
+    flags = "--finetune --epochs 2 --label_fraction 0.5"
+    judge(pretrained, tmp_path, *flags.split())
+    assert (tmp_path / "pre_finetune_0.5_confusion.png").exists()
+    assert (tmp_path / "pre_finetune_0.5_curves.png").exists()
+    top1 = pandas.read_csv(tmp_path / "pre_finetune_0.5_statistics.csv")["test_acc@1"].iloc[-1]
+    path = tmp_path / "pre_finetune_0.5_model.pth"
+    capsys.readouterr()
+    judge(path, tmp_path, "--evaluate_only", "--no-pictures")
+    assert f"top-1 {top1:.2f} %" in capsys.readouterr().out
+
+
+def test_the_best_lr_is_chosen_on_held_out_images(pretrained, tmp_path, capsys):
+    """And the whole network is then trained with it, as if it had been the only one."""
+    flags = (*TINY.split(), "--finetune")
+    judge(pretrained, tmp_path, *flags, "--lr", 1e-12, 0.3, "--name", "several")
+    out = capsys.readouterr().out
+    assert "--lr 1e-12" in out
+    assert "chosen: --lr 0.3" in out
+    judge(pretrained, tmp_path, *flags, "--lr", 0.3, "--name", "one")
+    assert same_bits(weights(tmp_path, "several"), weights(tmp_path, "one"))
+
+
+def test_mixup_is_torchvision_s_and_a_function_of_the_step():
+    images, labels = textures(8, seed=1)
+    backbone, _ = network.backbone("resnet8", width=4)
+    views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), linear.AUGMENTATION, 1)
+    off = torch.autocast("cpu", enabled=False)
+    tuned = Tuned(backbone, views, off, False, 10, 0.5)
+    batch = Batch(0, 3, images, labels, 8, slice(0, 8))
+    state = torch.random.get_rng_state()
+    features, targets = tuned.augmented(batch)
+    assert torch.equal(state, torch.random.get_rng_state())
+    again, same = tuned.augmented(batch)
+    assert torch.equal(targets, same)
+    assert torch.equal(features, again)
+    assert not torch.equal(targets, tuned.augmented(batch._replace(step=4))[1])
+    torch.manual_seed(tuned.chance(batch))
+    x, wanted = MixUp(alpha=0.5, num_classes=10)(views(batch)[0], labels)
+    assert torch.equal(targets, wanted)
+    torch.testing.assert_close(features, backbone(x))
+    assert ((targets > 0).sum(1) == 2).any()  # mixed, and not with itself
+
+
+def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
+    for flags, named in [
+        ("--finetune --cached", "--cached: does not go with --finetune"),
+        ("--from_scratch --cached", "--from_scratch: goes with --finetune"),
+        ("--finetune --optimizer lars", "--optimizer: does not go with --finetune"),
+        ("--optimizer adamw", "--optimizer adamw: goes with --finetune"),
+        ("--encoder_lr 1", "--encoder_lr: goes with --finetune"),
+        ("--mixup 0.1", "--mixup: goes with --finetune"),
+        ("--finetune --amp fp16", "--amp: does not go with --finetune"),
+        ("--finetune --label_smoothing 2", "--label_smoothing"),
+        ("--finetune --evaluate_only", "--finetune: does not go with --evaluate_only"),
+    ]:
+        argv = ("--model_path", pretrained, "--out", tmp_path / "out", *flags.split())
+        assert named in helpers.refused(capsys, linear, *argv)
+        assert not (tmp_path / "out").exists()
