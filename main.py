@@ -23,7 +23,7 @@ from simsiam.files import RunError, about
 from simsiam.images import BACKGROUNDS, Reading
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
-from simsiam.optimizer import make_optimizer, rate
+from simsiam.optimizer import OPTIMIZERS, make_optimizer, rate
 from simsiam.progress import Progress
 from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS
 from simsiam.run import Run
@@ -85,11 +85,12 @@ def make_flags() -> utils.Flags:
     add = flags.group("optimization")
     usual = ", ".join(f"{name}: {recipe}" for name, recipe in USUAL_RECIPE.items())
     add("recipe", tuple(RECIPES), f"defaults (by --data_name: {usual}, others: cifar)")
+    add("optimizer", OPTIMIZERS, "muon: orthogonal updates, by timm")
     add("batch_size", number(int, 2, 2**31), "images a step, of all ranks together")
     add("epochs", count, "sweeps over the training set")
     add("lr", positive, "base learning rate: lr = base * batch_size / 256")
-    add("momentum", number(float, 0, 1), "of SGD")
-    add("weight_decay", number(float, 0), "of SGD")
+    add("momentum", number(float, 0, 1), "of the optimizer")
+    add("weight_decay", number(float, 0), "of the optimizer")
     add("bn_decay", "two", "weight decay also on BN's parameters and on biases")
     add("warmup_epochs", number(float, 0), "epochs of linear warm-up")
     add("fix_pred_lr", "two", "keep the predictor's lr constant")
@@ -151,7 +152,7 @@ UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 def train(
     net: nn.Module,
-    optimizer: torch.optim.SGD,
+    optimizer: torch.optim.Optimizer,
     loader: Loader,
     views: Views,
     tally: Tally,
@@ -177,9 +178,10 @@ def train(
         scaler.scale(loss).backward()
         # A loss that is not finite moves no weight; a fused step sees to it without a wait.
         bad = tally.add(loss, z)
-        if optimizer.defaults["fused"]:
+        fused = optimizer.defaults.get("fused")
+        if fused:
             optimizer.found_inf = bad
-        if optimizer.defaults["fused"] or not bad:
+        if fused or not bad:
             scaler.step(optimizer)
             scaler.update()
         yield batch.step
@@ -192,7 +194,7 @@ class Prepared(NamedTuple):
     """What a run trains with, what watches it, and what is known of its row in results.csv."""
 
     trained: nn.Module  # the network, compiled or distributed
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     loader: Loader
     views: Views
     tally: Tally

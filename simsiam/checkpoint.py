@@ -35,7 +35,7 @@ FORMAT = {
     "made_on": (dict, "device, threads, versions, ...: what the last bits depend on"),
 }
 # Flags that are newer than this version, with what was done before there were any.
-BEFORE = {"exif": False, "background": "none"}
+BEFORE = {"exif": False, "background": "none", "optimizer": "sgd"}
 
 
 class NotOursError(ValueError):
@@ -234,18 +234,31 @@ def check_resumable(state: dict) -> None:
             raise ValueError(f"its history lacks numbers of epoch {row['epoch']}")
 
 
-ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
+ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what it keeps of a parameter
 
 
-def fits_parameter(name: str, value: object, parameter: Tensor) -> bool:
-    """Whether an optimizer can have kept `value`, which it calls `name`, of a parameter."""
-    if value is None:
-        return name == "momentum_buffer"  # before the first step
-    if not isinstance(value, Tensor) or not value.isfinite().all():
+def fits_optimizer(optimizer: Optimizer, kept: object, parameter: Tensor) -> bool:
+    """Whether an optimizer can have kept this, a dict, of a parameter."""
+    names, kept = {"momentum_buffer"}, dict(kept) if isinstance(kept, dict) else {}
+    if "fallback_lr_scale" in optimizer.defaults:  # timm's Muon, which has AdamW for vectors
+        orthogonal = kept.pop("use_muon", None)
+        names = names if orthogonal and parameter.dim() > 1 else ADAMW
+        if type(orthogonal) is not bool:
+            return False
+    elif isinstance(optimizer, torch.optim.AdamW):
+        names = ADAMW
+    if "step" in names and not (isinstance(kept.get("step"), Tensor) and kept["step"].numel() == 1):
         return False
-    if name == "step":
-        return value.numel() == 1 and value.item() >= 0
-    return (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
+    shapes = dict.fromkeys(names, parameter) | {"step": kept.get("step")}
+    return kept.keys() == names and all(
+        (value is None and name == "momentum_buffer")  # before the first step
+        or (
+            isinstance(value, Tensor)
+            and (value.shape, value.dtype) == (shapes[name].shape, shapes[name].dtype)
+            and bool(value.isfinite().all())
+        )
+        for name, value in kept.items()
+    )
 
 
 def restore(optimizer: Optimizer, state: dict, net: nn.Module) -> None:
@@ -256,10 +269,8 @@ def restore(optimizer: Optimizer, state: dict, net: nn.Module) -> None:
     mine, saved = optimizer.state_dict(), state["optimizer"].get("state")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fits = isinstance(saved, dict) and saved.keys() <= set(range(len(parameters)))
-    names = ADAM if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
-    for i, buffers in saved.items() if fits else ():
-        fits = fits and isinstance(buffers, dict) and buffers.keys() == names
-        fits = fits and all(fits_parameter(k, v, parameters[i]) for k, v in buffers.items())
+    for i, kept in saved.items() if fits else ():
+        fits = fits and fits_optimizer(optimizer, kept, parameters[i])
     if not fits:
         raise ValueError("its optimizer does not fit its network")
     optimizer.load_state_dict(mine | {"state": saved})

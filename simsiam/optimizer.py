@@ -13,14 +13,20 @@ def rate(args: Namespace, progress: float) -> float:
     return peak * network.schedule(progress, args.epochs, args.warmup_epochs)
 
 
+OPTIMIZERS = ("sgd", "muon")
 # Where PyTorch's fused step heeds `found_inf`; on mps it does not.
 FUSED = ("cpu", "cuda")
+# Of Muon's learning rate, that of AdamW, which moves what is no matrix.
+ADAMW_PART = 0.25
 
 
-def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.SGD:
-    """SGD over two groups, of which the predictor's may keep its learning rate.
+def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.Optimizer:
+    """SGD or Muon over two groups, of which the predictor's may keep its learning rate.
 
     With --no-bn_decay there are two more, of the parameters that are no matrices, without decay.
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon, as timm has it) makes the update of
+    each matrix, or of a convolution's out x (in kernel^2), orthogonal; what is no matrix has AdamW.
+    Raises ValueError where Muon is not installed.
     """
     device = next(net.parameters()).device.type
     groups = [
@@ -33,11 +39,15 @@ def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.SGD:
             for group in groups
             for decays, more in ((True, {}), (False, {"weight_decay": 0.0}))
         ]
-    return torch.optim.SGD(
-        groups,
-        lr=args.lr * args.batch_size / 256,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        # Fused SGD never sets the momentum of a first step that a scaler left out.
-        fused=device in FUSED and args.amp != "fp16",
-    )
+    of_all = {"lr": args.lr * args.batch_size / 256, "momentum": args.momentum}
+    of_all |= {"weight_decay": args.weight_decay}
+    if args.optimizer == "muon":
+        try:
+            from timm.optim import Muon
+        except ImportError as error:
+            raise ValueError("--optimizer muon: needs timm: pip install timm") from error
+        muon = {"nesterov": True, "ns_coefficients": "original", "adjust_lr_fn": "original"}
+        adamw = {"fallback_lr_scale": ADAMW_PART, "betas": (0.9, 0.99)}
+        return Muon(groups, **of_all, **muon, **adamw)
+    # Fused SGD never sets the momentum of a first step that a scaler left out.
+    return torch.optim.SGD(groups, **of_all, fused=device in FUSED and args.amp != "fp16")

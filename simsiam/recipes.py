@@ -10,6 +10,7 @@ CIFAR = {  # paper, App. D
     "feature_dim": 2048,
     "projector_layers": 2,
     "covariance": 0.0,
+    "optimizer": "sgd",
     "batch_size": 512,
     "epochs": 800,
     "lr": 0.03,
