@@ -6,11 +6,15 @@ head, in some settings; none of them measures it.
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from simsiam import metrics
+from simsiam.loader import Files
+from simsiam.network import SimSiam
+from simsiam.views import Batch, Views
 
 # LiDAR's constants: what is added to the diagonal of the within-class scatter, as in
 # stable-pretraining, and to each part of the spectrum, as in reptrix. Others' code has others.
@@ -18,6 +22,11 @@ DELTA, EPSILON = 1e-4, 1e-7
 # The eigenvalues that alpha-ReQ is fitted to, counted from 1, and the part of the largest one up to
 # which an eigenvalue is rounding error: of a dead channel, or of fewer images than channels.
 FITTED, NOTHING = (4, 100), 1e-12
+# What `unlabelled_scores` looks at: so many images at most under the test transform, and so many in
+# so many random views. 5,000 images are more than twice the channels of a ResNet-50. LiDAR's paper
+# takes more images than channels, in 10 to 100 views: here they are enough for a ResNet-18.
+IMAGES, VIEWED, VIEWS = 5_000, 1_000, 10
+CHUNK = 512  # images whose views are made at once; another number would draw other views
 
 
 def lidar(features: Tensor, delta: float = DELTA) -> float:
@@ -110,3 +119,77 @@ def uniformity(features: Tensor, t: float = 2.0, tile: int = 1024) -> float:
                 exponents = exponents.masked_fill(~once, -math.inf)
             found.append(exponents.flatten().logsumexp(0))  # exp of a large t alone would be 0
     return torch.stack(found).logsumexp(0).item() - math.log(n * (n - 1) / 2)
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    """A transform for `metrics.features` of what is transformed already."""
+    return x
+
+
+def view_features(
+    backbone: nn.Module,
+    views: Views,
+    images: Tensor | Files,
+    amp: torch.autocast,
+    q: int = VIEWS,
+    seed: int = 0,
+    projector: nn.Module | None = None,
+) -> Tensor:
+    """Features of `q` random views of each of n `images`, as they are: fp32, n x q x d.
+
+    Of the backbone or, with a `projector`, z. As `metrics.features` in eval mode: no parameter,
+    buffer or mode changes, and ranks share the work. `images` are uint8, n x 3 x H x W; files are
+    seen under the test transform, and views are crops of that. Of `views` the size, normalisation
+    and augmentation count: all views are whole ones, drawn by `seed` alone, one after the other.
+    """
+    # One view at a time, of a chunk: all views of 512 images of 224 pixels would be 3 GB.
+    one = Views(views.size, views.mean, views.std, views.augmentation, number=1, seed=seed)
+    parts = []
+    for step, chunk in enumerate(images.split(CHUNK)):
+        drawn = (one(Batch.alone(chunk, view, step))[0] for view in range(q))  # view: its epoch
+        rows = [metrics.features(backbone, as_it_is, x, amp, normalise=False) for x in drawn]
+        parts.append(torch.stack(rows, dim=1))
+    found = torch.cat(parts)
+    if projector is None:
+        return found
+    z = metrics.features(projector, as_it_is, found.flatten(0, 1), amp, normalise=False)
+    return z.unflatten(0, found.shape[:2])
+
+
+def unlabelled_scores(
+    net: SimSiam,
+    views: Views,
+    images: Tensor | Files,
+    amp: torch.autocast,
+    seed: int = 0,
+    most: int = IMAGES,
+    viewed: int = VIEWED,
+    q: int = VIEWS,
+) -> dict[str, float]:
+    """All scores of a network by uint8 `images`, a function of these and of the `seed`.
+
+    Of the backbone's features, except for `rankme_z`:
+    `rankme`, `rankme_z`: RankMe of L2-normalised features (as the column `rank` has it) and z;
+    `alpha_req`: of features as they are; all three of `most` images, under the test transform.
+    `lidar`: of `viewed` images, in `q` random views each; `uniformity`: of the first of
+    these views; `alignment`: of each view and the next of the same image.
+
+    Images are drawn at random, since data sets may come sorted. `viewed` should be above the number
+    of channels, and `lidar` can be compared where it was taken from as many images.
+    Raises FloatingPointError for features that are not finite; ValueError as `lidar` does.
+    """
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
+    some, few = (images[order[:number].sort().values] for number in (most, viewed))
+    bank = metrics.features(net.backbone, views.plain, some, amp, normalise=False)
+    z = metrics.features(net.projector, as_it_is, bank, amp)
+    seen = view_features(net.backbone, views, few, amp, q, seed)
+    if not all(part.isfinite().all() for part in (bank, z, seen)):
+        raise FloatingPointError("the features are not finite")
+    return {
+        "rankme": metrics.effective_rank(F.normalize(bank, dim=1)),
+        "rankme_z": metrics.effective_rank(z),
+        "lidar": lidar(seen),
+        "alpha_req": alpha_req(bank),
+        "uniformity": uniformity(seen[:, 0]),
+        "alignment": alignment(seen[:, :-1].flatten(0, 1), seen[:, 1:].flatten(0, 1)),
+    }

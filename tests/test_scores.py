@@ -1,4 +1,4 @@
-"""Scores without labels: by hand, against plain loops, numpy and lightly."""
+"""Scores without labels: by hand, against plain loops, numpy and lightly; and what they leave."""
 
 import math
 
@@ -6,13 +6,33 @@ import numpy as np
 import pytest
 import torch
 from lightly.loss.hypersphere_loss import HypersphereLoss
+from PIL import Image
+from torch import nn
 
 from simsiam import metrics, scores
+from simsiam.loader import Files
+from simsiam.network import SimSiam
+from simsiam.views import Augmentation, Views
 from tests.helpers import Large
+
+OFF = torch.autocast("cpu", dtype=torch.bfloat16, enabled=False)
+BF16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=True)
+# The whole image, as it is.
+STILL = Augmentation((1.0, 1.0), (1.0, 1.0), jitter_p=0.0, gray_p=0.0, flip_p=0.0)
+ALWAYS = Augmentation(jitter_p=1.0, gray_p=0.0)
+
+
+def make_views(augmentation=ALWAYS, **more):
+    return Views(8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), augmentation, **more)
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(n, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def rotation(d):
@@ -201,3 +221,148 @@ def test_uniformity_s_memory_is_bounded():
     with Large(1_000_000) as large:
         scores.uniformity(x, tile=256)
     assert not large.seen
+
+
+# ---- features of views --------------------------------------------------------------------------
+
+
+def tiny(training=False, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5)).train(training)
+
+
+def test_features_of_views_without_chance_are_those_of_the_images():
+    net, images = tiny(), pixels(9)
+    views = make_views(STILL)
+    plain = metrics.features(net, views.plain, images, OFF, normalise=False)
+    found = scores.view_features(net, views, images, OFF, q=3)
+    assert found.shape == (9, 3, 5)
+    for j in range(3):
+        torch.testing.assert_close(found[:, j], plain)
+    projector = tiny(seed=1)[1:].append(nn.ReLU())
+    projector[0] = nn.Linear(5, 5)
+    z = scores.view_features(net, views, images, OFF, q=3, projector=projector)
+    with torch.no_grad():
+        torch.testing.assert_close(z[:, 1], projector(plain))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_views_change_nothing_and_are_functions_of_the_seed(training):
+    net, projector, images = tiny(training), nn.BatchNorm1d(5).train(training), pixels(9)
+    before = {k: v.clone() for part in (net, projector) for k, v in part.state_dict().items()}
+    chance = torch.get_rng_state()
+    found, again, other = (
+        scores.view_features(net, views, images, OFF, 2, seed, projector)
+        for views, seed in (
+            (make_views(), 3),
+            (make_views(number=4, seed=8, sides=[4], local=2, local_size=4), 3),
+            (make_views(), 4),
+        )
+    )
+    assert torch.equal(found, again)
+    assert not found.requires_grad
+    assert (found - other).abs().min() > 0
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert net.training == net[2].training == projector.training == training
+    after = {k: v for part in (net, projector) for k, v in part.state_dict().items()}
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_each_view_of_each_image_is_drawn_for_itself():
+    """Of one image over and over, in two chunks of a size: no two of all the views are equal."""
+    n = 2 * scores.CHUNK
+    images = pixels(1).expand(n, -1, -1, -1)
+    found = scores.view_features(tiny(), make_views(), images, OFF, q=2)
+    assert found.shape == (n, 2, 5)
+    assert len(found.flatten(0, 1).unique(dim=0)) == 2 * n
+
+
+def test_views_under_amp_are_of_bf16():
+    net = tiny()[:2]
+    found = scores.view_features(net, make_views(), pixels(4), BF16, q=2)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+    exact = scores.view_features(net, make_views(), pixels(4), OFF, q=2)
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.05)
+
+
+# ---- all of them --------------------------------------------------------------------------------
+
+
+def small_net(training=False):
+    torch.manual_seed(0)
+    net = SimSiam("resnet8", feature_dim=16, width=4).train()
+    with torch.no_grad():
+        for module in net.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.fill_(1)  # untrained, blocks end in 0, and so do most channels
+        net(*(random(8, 3, 8, 8, seed=i) for i in range(2)))  # moves BN's statistics
+    return net.train(training)
+
+
+NUMBERS = {"most": 30, "viewed": 12, "q": 3}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scores_are_those_of_the_parts_and_change_nothing(training):
+    net, views, images = small_net(training), make_views(), pixels(12)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    found = scores.unlabelled_scores(net, views, images, OFF, seed=4, **NUMBERS)
+    assert all(module.training == training for module in net.modules())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    net.eval()
+    encoder = nn.Sequential(net.backbone, net.projector).eval()
+    bank, z = (
+        metrics.features(part, views.plain, images, OFF, False) for part in (net.backbone, encoder)
+    )
+    seen = scores.view_features(net.backbone, views, images, OFF, q=3, seed=4)
+    assert found == {
+        "rankme": metrics.effective_rank(nn.functional.normalize(bank, dim=1)),
+        "rankme_z": pytest.approx(metrics.effective_rank(nn.functional.normalize(z, dim=1))),
+        "lidar": scores.lidar(seen),
+        "alpha_req": scores.alpha_req(bank),
+        "uniformity": scores.uniformity(seen[:, 0]),
+        "alignment": pytest.approx(
+            (scores.alignment(seen[:, 0], seen[:, 1]) + scores.alignment(seen[:, 1], seen[:, 2]))
+            / 2
+        ),
+    }
+    assert all(isinstance(value, float) and math.isfinite(value) for value in found.values())
+
+
+def test_scores_look_at_so_many_images_drawn_by_the_seed():
+    net, images, seen = small_net(), pixels(60), []
+    net.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    of = lambda seed: scores.unlabelled_scores(net, make_views(), images, OFF, seed, **NUMBERS)  # noqa: E731
+    found = of(5)
+    plain, drawn = make_views().plain(images), seen[0]
+    assert [len(x) for x in seen] == [30, 12, 12, 12]
+    places = [int((plain == x).flatten(1).all(1).nonzero()) for x in drawn]
+    assert places == sorted(set(places))
+    assert places[-1] > 30  # from all over
+    assert of(5) == found  # to the bit
+    assert all(of(6)[name] != value for name, value in found.items())
+    seen.clear()
+    scores.unlabelled_scores(net, make_views(), images[:5], OFF, q=2)
+    assert [len(x) for x in seen] == [5, 5, 5]
+
+
+def test_scores_of_files_are_those_of_their_images(tmp_path):
+    paths = [str(tmp_path / f"{i}.png") for i in range(6)]
+    for path, image in zip(paths, pixels(6, size=12), strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    files = Files(paths, 8, workers=0)
+    images = torch.cat(list(files.split(6)))
+    in_files, in_memory = (
+        scores.unlabelled_scores(small_net(), make_views(), of, OFF, **NUMBERS)
+        for of in (files, images)
+    )
+    assert in_files == in_memory
+
+
+def test_scores_of_features_that_are_not_finite_are_refused():
+    net = small_net()
+    net.projector[0].weight.data[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        scores.unlabelled_scores(net, make_views(), pixels(5), OFF, **NUMBERS)
