@@ -152,9 +152,25 @@ def effective_rank(bank: Tensor) -> float:
     d x d Gram matrix's eigenvalues. In fp64, on the bank's device (of mps, which has no fp64, on
     the CPU). Ranks share the work.
     """
-    mine = bank[ranks.cut(len(bank), ranks.rank(), ranks.count())]
-    mine = mine.cpu() if mine.device.type == "mps" else mine
-    gram = ranks.summed(sum(chunk.double().T @ chunk.double() for chunk in mine.split(4096)))
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    p = singular / singular.sum()
-    return torch.special.entr(p).sum().exp().item()
+    mine = with_fp64(bank[ranks.cut(len(bank), ranks.rank(), ranks.count())])
+    return entropy_rank(torch.linalg.eigvalsh(ranks.summed(gram(mine))).clamp(min=0).sqrt())
+
+
+def with_fp64(x: Tensor) -> Tensor:
+    """`x` on a device that has fp64: where it is, but of mps on the CPU."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
+def gram(rows: Tensor) -> Tensor:
+    """The Gram matrix of the columns, in fp64: N x d -> d x d. A few thousand rows at a time."""
+    return sum(chunk.double().T @ chunk.double() for chunk in rows.split(4096))
+
+
+def entropy_rank(spectrum: Tensor, epsilon: float = 0.0) -> float:
+    """The exponential of the entropy of a spectrum over its sum: d numbers from 0 up -> 1 to d.
+
+    (Roy & Vetterli 2007, "The effective rank".) `epsilon` is added to each part, as some papers
+    do to keep the logarithm finite; here a part of 0 adds nothing without it. nan for zeros alone.
+    """
+    parts = spectrum / spectrum.sum() + epsilon
+    return torch.special.entr(parts).sum().exp().item()

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,3 +18,18 @@ def refused(capsys, command, *argv) -> str:
     assert stop.value.code == 2, err
     assert err.count("\n") == 1, err
     return err
+
+
+class Large(TorchDispatchMode):
+    """Keeps each tensor that an operation gives, if it has so many `bytes` of memory."""
+
+    def __init__(self, bytes: int):
+        super().__init__()
+        self.bytes, self.seen = bytes, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.bytes:
+                self.seen.append(x)
+        return result

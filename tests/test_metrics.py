@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsiam import metrics
 from simsiam.metrics import knn
+from tests.helpers import Large
 
 
 def test_knn_by_hand():
@@ -191,24 +191,12 @@ def test_raw_pixels_are_at_most_32_a_side():
     torch.testing.assert_close(metrics.raw_pixels(64)(images), means.flatten(1))
 
 
-class Large(TorchDispatchMode):
-    """Keeps each tensor that an operation gives, if it has so many bytes of memory."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.bytes:
-                self.seen.append(x)
-        return result
-
-
 def test_a_bank_is_in_memory_once():
     """A list to be joined, and a normalised copy, would be two more: of ImageNet's, 10 GB each."""
     images = torch.randint(0, 256, (1024, 3, 4, 4), dtype=torch.uint8)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 512))
     plain, off = lambda x: x / 255, torch.autocast("cpu", enabled=False)
-    with Large() as large:
-        large.seen, large.bytes = [], 4 * 1024 * 512
+    with Large(4 * 1024 * 512) as large:
         bank = metrics.features(backbone, plain, images, off)
     assert {x.untyped_storage().data_ptr() for x in large.seen} == {bank.data_ptr()}
     whole = F.normalize(backbone(images / 255), dim=1)
