@@ -16,8 +16,8 @@ def rate(args: Namespace, progress: float) -> float:
 OPTIMIZERS = ("sgd", "muon")
 # Where PyTorch's fused step heeds `found_inf`; on mps it does not.
 FUSED = ("cpu", "cuda")
-# Of Muon's learning rate, that of AdamW, which moves what is no matrix.
-ADAMW_PART = 0.25
+# Of Muon's learning rate, that of NAdamW, which moves what is no matrix.
+NADAMW_PART = 0.25
 
 
 def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.Optimizer:
@@ -25,7 +25,7 @@ def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.Optimiz
 
     With --no-bn_decay there are two more, of the parameters that are no matrices, without decay.
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon, as timm has it) makes the update of
-    each matrix, or of a convolution's out x (in kernel^2), orthogonal; what is no matrix has AdamW.
+    each matrix, or of a convolution's out x (in kernel^2), orthogonal; vectors have NAdamW.
     Raises ValueError where Muon is not installed.
     """
     device = next(net.parameters()).device.type
@@ -47,7 +47,7 @@ def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.Optimiz
         except ImportError as error:
             raise ValueError("--optimizer muon: needs timm: pip install timm") from error
         muon = {"nesterov": True, "ns_coefficients": "original", "adjust_lr_fn": "original"}
-        adamw = {"fallback_lr_scale": ADAMW_PART, "betas": (0.9, 0.99)}
-        return Muon(groups, **of_all, **muon, **adamw)
+        nadamw = {"fallback_lr_scale": NADAMW_PART, "betas": (0.9, 0.99)}
+        return Muon(groups, **of_all, **muon, **nadamw)
     # Fused SGD never sets the momentum of a first step that a scaler left out.
     return torch.optim.SGD(groups, **of_all, fused=device in FUSED and args.amp != "fp16")

@@ -145,6 +145,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         "--target mean --num_views 3 --covariance 0.04",
         "--target_momentum 0.9 --local_views 2",
         "--recipe fast",
+        "--optimizer muon --lr 0.08 --no-bn_decay",
     ],
 )
 def test_what_others_have_added_goes_on_to_the_same_bits(tmp_path, monkeypatch, flags):
@@ -183,6 +184,34 @@ def test_bn_and_biases_have_no_decay_if_so_asked():
         torch.testing.assert_close(value, factor * before[name], rtol=1e-6, atol=0)
 
 
+def test_muon_turns_matrices_and_moves_the_rest_as_nadamw():
+    """A first step: of a matrix all singular values move alike, of a vector all numbers."""
+    torch.manual_seed(0)
+    net = network.SimSiam("resnet8", feature_dim=16, width=4)
+    flags = "--optimizer muon --lr 0.5 --batch_size 64 --weight_decay 0.2 --no-bn_decay"
+    args = main.make_flags().read(["--recipe", "short", *flags.split()])[0]
+    optimizer, lr = main.make_optimizer(net, args), 0.5 * 64 / 256
+    assert {group["lr"] for group in optimizer.param_groups} == {lr}
+    before = {name: value.detach().clone() for name, value in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for name, value in net.named_parameters():
+        if value.dim() < 2:  # a step of lr by the gradient's sign, and Nesterov's 0.9 of the next
+            moved = (before[name] - value) / value.grad.sign()
+            torch.testing.assert_close(
+                moved, 1.9 * lr / 4 * torch.ones_like(moved), rtol=1e-4, atol=0
+            )
+            continue
+        moved = (before[name] * (1 - lr * 0.2) - value).flatten(1)
+        out, into = moved.shape
+        # Jordan's iteration takes each singular value to about 0.7 to 1.2.
+        found = torch.linalg.svdvals(moved) / (lr * max(1, out / into) ** 0.5)
+        assert found.min() > 0.3, name
+        assert found.max() < 1.3, name
+        assert (moved * value.grad.flatten(1)).sum() > 0, name
+
+
 def test_a_run_from_before_these_flags_goes_on(tmp_path, monkeypatch):
     run(tmp_path, "--epochs 2 --name whole")
     cut = "--epochs 2 --name cut --checkpoint_minutes 0"
@@ -190,7 +219,7 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "cut_model.pth"
     state = torch.load(path)
     newer = "target num_views covariance target_momentum local_views local_size view_sizes"
-    for name in (*newer.split(), "bn_decay", "cuda_graphs"):
+    for name in (*newer.split(), "bn_decay", "cuda_graphs", "optimizer"):
         del state["args"][name]
     torch.save(state, path)
     run(tmp_path, f"--resume {path}")
