@@ -143,8 +143,7 @@ def make_optimizer(
 ) -> Optimizer:
     """One parameter group a head, each with its own base lr (per 256 images), and the backbone's.
 
-    Weight decay is the flags': none where heads are fitted to frozen features. Raises ValueError
-    where a package is missing.
+    Weight decay is the flags': by their recipes none where heads are fitted to frozen features.
     """
     per = args.batch_size / 256
     groups = [
@@ -160,10 +159,8 @@ def make_optimizer(
     elif args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, weight_decay=decay)
     else:
-        try:
-            from timm.optim import Lars
-        except ImportError as error:
-            raise ValueError("--optimizer lars: needs timm: pip install timm") from error
+        from timm.optim import Lars  # here: it takes a second
+
         # Without decay timm's LARS adapts only if told to; apex's, the authors', always does.
         optimizer = Lars(groups, momentum=0.9, trust_coeff=0.001, eps=1e-8, always_adapt=True)
     if backbone is not None and ranks.grouped():

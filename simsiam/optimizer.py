@@ -26,7 +26,6 @@ def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.Optimiz
     With --no-bn_decay there are two more, of the parameters that are no matrices, without decay.
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon, as timm has it) makes the update of
     each matrix, or of a convolution's out x (in kernel^2), orthogonal; vectors have NAdamW.
-    Raises ValueError where Muon is not installed.
     """
     device = next(net.parameters()).device.type
     groups = [
@@ -42,10 +41,8 @@ def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.Optimiz
     of_all = {"lr": args.lr * args.batch_size / 256, "momentum": args.momentum}
     of_all |= {"weight_decay": args.weight_decay}
     if args.optimizer == "muon":
-        try:
-            from timm.optim import Muon
-        except ImportError as error:
-            raise ValueError("--optimizer muon: needs timm: pip install timm") from error
+        from timm.optim import Muon  # here: it takes a second
+
         muon = {"nesterov": True, "ns_coefficients": "original", "adjust_lr_fn": "original"}
         nadamw = {"fallback_lr_scale": NADAMW_PART, "betas": (0.9, 0.99)}
         return Muon(groups, **of_all, **muon, **nadamw)

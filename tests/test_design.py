@@ -203,7 +203,7 @@ def test_the_kept_requirements_are_the_ones_imported():
 
     kept, others = required("requirements.txt"), required("requirements-dev.txt")
     # These are optional: imported where they are used.
-    optional = {"timm", "webdataset", "safetensors"}
+    optional = {"webdataset", "safetensors"}
     assert imported(*ROOT.glob("*.py"), *ROOT.glob("simsiam/*.py")) - optional == kept
     assert imported(*ROOT.glob("tools/*.py")) <= kept | others
 
