@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 import utils
 from simsiam import checkpoint, devices, figures, folders, metrics, network, ranks
-from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, load
+from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, check_scored, load
 from simsiam.files import about, printable, whole_file, write_csv
 from simsiam.fitting import Embed, Encoder, Task, Tuned, at_hand, evaluate, hits, make_optimizer
 from simsiam.images import BACKGROUNDS, Reading, decode
@@ -328,8 +328,7 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
         root = "data"  # it was elsewhere, on another machine
     how = (source.encoder["image_size"], args.num_workers, args.bad_images, test_only)
     images = load(name, root, *how, reading(args, source), split_names(args, source))
-    if images.test_images is None:
-        raise ValueError(f"--data_root {root}: has no labelled test images to score with")
+    check_scored(images.test_images, root)
     if same and saved.get("train_size") is not None and not test_only:
         images = images.subset(saved["train_size"], saved["seed"])
     return images.chosen(images.train_labels >= 0), name, root

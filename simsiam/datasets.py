@@ -40,6 +40,12 @@ def check_root(name: str, root: str | Path) -> None:
         )
 
 
+def check_scored(test: object, root: str | Path) -> None:
+    """Raises ValueError where the data set at `root` has no part `test` to score with: None."""
+    if test is None:
+        raise ValueError(f"--data_root {root}: has no labelled test images to score with")
+
+
 def shorter_side(name: str, size: int) -> int:
     """What the test transform of the data set `name` resizes to before its centre crop of `size`.
 

@@ -482,7 +482,7 @@ def test_params_of_the_linear_models(arch, stem, classes, params):
 # ---- what it refuses ----------------------------------------------------------------------------
 
 
-def test_bad_input_is_one_line(pretrained, fitted, tmp_path, capsys):
+def test_bad_input_is_one_line(folder, pretrained, fitted, tmp_path, capsys):
     def err(*flags, path=pretrained):
         found = refused(capsys, "--model_path", path, "--out", tmp_path / "out", *flags)
         assert not (tmp_path / "out").exists()
@@ -501,6 +501,7 @@ def test_bad_input_is_one_line(pretrained, fitted, tmp_path, capsys):
     assert "cut.pth" in err(path=tmp_path / "cut.pth")
     assert "nowhere.pth" in err(path=tmp_path / "nowhere.pth")
     assert "is not a linear model" in err("--evaluate_only")
+    assert "no labelled test images" in err("--data_root", folder / "train")
     predict = ("--model_path", pretrained, "--predict", "x.png")
     assert "is not a linear model" in refused(capsys, *predict)
     for flags, named in [

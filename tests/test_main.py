@@ -247,12 +247,12 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
     run(tmp_path, f"{cut} --resume")
     assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
     read = lambda words: main.make_flags().read(words.split())[0]  # noqa: E731
-    assert read("--recipe fast").view_sizes == (0.625, 0.75, 1.0)
-    assert read("--recipe fast --epochs 2").view_sizes == (0.75, 1.0)
+    assert read("--recipe fast").view_sizes == (0.5, 0.625, 0.75)
+    assert read("--recipe fast --epochs 2").view_sizes == (0.625, 0.75)
     assert read("--recipe fast --view_sizes 16").view_sizes == [16]
     assert read("--recipe short").view_sizes is None
     images = types.SimpleNamespace(train_images=torch.empty(1, 3, 64, 64))
-    for size, sides in ((32, [20, 20, 24, 24, 32]), (64, [40, 40, 48, 48, 64])):
+    for size, sides in ((32, [16, 16, 20, 20, 24]), (64, [32, 32, 40, 40, 48])):
         args = read("--recipe fast --epochs 5" + " --image_size 32" * (size == 32))
         assert main.views_of(args, *main.described(args, images), 2).sides == sides
     for wrong in ("0.05", "7", "20.5", "2000"):

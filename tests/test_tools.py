@@ -184,7 +184,7 @@ def test_speedrun_trains_each_for_its_minutes_and_tables_it(tmp_path, capsys):
         assert row["images"] == row["steps"] * batch
         assert row["seconds"] > 60 * 0.02 / 4  # so few steps tell the speed roughly only
         net = network.SimSiam("resnet8", feature_dim=int(row["feature_dim"]), width=4)
-        sizes = (20, 24, 32) if batch == 32 else (32,)
+        sizes = (16, 20, 24) if batch == 32 else (32,)
         sides = [sizes[i * len(sizes) // row["epochs"]] for i in range(row["epochs"])]
         adds = sum(2 * network.params_and_flops(net, side)[1] for side in sides)
         images = row["images"] / row["epochs"]
@@ -327,7 +327,7 @@ for way in ("script", "module"):
 
 def test_tools_run_as_scripts_and_as_modules(tmp_path):
     """From any folder, as `python tools/plot.py`, and as `python -m tools.plot`."""
-    names = "ablate bench convert features plot".split()
+    names = "ablate bench convert features plot transfer".split()
     command = [sys.executable, "-c", PROGRAM, ROOT, *names]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     wanted = [f"{way} {name} ['usage:', 'tools.{name}']" for way in WAYS for name in names]
