@@ -388,3 +388,26 @@ def learning(runs: dict[str, list[list[list[float]]]], title: str, file: IO[byte
         labels = [drawable(f"{name}: {top1:.1f} % at the end", 60) for name, top1 in best.items()]
         place = {"loc": "outside lower center", "ncols": 1 + (len(runs) > 3), "fontsize": 9}
         figure.legend(lines, labels, **place)
+
+
+def worth(methods: dict[str, dict[int, list[float]]], title: str, file: IO[bytes]) -> None:
+    """Accuracy against the number of labels, a colour a method: means, and the seeds' spread.
+
+    `methods`: by name, by the number of labels, the top-1 of each seed in percent.
+    """
+    with drawing(9, 5, file, title, methods) as figure:
+        axes, lines = figure.subplots(), []
+        for i, points in enumerate(methods.values()):
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            means = [np.mean(found) for found in points.values()]
+            (line,) = axes.plot(list(points), means, **look, linestyle=LINES[i % 4], markersize=5)
+            least, most = (list(map(of, points.values())) for of in (min, max))
+            axes.fill_between(list(points), least, most, color=look["color"], alpha=0.15, lw=0)
+            lines.append(line)
+        axes.set(xlabel="labels", ylabel="top-1 on test images (%)", xscale="log")
+        numbers = sorted({number for points in methods.values() for number in points})
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axes.minorticks_off()
+        bare(axes)
+        names = [drawable(name, 40) for name in methods]
+        figure.legend(lines, names, loc="outside right upper", fontsize=9)

@@ -1,0 +1,281 @@
+"""What pre-training is worth: accuracy against the number of labels, with it and without.
+
+python -m tools.worth --model_path results/..._model.pth
+python -m tools.worth --model_path results/..._model.pth --fractions 0.01 0.1 1 --against other.pth
+
+For each fraction of the labels and each seed, which chooses them: a kNN and a linear head on frozen
+features, the network fine-tuned, the same network from scratch with the same steps, and a linear
+head on raw pixels; with --against the linear head of another encoder, of any layout that is read.
+linear is the logistic regression of tools.transfer. Fine-tuning is linear.py --finetune; its epochs
+are those of --epochs, or more where these are fewer than --steps steps. Results go to
+results/worth.csv, a row a run, and to a picture of the same name. A run that the table has is not
+done again, and one that was cut is gone on with.
+"""
+
+import math
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/worth.py`
+
+import utils
+from simsiam import devices, figures, metrics
+from simsiam.datasets import DATA_NAMES
+from simsiam.files import RunError, about, read_csv, whole_file, write_csv
+from simsiam.images import ignore_pil_warnings
+from simsiam.loader import Data
+from simsiam.ranks import say
+from simsiam.weights import Source
+from tools.transfer import Problem, labelled, logistic
+
+COLUMNS = tuple("data encoder method fraction labels seed epochs top1 command".split())
+KEY = ("data", "encoder", "method", "labels", "seed", "epochs")
+KNN, LINEAR, TUNED, SCRATCH, PIXELS = (
+    "kNN",
+    "linear",
+    "fine-tuned",
+    "from scratch",
+    "linear, raw pixels",
+)
+OF_PRETRAINING = (KNN, LINEAR, TUNED)
+# Above so many labels the fit to 3,072 pixels would take an hour.
+MOST_OF_PIXELS = 10_000
+BATCH = 64  # of the recipes of linear.py --finetune
+
+
+class Study:
+    """Methods by labels and seeds: the runs, and the table that they fill."""
+
+    def __init__(self, args: Namespace, source: Source, images: Data, amp: torch.autocast):
+        self.args, self.images, self.amp = args, images, amp
+        self.encoders = {LINEAR: source}
+        self.table = Path(args.out, "worth.csv")
+        self.data = utils.data_label(args.data_name, args.data_root)
+        if args.against:
+            other = Source.open(args.against).to(next(source.net.parameters()).device)
+            self.encoders[f"linear, {Path(args.against).name}"] = other
+        self.methods = [KNN, *self.encoders, TUNED, SCRATCH, PIXELS]
+
+    def numbers(self) -> dict[float, int]:
+        """How many labels each fraction is. Raises ValueError where a class would have none."""
+        total, found = len(self.images.train_labels), {}
+        for fraction in sorted(self.args.fractions):
+            found[fraction] = max(1, round(fraction * total))
+            for seed in self.args.seeds:
+                some = self.images.subset(found[fraction], seed).train_labels
+                counts = some.bincount(minlength=len(self.images.classes))
+                if counts.min() < 2:  # one to fit, one to choose C with
+                    name = self.images.classes[int(counts.argmin())]
+                    raise ValueError(
+                        f"--fractions {fraction:g}: gives class {name} {int(counts.min())} of "
+                        f"{found[fraction]} images, and 2 are needed"
+                    )
+        return found
+
+    def epochs(self, labels: int) -> int:
+        """Of the runs that train the whole network."""
+        steps = max(1, labels // BATCH)
+        return max(self.args.epochs, math.ceil(self.args.steps / steps))
+
+    def rows(self) -> list[dict]:
+        """Of the table."""
+        return read_csv(self.table) if self.table.is_file() else []
+
+    def run(self, method: str, fraction: float, labels: int, seed: int) -> None:
+        """One row of the table, unless it is there."""
+        whole = method in (TUNED, SCRATCH)
+        encoder = {SCRATCH: "", PIXELS: ""}.get(method, self.args.model_path)
+        if method in self.encoders and method != LINEAR:
+            encoder = self.args.against
+        row = {"data": self.data, "encoder": encoder, "method": method, "fraction": fraction}
+        row |= {"labels": labels, "seed": seed, "epochs": self.epochs(labels) if whole else 0}
+        rows = self.rows()
+        if any(all(old.get(name, "") == row[name] for name in KEY) for old in rows):
+            return
+        if method == PIXELS and labels > MOST_OF_PIXELS:
+            return
+        found = self.tuned(row) if whole else self.frozen(method, labels, seed)
+        write_csv(self.table, [*self.rows(), row | found], COLUMNS)
+
+    def frozen(self, method: str, labels: int, seed: int) -> dict:
+        """The accuracy of a method that trains no network."""
+        images = self.images.subset(labels, seed)
+        source = self.encoders.get(method, self.encoders[LINEAR])
+        raw, views = metrics.raw_pixels(source.views.size), source.views
+
+        def embed(part: torch.Tensor) -> torch.Tensor:
+            if method == PIXELS:
+                return metrics.features(raw, views.plain, part, self.amp, normalise=False)
+            return source.features(part, self.amp)
+
+        problem = Problem.of(images, embed, seed)
+        if method == KNN:
+            bank, queries = (F.normalize(x, dim=1) for x in (problem.inputs, problem.test_inputs))
+            k = min(metrics.K, max(1, labels // 10))  # of few labels 200 would be nearly all
+            top1 = metrics.accuracy(
+                metrics.knn(bank, problem.labels, queries, k), problem.test_labels
+            )[0]
+        else:
+            top1 = 100 * logistic(problem, f"{method}, {labels} labels", lambda: None)[0].mean()
+        return {"top1": top1, "command": "python -m tools.worth"}
+
+    def tuned(self, row: dict) -> dict:
+        """The accuracy of a run of linear.py --finetune in a process of its own."""
+        args, folder = self.args, self.table.with_suffix("")
+        short = "scratch" if row["method"] == SCRATCH else "finetune"
+        stem = Path(args.model_path).name.removesuffix("_model.pth").removesuffix(".pth")
+        name = f"{stem}_{short}_{row['labels']}_{row['epochs']}_{row['seed']}"
+        flags = ["--finetune", *["--from_scratch"] * (short == "scratch")]
+        flags += ["--label_fraction", row["fraction"], "--seed", row["seed"]]
+        flags += ["--epochs", row["epochs"], "--data_name", args.data_name]
+        flags += [] if args.data_name == "textures" else ["--data_root", args.data_root]
+        flags += ["--device", args.device, "--amp", args.amp]
+        for flag, value in utils.of_source(args).items():
+            flags += utils.words(flag, value)
+        flags = ["--model_path", args.model_path, *flags]
+        own = ["--out", folder, "--name", name, "--no-pictures"]
+        own += ["--resume"] * Path(folder, f"{name}_model.pth").is_file()
+        script = Path(utils.__file__).with_name("linear.py")
+        command = [sys.executable, script, *flags, *own]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(done.stderr.strip() or f"linear.py ended with {done.returncode}")
+        top1 = read_csv(folder / f"{name}_statistics.csv")[-1]["test_acc@1"]
+        return {"top1": top1, "command": " ".join(["python linear.py", *map(str, flags)])}
+
+
+# ---- what came of it ----------------------------------------------------------------------------
+
+
+def by_labels(rows: list[dict], method: str) -> dict[int, list[float]]:
+    """The accuracies of a method, of all seeds, by the number of labels."""
+    found: dict[int, list[float]] = {}
+    for row in sorted(rows, key=lambda row: row["labels"]):
+        if row["method"] == method:
+            found.setdefault(int(row["labels"]), []).append(row["top1"])
+    return found
+
+
+def labels_for(means: dict[int, float], top1: float) -> float | None:
+    """How many labels a method needs for an accuracy, between its points on a log scale.
+
+    `means`: its mean accuracy by the number of labels. The least number where that is enough; None
+    where it never is.
+    """
+    before = None
+    for labels, mean in means.items():
+        if mean >= top1:
+            if before is None:
+                return labels
+            part = (top1 - before[1]) / (mean - before[1])
+            return before[0] * (labels / before[0]) ** part
+        before = labels, mean
+    return None
+
+
+def in_words(rows: list[dict]) -> list[str]:
+    """A line for each number of labels, the fewest last."""
+    means = {
+        method: {labels: float(np.mean(found)) for labels, found in by_labels(rows, method).items()}
+        for method in (*OF_PRETRAINING, SCRATCH)
+    }
+    lines, scratch = [], means[SCRATCH]
+    for labels in reversed(scratch):
+        best = max(OF_PRETRAINING, key=lambda method: means[method].get(labels, 0.0))
+        top1, alone = means[best][labels], scratch[labels]
+        line = f"with {labels} labels, pre-training gives {top1:.1f} % ({best})"
+        needed, most = labels_for(scratch, top1), max(scratch)
+        if top1 <= alone:
+            line += f"; from scratch is no worse: {alone:.1f} %"
+        elif needed is None:
+            line += f", from scratch {alone:.1f} %, and less than that with all {most}"
+        else:
+            digits = 10 ** max(0, int(math.log10(needed)) - 1)
+            about_so_many = round(needed / digits) * digits
+            line += (
+                f", from scratch {alone:.1f} %, which needs about {about_so_many} labels for that"
+            )
+        lines.append(line)
+    return lines
+
+
+def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
+    """The command line."""
+    parser = utils.Parser("tools.worth", __doc__)
+    add, count = parser.add_argument, utils.number(int, 1)
+    add("--model_path", required=True, help="a checkpoint of main.py, or another project's")
+    add("--against", help="another encoder, of any layout that is read")
+    add("--data_name", choices=DATA_NAMES, help="(the encoder's)")
+    add("--data_root", type=utils.data_place, help="(the encoder's)")
+    add("--split_names", nargs="+", metavar="NAME", help="as of main.py")
+    part = utils.number(float, 1e-9, 1)
+    add("--fractions", type=part, nargs="+", default=[0.01, 0.1, 1.0], help="(0.01 0.1 1)")
+    seeds = "of the choice of labels, and of training (0 1 2)"
+    add("--seeds", type=utils.number(int, 0, 2**32 - 1), nargs="+", default=[0, 1, 2], help=seeds)
+    add("--epochs", type=count, default=30, help="of the whole network, at least (30)")
+    add("--steps", type=count, default=2000, help="of the whole network, at least (2000)")
+    add("--out", default="results", help="of table and picture, and a folder of the runs (results)")
+    add("--device", default="auto", help="as of main.py (auto)")
+    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
+    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
+    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
+    utils.source_flags(parser)
+    parser.set_defaults(deterministic=False)
+    return parser, parser.parse_args(argv)
+
+
+def prepared(args: Namespace) -> tuple[Study, dict[float, int]]:
+    """The study of the flags, and how many labels its fractions are. Raises ValueError, OSError."""
+    device, amp = devices.set_up(args)
+    source = Source.open(args.model_path, **utils.of_source(args)).to(device)
+    saved = source.state["args"] if source.state else {}
+    same = args.data_name in (None, saved.get("data_name"))
+    args.data_name = args.data_name or saved.get("data_name")
+    if args.data_name is None:
+        raise ValueError(f"--model_path {args.model_path}: names no data set: add --data_name")
+    args.data_root = args.data_root or (same and saved.get("data_root")) or "data"
+    args.split_names = args.split_names or (saved.get("split_names") if same else None)
+    images = labelled(args, source, args.data_root)
+    if not isinstance(images.train_images, torch.Tensor):
+        raise ValueError("--data_name: choose images that fit into memory")
+    if same and saved.get("train_size") is not None:  # as linear.py has it
+        images = images.subset(saved["train_size"], saved["seed"])
+    study = Study(args, source, images, devices.autocast(device, amp))
+    with about(f"--data_root {args.data_root}"):
+        return study, study.numbers()
+
+
+def command(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser, args = parsed(argv)
+    with warnings.catch_warnings(), parser.bad_input():
+        ignore_pil_warnings()
+        study, numbers = prepared(args)
+        study.table.with_suffix("").mkdir(parents=True, exist_ok=True)
+    of_all = [(method, *pair) for pair in numbers.items() for method in study.methods]
+    with tqdm(of_all, "worth", leave=False, disable=None, unit="method") as bar:
+        for one in bar:
+            for seed in args.seeds:
+                study.run(*one, seed)
+    known = {"data": study.data, "encoder": (args.model_path, args.against, None)}
+    rows = [row for row in study.rows() if row["data"] == known["data"]]
+    rows = [row for row in rows if row.get("encoder") in known["encoder"]]
+    with whole_file(study.table.with_suffix(".png")) as file:
+        found = {method: by_labels(rows, method) for method in study.methods}
+        title = f"{study.data}: {Path(args.model_path).name}"
+        figures.worth({name: points for name, points in found.items() if points}, title, file)
+    say(f"wrote {study.table} and {study.table.with_suffix('.png')}")
+    for line in in_words(rows):
+        say(line)
+
+
+if __name__ == "__main__":
+    utils.run_command(command)
