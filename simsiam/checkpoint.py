@@ -240,18 +240,19 @@ ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # what it keeps of a parameter
 def fits_optimizer(optimizer: Optimizer, kept: object, parameter: Tensor) -> bool:
     """Whether an optimizer can have kept this, a dict, of a parameter."""
     names, kept = {"momentum_buffer"}, dict(kept) if isinstance(kept, dict) else {}
-    if "fallback_lr_scale" in optimizer.defaults:  # timm's Muon, which has AdamW for vectors
+    muon = "fallback_lr_scale" in optimizer.defaults  # timm's, with NAdamW for vectors
+    if muon:
         orthogonal = kept.pop("use_muon", None)
-        names = names if orthogonal and parameter.dim() > 1 else ADAMW
-        if type(orthogonal) is not bool:
+        if type(orthogonal) is not bool or (orthogonal and parameter.dim() < 2):
             return False
+        names = names if orthogonal else ADAMW
     elif isinstance(optimizer, torch.optim.AdamW):
         names = ADAMW
     if "step" in names and not (isinstance(kept.get("step"), Tensor) and kept["step"].numel() == 1):
         return False
     shapes = dict.fromkeys(names, parameter) | {"step": kept.get("step")}
     return kept.keys() == names and all(
-        (value is None and name == "momentum_buffer")  # before the first step
+        (value is None and name == "momentum_buffer" and not muon)  # before the first step
         or (
             isinstance(value, Tensor)
             and (value.shape, value.dtype) == (shapes[name].shape, shapes[name].dtype)

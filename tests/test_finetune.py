@@ -4,11 +4,12 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import Muon
 from torchvision.transforms.v2 import MixUp
 
 import linear
 import main
-from simsiam import network
+from simsiam import checkpoint, network
 from simsiam.datasets import load
 from simsiam.fitting import Tuned
 from simsiam.loader import Loader
@@ -202,3 +203,31 @@ def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
         argv = ("--model_path", pretrained, "--out", tmp_path / "out", *flags.split())
         assert named in helpers.refused(capsys, linear, *argv)
         assert not (tmp_path / "out").exists()
+
+
+def muon(parameters):
+    return Muon(parameters, lr=0.1, nesterov=True)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, muon])
+def test_what_an_optimizer_cannot_have_kept_is_refused(make):
+    net = torch.nn.Linear(5, 4)
+    optimizer = make(net.parameters())
+    net(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    state = {"made_on": checkpoint.machine(net)}
+    saved = optimizer.state_dict()
+    checkpoint.restore(optimizer, state | {"optimizer": saved}, net)
+    for i, kept in saved["state"].items():
+        wrong = [{name: value for name, value in kept.items() if name != left} for left in kept]
+        wrong += [kept | {"more": torch.ones(4)}, None]
+        for name, value in kept.items():
+            wrong += [kept | {name: other} for other in (None, 3.0, torch.full((7,), 1.0))]
+            if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                wrong += [kept | {name: value.double()}, kept | {name: value * torch.inf}]
+        if "use_muon" in kept:  # a matrix with AdamW's, a vector with Muon's
+            wrong.append(kept | {"use_muon": not kept["use_muon"]})
+        for other in wrong:
+            broken = saved | {"state": saved["state"] | {i: other}}
+            with pytest.raises(ValueError, match="optimizer does not fit"):
+                checkpoint.restore(optimizer, state | {"optimizer": broken}, net)

@@ -1,12 +1,14 @@
 """tools.plot, tools.ablate and tools.bench: what they draw and write is of the runs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas
@@ -204,6 +206,25 @@ def test_speedrun_trains_each_for_its_minutes_and_tables_it(tmp_path, capsys):
     runner = types.SimpleNamespace(main=speedrun.command)
     for wrong, word in (("slow", "slow"), ("plain --lr 1", "plain"), ("fast --lr x", "--lr")):
         assert word in refused(capsys, runner, wrong, *flags, tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_contenders_side_by_side_keep_to_their_own_cores(monkeypatch):
+    mine = min(os.sched_getaffinity(0))
+    program = "import os; print(sorted(os.sched_getaffinity(0)))"
+
+    def of_a_child():
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    with ThreadPoolExecutor(
+        1, initializer=speedrun.keep_to_next, initargs=(iter([[mine]]),)
+    ) as pool:
+        assert pool.submit(of_a_child).result().stdout == f"[{mine}]\n"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 8, 5})
+    assert speedrun.shares_of_cores(1) == [[1, 3, 5, 8]]
+    assert speedrun.shares_of_cores(2) == [[1, 3], [5, 8]]
+    assert speedrun.shares_of_cores(3) == [[1], [3], [5]]
+    assert speedrun.shares_of_cores(6) == [[1], [3], [5], [8], [1], [3]]
 
 
 def test_ablate_runs_each_setting_once_and_tables_it(tmp_path, capsys, monkeypatch):
