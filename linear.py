@@ -45,7 +45,7 @@ RECIPES = {
     "sgd": {"lr": [30.0], "batch_size": 256, "epochs": 90, "weight_decay": 0.0},
     "lars": {"lr": [0.1], "batch_size": 4096, "epochs": 90, "weight_decay": 0.0},
     # With --finetune, ours: lr is the head's and, without --encoder_lr, the encoder's.
-    "finetune sgd": {"lr": [0.1], "batch_size": 64, "epochs": 30, "weight_decay": 5e-4},
+    "finetune sgd": {"lr": [0.4], "batch_size": 64, "epochs": 30, "weight_decay": 5e-4},
     "finetune adamw": {"lr": [0.004], "batch_size": 64, "epochs": 30, "weight_decay": 0.05},
 }
 # The training transform: random resized crop and flip.

@@ -135,7 +135,7 @@ class Study:
         name = f"{stem}_{short}_{row['labels']}_{row['epochs']}_{row['seed']}"
         flags = ["--finetune", *["--from_scratch"] * (short == "scratch")]
         flags += ["--label_fraction", row["fraction"], "--seed", row["seed"]]
-        flags += ["--epochs", row["epochs"], "--data_name", args.data_name]
+        flags += ["--epochs", row["epochs"], "--lr", *args.lr, "--data_name", args.data_name]
         flags += [] if args.data_name == "textures" else ["--data_root", args.data_root]
         flags += ["--device", args.device, "--amp", args.amp]
         for flag, value in utils.of_source(args).items():
@@ -222,6 +222,8 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     add("--seeds", type=utils.number(int, 0, 2**32 - 1), nargs="+", default=[0, 1, 2], help=seeds)
     add("--epochs", type=count, default=30, help="of the whole network, at least (30)")
     add("--steps", type=count, default=2000, help="of the whole network, at least (2000)")
+    lr = "as of linear.py --finetune, for both; of several the best on held-out labels (0.4)"
+    add("--lr", type=utils.number(float, 1e-12), nargs="+", default=[0.4], help=lr)
     add("--out", default="results", help="of table and picture, and a folder of the runs (results)")
     add("--device", default="auto", help="as of main.py (auto)")
     add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
