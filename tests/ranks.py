@@ -31,9 +31,9 @@ import torch.distributed as dist
 import linear
 import main
 import utils
-from simsiam import devices, network, ranks
+from simsiam import devices, fitting, network, ranks
 from simsiam.loader import Loader, end_workers
-from simsiam.monitor import Tally
+from simsiam.monitor import Sums, Tally
 from simsiam.textures import textures
 from simsiam.views import Views
 
@@ -52,7 +52,7 @@ def gradients() -> None:
         images = textures(640, seed=1)[0]
         views = Views(32, *main.VIEWS[args.recipe][1:])
         found = []
-        for one, share in ((net, linear.whole), (trained, ranks.share)):
+        for one, share in ((net, fitting.whole), (trained, ranks.share)):
             loader = Loader(images, args.batch_size, views=views, share=share)
             batch = next(loader.epoch(0))
             assert len(batch.images) == len(range(32)[share(32)])
@@ -71,6 +71,41 @@ def gradients() -> None:
         dist.all_gather(everyones, weights)
         equal = all(torch.equal(weights, others) for others in everyones)
         ranks.say(f"largest {largest} difference {difference} after {len(loader)} steps {equal}")
+
+
+def plainly(backbone, views, batch):
+    """The features of a batch, with their gradient; and its labels."""
+    return backbone(views(batch)[0]), batch.labels
+
+
+def tuned() -> None:
+    """Prints how far a step of linear.py --finetune on all ranks is from one process's.
+
+    Of a backbone without BN, whose statistics are of each rank's part of the batch.
+    """
+    flags = linear.make_flags()
+    args, _ = flags.read("--ddp --finetune --lr 1 --batch_size 10 --device cpu".split())
+    with utils.joined(args, flags):
+        found, (images, labels) = [], textures(10, seed=1)
+        for share in (fitting.whole, ranks.share):
+            torch.manual_seed(0)
+            pixels = [torch.nn.Flatten(), torch.nn.Linear(3 * 32**2, 6), torch.nn.ReLU()]
+            net = network.Classifier(torch.nn.Sequential(*pixels), 6, 10)
+            views = Views(32, *main.VIEWS["cifar"][1:], linear.AUGMENTATION, 1)
+            off = torch.autocast("cpu", enabled=False)
+            alone = share is fitting.whole
+            embed = fitting.Tuned(net.backbone, views, off, False, 10).augmented
+            if alone:
+                embed = functools.partial(plainly, net.backbone, views)
+            loader = Loader(images, 10, 0, labels, views=views, share=share)
+            heads = torch.nn.ModuleList([net.fc])
+            optimizer = fitting.make_optimizer(args, heads, [1.0], None if alone else net.backbone)
+            if alone:
+                optimizer.add_param_group({"params": net.backbone.parameters(), "peak": 10 / 256})
+            tally = Sums(torch.device("cpu"), "top1", "top5")
+            list(linear.train(heads, optimizer, loader, embed, tally, 0, 0, 2))
+            found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+        tell((found[0] - found[1]).abs().max().item() < 1e-7)
 
 
 def at_step(rank: str, step: str, then: Callable[[], None]) -> None:
@@ -152,8 +187,9 @@ def first(folder: str) -> None:
 
 def work(mode: str, rest: list[str]) -> None:
     """What a rank does."""
-    if mode in ("gradients", "agree", "first"):
-        {"gradients": gradients, "agree": agree, "first": first}[mode](*rest)
+    alone = {"gradients": gradients, "agree": agree, "first": first, "tuned": tuned}
+    if mode in alone:
+        alone[mode](*rest)
         return
     if mode == "sent":
         sent(rest)

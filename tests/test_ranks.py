@@ -117,6 +117,7 @@ def short(tiny, tmp_path_factory):
     run = " ".join(("--ddp", *tiny, "--epochs", "2", "--out"))
     commands = {
         "gradients": ("2 gradients", "0 0"),
+        "tuned": ("3 tuned", "0 0 0"),
         "agree": ("3 agree", "0 0 0"),
         "first": (f"3 first {place}", "0 0 0"),
         "sent": (f"2 sent --ddp {folder}", "0 0"),
@@ -183,6 +184,11 @@ def test_gradients_of_two_ranks_are_one_process_s(short):
     assert out.count("BN's statistics are of each rank's part") == 1
 
 
+def test_a_step_of_fine_tuning_is_one_process_s(short):
+    """On three ranks, which have 3, 3 and 4 images."""
+    assert sorted(short["tuned"].splitlines()) == [f"rank {i}: True" for i in range(3)]
+
+
 def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     """Accuracies, here of 61 test images, are those of one process; the linear head to the bit."""
     root = image_files(tmp_path / "images", 128)
@@ -192,12 +198,15 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     fit = f"--model_path {tmp_path}/pre_model.pth --optimizer lars --batch_size 50 --epochs 2 "
     fit += f"--lr 0.1 1 --num_workers 1 --out {tmp_path} --name linear"
     judge = f"--model_path {tmp_path}/linear2_model.pth --evaluate_only --out {tmp_path}"
+    tune = f"--model_path {tmp_path}/pre_model.pth --finetune --batch_size 24 --epochs 1 "
+    tune += f"--mixup 0.2 --num_workers 1 --out {tmp_path} --name tuned"
     out = on_ranks(
         f"2 main --ddp {train} --name pre then 2 linear --ddp {fit}2 then 3 linear --ddp {fit}3 "
-        f"then 3 linear --ddp {judge}",
-        codes="0 0, 0 0, 0 0 0, 0 0 0",
+        f"then 3 linear --ddp {judge} then 2 linear --ddp {tune}",
+        codes="0 0, 0 0, 0 0 0, 0 0 0, 0 0",
     )
     assert "ranks: 2, 12 images each a step; whatever their number, lr is 0.05 x 24 / 256" in out
+    assert out.count("Fine-tuned: top-1") == 1
     assert "Warning" not in out
     assert out.count("epoch 1/1") == 1  # one rank speaks
     state = torch.load(tmp_path / "pre_model.pth")
