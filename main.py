@@ -172,7 +172,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.batch_size / 256 if group["fix_lr"] else lr
         with amp:
-            loss, z = net(*x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
+            loss, z, _ = net(*x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         # A loss that is not finite moves no weight; a fused step sees to it without a wait.
