@@ -145,8 +145,9 @@ def test_two_epochs_of_it_are_pytorch_s(unlabelled):
 
 def test_a_batch_without_a_label_moves_it_by_its_momentum_alone():
     args = main.make_flags().read(TINY.split())[0]
-    probe, by_hand = Probe(16, 10, args, CPU), ByHand(16, 10, 32, args.epochs)
-    before, labels = torch.get_rng_state(), torch.arange(32) % 10
+    by_hand, labels = ByHand(16, 10, 32, args.epochs), torch.arange(32) % 10
+    before = torch.get_rng_state()
+    probe = Probe(16, 10, args, CPU)
     features = torch.rand(3, 32, 16, generator=torch.Generator().manual_seed(1))
     for i in range(3):
         probe.learn(features[i], labels, i, 0.0)
