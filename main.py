@@ -24,6 +24,7 @@ from simsiam.images import BACKGROUNDS, Reading
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
 from simsiam.optimizer import OPTIMIZERS, make_optimizer, rate
+from simsiam.probe import Probe, wanted
 from simsiam.progress import Progress
 from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS
 from simsiam.run import Run
@@ -31,7 +32,8 @@ from simsiam.views import Augmentation, Views
 from utils import number
 
 STATISTICS = tuple(
-    ("epoch lr train_loss std rank collapse test_acc@1 test_acc@5 images_per_sec seconds").split()
+    "epoch lr train_loss std rank collapse test_acc@1 test_acc@5 probe_acc@1".split()
+    + "images_per_sec seconds".split()
 )
 
 
@@ -99,6 +101,8 @@ def make_flags() -> utils.Flags:
     add("temperature", positive, "of the kNN's vote", metrics.TEMPERATURE)
     add("bank_size", count, "images of the kNN's bank, class-balanced and seeded; None: all")
     add("knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
+    probe = "a linear head that learns beside, from detached features (where there are labels)"
+    add("probe", "two", probe)
     add("stop_on_collapse", "two", "end the run where it warns of a collapse", False)
     add("show_views", "switch", "draw what the network would see, and exit", False)
     add("tensorboard", "switch", "statistics, pictures and features for it too", False)
@@ -161,19 +165,21 @@ def train(
     args: Namespace,
     amp: torch.autocast,
     scaler: torch.amp.GradScaler = UNSCALED,
+    probe: Probe | None = None,
 ) -> Iterator[int]:
     """One epoch (paper, Algorithm 1) from step `start` on; yields each step when it is done.
 
-    `scaler`: of the gradients of an fp16 `amp`.
+    `scaler`: of the gradients of an fp16 `amp`. `probe`: needs a `loader` of labels, too.
     """
     net.train()
     for batch in loader.epoch(epoch, start):
         x = views(batch)  # x1, x2: the same images, augmented twice
-        lr = rate(args, epoch + batch.step / len(loader))
+        progress = epoch + batch.step / len(loader)
+        lr = rate(args, progress)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.batch_size / 256 if group["fix_lr"] else lr
         with amp:
-            loss, z = net(*x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
+            loss, z, features = net(*x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         # A loss that is not finite moves no weight; a fused step sees to it without a wait.
@@ -184,6 +190,8 @@ def train(
         if fused or not bad:
             scaler.step(optimizer)
             scaler.update()
+        if probe is not None:  # after the step, of which it changes nothing
+            probe.learn(features, batch.labels, epoch * len(loader) + batch.step, progress)
         yield batch.step
 
 
@@ -200,6 +208,7 @@ class Prepared(NamedTuple):
     tally: Tally
     amp: torch.autocast
     scaler: torch.amp.GradScaler
+    probe: Probe | None
     monitor: Monitor
     result: dict
 
@@ -241,15 +250,20 @@ def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number:
     return Views(*plain, augmentation, number, args.seed, args.compile, sides, *local)
 
 
-def prepare(run: Run) -> Prepared:
-    """All that a run needs, new or from its checkpoint. Raises ValueError and OSError."""
-    args, state = run.args, run.state
+def images_a_rank(args: Namespace) -> int:
+    """Of a step. Raises ValueError for a --batch_size that the ranks cannot share."""
     each, rest = divmod(args.batch_size, ranks.count())
     if rest or each < 2:
         raise ValueError(
             f"--batch_size {args.batch_size}: is cut among {ranks.count()} ranks: give a multiple "
             "of it, of two images a rank at least"
         )
+    return each
+
+
+def prepare(run: Run) -> Prepared:
+    """All that a run needs, new or from its checkpoint. Raises ValueError and OSError."""
+    args, state, each = run.args, run.state, images_a_rank(run.args)
     if args.data_name == "textures" and "data_root" in run.given:
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     with run.flags.bad_input():  # one rank alone may lack its device
@@ -267,7 +281,8 @@ def prepare(run: Run) -> Prepared:
     size = encoder["image_size"]
     counts = network.params_and_flops(net, size)
     amp = devices.precision_of_training(device, args.amp, amp, counts[1])
-    run.settle(amp=amp, image_size=size)
+    has_probe = wanted(args.probe, images)
+    run.settle(amp=amp, image_size=size, probe=has_probe)
     if args.data_name != "textures":
         run.settle(data_root=utils.data_place(args.data_root))
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
@@ -290,17 +305,20 @@ def prepare(run: Run) -> Prepared:
     images, autocast = images.to(device), devices.autocast(device, amp)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     views = views_of(args, encoder, augmentation, net.num_views)
-    loader = Loader(images.train_images, args.batch_size, args.seed, views=views)
+    probe = Probe(net.features, len(images.classes), args, device) if has_probe else None
+    labels = images.train_labels if has_probe else None
+    loader = Loader(images.train_images, args.batch_size, args.seed, labels, views=views)
     if args.bank_size is not None:
         images = images.subset(args.bank_size, args.seed, "--bank_size")
         result["protocol"] += f", bank of {args.bank_size}"
     net.to(device, memory_format=torch.channels_last)
     optimizer, tally = make_optimizer(net, args), Tally(device)
     trained = ranks.for_training(net, size, args.compile, args.cuda_graphs)
-    run.keep(net, optimizer, tally, len(loader), functools.partial(rate, args), scaler)
+    run.keep(net, optimizer, tally, len(loader), functools.partial(rate, args), scaler, probe)
     warned = "collapse" in run.facts
     monitor = Monitor(net, views, images, args, RECIPES[args.recipe]["lr"], autocast, warned)
-    return Prepared(trained, optimizer, loader, views, tally, autocast, scaler, monitor, result)
+    steps = (trained, optimizer, loader, views, tally, autocast, scaler, probe)
+    return Prepared(*steps, monitor, result)
 
 
 def pretrain(run: Run, made: Prepared) -> None:
@@ -318,7 +336,7 @@ def pretrain(run: Run, made: Prepared) -> None:
     for epoch in run.epochs():
         stop_on_collapse(run)
         with Progress(epoch, args, steps, shown, smaller, run.step) as progress:
-            for step in train(*made[:5], epoch, run.step, args, made.amp, made.scaler):
+            for step in train(*made[:5], epoch, run.step, args, *made[5:8]):
                 seen = progress(step, tally)
                 collapsed = monitor.look(epoch, step, steps, tally, start_rank)
                 if collapsed:
@@ -330,7 +348,7 @@ def pretrain(run: Run, made: Prepared) -> None:
         last = epoch + 1 == args.epochs
         if (epoch + 1) % args.knn_every == 0 or last:
             with run.measuring():
-                row |= monitor.measure(keep=last)
+                row |= monitor.measure(last, made.probe)
         if monitor.judge(epoch, steps, row["std"], row.get("rank"), start_rank):
             run.facts["collapse"] = (epoch + 1) * steps
         if run.facts.get("collapse", 0) > epoch * steps:
@@ -342,6 +360,7 @@ def pretrain(run: Run, made: Prepared) -> None:
             f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} std {row['std']:.2f}"
             + (f" rank {row['rank']:.1f}" if "rank" in row else "")
             + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
+            + (f" probe {row['probe_acc@1']:.1f} %" if "probe_acc@1" in row else "")
             + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
         )
     start, end = run.history[0], run.history[-1]
@@ -349,8 +368,10 @@ def pretrain(run: Run, made: Prepared) -> None:
         if "test_acc@1" in end:
             best = run.report(**made.result)
             ranks.say(
-                f"kNN top-1 {end['test_acc@1']:.1f} % (best {best:.1f} %), untrained encoder "
-                f"{start['test_acc@1']:.1f} %, raw pixels {start['raw_acc@1']:.1f} %"
+                f"kNN top-1 {end['test_acc@1']:.1f} % (best {best:.1f} %), "
+                + (f"linear probe {end['probe_acc@1']:.1f} %, " if "probe_acc@1" in end else "")
+                + f"untrained encoder {start['test_acc@1']:.1f} %, raw pixels "
+                f"{start['raw_acc@1']:.1f} %"
             )
         if args.pictures:
             pictures.draw_run(run.path, args.name, run.history, monitor, board)

@@ -198,7 +198,7 @@ class Flags(Parser):
 
 
 # The flags of both commands that are of kind "two".
-TWO_FORMS = ("bn_decay", "exif", "fix_pred_lr", "pictures", "stop_on_collapse")
+TWO_FORMS = ("bn_decay", "exif", "fix_pred_lr", "pictures", "probe", "stop_on_collapse")
 
 
 def words(name: str, value: object) -> list[str]:

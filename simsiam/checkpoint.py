@@ -33,9 +33,14 @@ FORMAT = {
     "history": (list, "a dict for each row of the statistics"),
     "facts": (dict, "what a run found out, and keeps: the step of a collapse, a chosen lr, ..."),
     "made_on": (dict, "device, threads, versions, ...: what the last bits depend on"),
+    "probe": (dict, "the tensors of main.py's online probe, by name; without one it is empty"),
 }
 # Flags that are newer than this version, with what was done before there were any.
-BEFORE = {"exif": False, "background": "none", "optimizer": "sgd"}
+OF_READING = {"exif": False, "background": "none"}
+BEFORE = {
+    "main.py": OF_READING | {"probe": False, "optimizer": "sgd"},
+    "linear.py": OF_READING,
+}
 
 
 class NotOursError(ValueError):
@@ -51,12 +56,13 @@ def save(path: str, previous: str | None, net: nn.Module, optimizer: Optimizer, 
     """
     if ranks.rank() > 0:
         return
-    weights = on_cpu(net.state_dict())
-    if not all(value.isfinite().all() for value in weights.values()):
+    weights, probe = on_cpu(net.state_dict()), on_cpu(state["probe"])
+    if not all(value.isfinite().all() for value in (*weights.values(), *probe.values())):
         raise RunError(f"the weights are not finite; {path} keeps those before. {DIVERGED}")
     state |= {
         "version": VERSION,
         "model": weights,
+        "probe": probe,
         "optimizer": on_cpu(optimizer.state_dict()),
         "made_on": machine(net),
     }
@@ -116,9 +122,11 @@ def load(path: str | Path) -> dict:
                 f"{path}: has version {version} of the format, and this program reads {VERSION}: "
                 "take its weights with main.py --init"
             )
+    if isinstance(state, dict):
+        state.setdefault("probe", {})  # newer than this version, too
     if not well_formed(state):
         raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program")
-    for name, value in BEFORE.items():
+    for name, value in BEFORE[state["command"]].items():
         state["args"].setdefault(name, value)
     return state
 
@@ -136,6 +144,8 @@ def well_formed(state: object) -> bool:
         and all(map(is_flag, state["args"].values()))
         and isinstance(state["args"].get("data_name"), str)
         and all(isinstance(value, Tensor) for value in state["model"].values())
+        and all(isinstance(value, Tensor) for value in state["probe"].values())
+        and bool(state["probe"]) == (state["args"].get("probe") is True)
         and all(isinstance(name, str) for name in state["classes"])
         and is_history(state["history"], state["epoch"], state["command"] == "linear.py")
         and all(is_number(value) and math.isfinite(value) for value in state["facts"].values())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from simsiam import metrics, ranks
 from simsiam.files import RunError
 from simsiam.loader import Data, Files
+from simsiam.probe import Probe
 from simsiam.views import Views
 
 # The thresholds are measured: see docs/collapse.md.
@@ -235,16 +236,18 @@ class Monitor:
         ranking = metrics.knn(bank, labels, mine, self.args.k, self.args.temperature)
         return ranks.gathered(ranking, len(queries))
 
-    def measure(self, keep: bool = False) -> dict:
+    def measure(self, keep: bool = False, probe: Probe | None = None) -> dict:
         """Columns of the statistics: rank of the bank and, with labels, kNN accuracy.
 
-        `keep`: let `found` give these features again, for the pictures.
+        `keep`: let `found` give these features again, for the pictures. `probe`: to be scored too.
         """
         found = self.found()
         row = {"rank": metrics.effective_rank(found.bank)}
         if found.ranking is not None:
             top1, top5 = metrics.accuracy(found.ranking, self.images.test_labels)
             row |= {"test_acc@1": top1, "test_acc@5": top5}
+        if probe is not None and found.queries is not None:
+            row["probe_acc@1"] = probe.accuracy(found.queries, self.images.test_labels)
         self.kept = found if keep else None
         return row
 

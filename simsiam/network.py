@@ -306,13 +306,15 @@ class SimSiam(nn.Module):
             move(list(self.momentum_encoder.parameters()), self.encoder_parameters(), 0)
         return [self.momentum_encoder(x) for x in views]
 
-    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        """All views, N x 3 x H x W each -> the loss (a scalar), and z1, detached, N x d.
+    def forward(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All views, N x 3 x H x W each -> the loss (a scalar), z1, and f(x1), N x `features`.
 
-        The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what flags make of it.
+        The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what flags make of it. z1
+        (N x d) and the first view's pooled features are detached: no gradient comes back by them.
         Each view is its own forward pass: BN statistics are per view, as in the authors' code.
         """
-        z = [self.projector(self.backbone(x)) for x in views]
+        first = self.backbone(views[0])
+        z = [self.projector(first), *(self.projector(self.backbone(x)) for x in views[1:])]
         target = [one.detach() for one in z] if self.stop_grad else z  # detach: the stop-gradient
         if self.momentum_encoder is not None:
             target = self.targets(views[: self.num_views])
@@ -322,7 +324,7 @@ class SimSiam(nn.Module):
         loss = sum(D) / len(D)
         if self.covariance:
             loss = loss + self.covariance * sum(map(covariance, z)) / len(z)
-        return loss, z[0].detach()
+        return loss, z[0].detach(), first.detach()
 
 
 def mean(tensors: list[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from simsiam import checkpoint, lock, ranks
 from simsiam.files import RunError, about, add_result, remove, whole_file, write_csv
 from simsiam.monitor import Sums
+from simsiam.probe import Probe
 
 # How the names of a run's files go on after the run's own.
 WRITTEN = "model.pth statistics.csv bad_images.txt".split()
@@ -195,15 +196,16 @@ class Run:
         steps: int,
         rate: Callable[[float], float],
         scaler: torch.amp.GradScaler | None = None,
+        probe: Probe | None = None,
     ) -> None:
         """Say what a checkpoint holds besides; where the run is resumed, restore it.
 
         `steps`: of an epoch; `rate`: the learning rate after so many epochs; `scaler`: of fp16's
-        gradients. The network has a checkpoint's weights already. Raises ValueError where the rest
-        does not fit.
+        gradients; `probe`: main.py's. The network has a checkpoint's weights already. Raises
+        ValueError where the rest does not fit.
         """
         self.net, self.optimizer, self.tally = net, optimizer, tally
-        self.steps, self.rate, self.scaler = steps, rate, scaler
+        self.steps, self.rate, self.scaler, self.probe = steps, rate, scaler, probe
         if not self.state:
             return
         with about(self.from_path):
@@ -212,6 +214,8 @@ class Run:
             checkpoint.restore(optimizer, self.state, net)
             tally.load(self.state["tally"])
             checkpoint.restore_scale(scaler, self.facts)
+            if probe:
+                probe.load(self.state["probe"])
         self.begun = self.clock() - self.state["seconds"]
         del self.state["model"], self.state["optimizer"]  # they have their place now
         ranks.say(
@@ -235,6 +239,7 @@ class Run:
             seconds=self.seconds(),
             history=self.history,
             facts=self.facts | checkpoint.scale(self.scaler),
+            probe=self.probe.state() if self.probe else {},
             **self.fixed,
         )
         self.written, self.good = self.clock(), True

@@ -26,6 +26,7 @@ import utils
 from simsiam import batchnorm, devices, metrics, network, ranks
 from simsiam.loader import Loader
 from simsiam.monitor import Tally
+from simsiam.probe import Probe
 from simsiam.recipes import VIEWS
 from simsiam.textures import textures
 from simsiam.views import Batch, Views
@@ -140,9 +141,10 @@ def trained(
     net = network.simsiam(vars(args)).to(device, memory_format=torch.channels_last)
     convert(net)
     optimizer, tally = main.make_optimizer(net, args), Tally(device)
-    images = textures(96, seed=1)[0].to(device)
+    images, labels = (part.to(device) for part in textures(96, seed=1))
     augment = Views(32, *VIEWS["short"][1:])
-    loader = Loader(images, args.batch_size, views=augment)
+    loader = Loader(images, args.batch_size, 0, labels, views=augment)
+    probe = Probe(net.features, 10, args, device)
 
     def views(batch: Batch) -> list[torch.Tensor]:
         x = augment(batch)
@@ -151,7 +153,7 @@ def trained(
 
     wrapped = ranks.distributed(net) if ranks.grouped() else net
     off = devices.autocast(device, "off")
-    rest = (views, tally, 0, 0, args, off)
+    rest = (views, tally, 0, 0, args, off, main.UNSCALED, probe)
     return net, waits(native, lambda: list(main.train(wrapped, optimizer, loader, *rest)))
 
 

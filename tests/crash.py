@@ -179,6 +179,9 @@ def differences(a: Path, b: Path) -> list[str]:
         momentum = two["optimizer"]["state"][i]["momentum_buffer"]
         if not torch.equal(state["momentum_buffer"], momentum):
             found.append(f"momentum {i}")
+    for key, value in one["probe"].items():
+        if not torch.equal(value, two["probe"][key]):
+            found.append(f"probe's {key}")
     tables = [pandas.read_csv(f"{run}_statistics.csv").drop(columns=TIMES) for run in (a, b)]
     if not tables[0].equals(tables[1]):
         found.append("statistics")

@@ -305,5 +305,6 @@ def ours(folder, arch="resnet18", stem="imagenet", layers=3, classes=None, d=64)
             {"epoch": i, "test_acc@1": (0.0, 61.5, 50.0)[i]} for i in range(1 if classes else 0, 3)
         ],
         facts={},
+        probe={},
     )
     return net, folder / "ours.pth"

@@ -7,6 +7,7 @@ twice, as torchrun and SLURM send it.
 fail RANK STEP FLAGS: main.py, whose RANK meets an error of ours in its STEP.
 sent FLAGS: main.py; then the first rank says how large the largest of the objects and tensors was
 that one rank sent to others.
+probes: whether the network is the same with a probe, and the probe on all ranks.
 agree: each rank says what an `Agreement` answers it, call by call.
 first FOLDER: each rank says what `first_then_all` gives it, and raises.
 
@@ -16,12 +17,14 @@ more than to set their environment, and to start them again. Started by it, this
 
 import faulthandler
 import functools
+import io
 import os
 import pickle
 import socket
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +37,7 @@ import utils
 from simsiam import devices, fitting, network, ranks
 from simsiam.loader import Loader, end_workers
 from simsiam.monitor import Sums, Tally
+from simsiam.probe import Probe
 from simsiam.textures import textures
 from simsiam.views import Views
 
@@ -106,6 +110,46 @@ def tuned() -> None:
             list(linear.train(heads, optimizer, loader, embed, tally, 0, 0, 2))
             found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
         tell((found[0] - found[1]).abs().max().item() < 1e-7)
+
+
+def head_of(learn: Callable[[Probe, torch.Tensor, torch.Tensor, int], None], args) -> int:
+    """A checksum of a probe after three steps of fixed features, 33 x 32, and their labels."""
+    probe, content = Probe(32, 10, args, torch.device("cpu")), io.BytesIO()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        learn(probe, torch.rand(33, 32, generator=generator), torch.arange(33) % 11 - 1, step)
+    for tensor in probe.state().values():
+        content.write(tensor.numpy().tobytes())
+    return zlib.crc32(content.getvalue())
+
+
+def probes() -> None:
+    """Prints whether a probe leaves the network's bits, and ranks have the same one; a checksum.
+
+    The checksum is of a probe that gets of each batch this rank's part.
+    """
+    flags = main.make_flags()
+    args, _ = flags.read(FLAGS)
+    with utils.joined(args, flags):
+        device, amp = devices.set_up(args)
+        images, labels = textures(128, seed=1)
+        views, found = Views(32, *main.VIEWS[args.recipe][1:]), []
+        probe = Probe(32, 10, args, device)
+        for one in (probe, None):
+            torch.manual_seed(0)
+            net = network.simsiam(vars(args))
+            trained, optimizer = ranks.for_training(net, 32), main.make_optimizer(net, args)
+            loader = Loader(images, args.batch_size, 0, labels if one else None, views=views)
+            rest = (views, Tally(device), 0, 0, args, devices.autocast(device, amp))
+            for _ in main.train(trained, optimizer, loader, *rest, main.UNSCALED, one):
+                pass
+            found.append(net.state_dict())
+        equal = all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+        sums = [part.abs().sum().item() for part in probe.state().values()]
+        equal = equal and ranks.gathered_objects(sums) == [sums] * 2 and sums[0] > 0.1
+        mine = ranks.share(33)
+        head = head_of(lambda probe, x, y, i: probe.learn(x[mine], y, i, 0.0), args)
+        tell(f"equal {equal} head {head}")
 
 
 def at_step(rank: str, step: str, then: Callable[[], None]) -> None:
@@ -187,7 +231,8 @@ def first(folder: str) -> None:
 
 def work(mode: str, rest: list[str]) -> None:
     """What a rank does."""
-    alone = {"gradients": gradients, "agree": agree, "first": first, "tuned": tuned}
+    alone = {"gradients": gradients, "tuned": tuned, "probes": probes}
+    alone |= {"agree": agree, "first": first}
     if mode in alone:
         alone[mode](*rest)
         return

@@ -20,6 +20,7 @@ import utils
 from simsiam import checkpoint, devices, metrics, network, ranks
 from simsiam.loader import Loader
 from simsiam.monitor import Sums, Tally
+from simsiam.probe import Probe
 from simsiam.textures import textures
 from simsiam.views import Batch, Views
 from tests.helpers import refused
@@ -56,6 +57,8 @@ def on_fakes(monkeypatch):
     updated = []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    zeros = lambda loss, inputs: [torch.zeros_like(one) for one in inputs]  # noqa: E731
+    monkeypatch.setattr(torch.autograd, "grad", zeros)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: updated.append(self))
     with mock.patch.multiple("torch.cuda", is_available=mock.Mock(), is_bf16_supported=mock.Mock()):
         amp = devices.autocast(CUDA, "bf16")
@@ -78,14 +81,16 @@ def steps_on_fakes(flags, amp, fault=lambda x: None):
         watch.waits = []
         move(net)
         images = torch.empty(12, 3, 32, 32, **BYTES)
-        loader = Loader(images, 4)
+        labels = torch.empty(12, **BYTES).long()
+        loader = Loader(images, 4, 0, labels)
         if args.recipe == "imagenet":  # crops, as workers cut them
             crops = torch.empty(4, net.num_views, 3, 32, 32, **BYTES)
-            batches = [Batch(0, step, crops, None, 4, slice(0, 4)) for step in range(3)]
+            batches = [Batch(0, step, crops, labels[:4], 4, slice(0, 4)) for step in range(3)]
             loader.epoch = lambda *when: iter(batches)
         tally, optimizer = Tally(CUDA), main.make_optimizer(net, args)
+        rest = (views, tally, 0, 0, args, amp, main.UNSCALED, Probe(512, 10, args, CUDA))
         watch.waits = []
-        assert list(main.train(net, optimizer, loader, views, tally, 0, 0, args, amp)) == [0, 1, 2]
+        assert list(main.train(net, optimizer, loader, *rest)) == [0, 1, 2]
         metrics.features(net.backbone, augment.plain, images, amp)
     return watch.waits
 

@@ -106,8 +106,9 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         "results.csv",
     ]
     table = pandas.read_csv(tmp_path / "a_statistics.csv")
-    assert list(table.columns) == (
-        "epoch lr train_loss std rank collapse test_acc@1 test_acc@5 images_per_sec seconds".split()
+    assert " ".join(table.columns) == (
+        "epoch lr train_loss std rank collapse test_acc@1 test_acc@5 probe_acc@1 images_per_sec "
+        "seconds"
     )
     assert table["epoch"].tolist() == [0, 1, 2, 3]
     assert table["test_acc@1"].isna().tolist() == [False, True, False, False]
@@ -127,7 +128,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     assert round(result["params_m"] * 1e6) == sum(p.numel() for p in net.parameters())
     assert " ".join(sorted(state)) == (
         "args augmentation classes command encoder epoch facts history images_crc made_on model "
-        "optimizer seconds step tally version"
+        "optimizer probe seconds step tally version"
     )
     assert state["args"].keys() == main.make_flags().defaults.keys()  # flags, and nothing else
     assert (state["command"], state["classes"]) == ("main.py", list(TEXTURES))
@@ -212,18 +213,23 @@ def test_muon_turns_matrices_and_moves_the_rest_as_nadamw():
         assert (moved * value.grad.flatten(1)).sum() > 0, name
 
 
-def test_a_run_from_before_these_flags_goes_on(tmp_path, monkeypatch):
+def test_a_run_from_before_these_flags_goes_on(tmp_path, capsys, monkeypatch):
     run(tmp_path, "--epochs 2 --name whole")
     cut = "--epochs 2 --name cut --checkpoint_minutes 0"
     run_until(monkeypatch, 1, 1, lambda: run(tmp_path, cut))
     path = tmp_path / "cut_model.pth"
     state = torch.load(path)
     newer = "target num_views covariance target_momentum local_views local_size view_sizes"
-    for name in (*newer.split(), "bn_decay", "cuda_graphs", "optimizer"):
+    for name in (*newer.split(), "bn_decay", "cuda_graphs", "optimizer", "probe"):
         del state["args"][name]
+    del state["probe"]
     torch.save(state, path)
+    assert "--probe False" in refused(capsys, *TINY.split(), "--resume", path, "--probe")
     run(tmp_path, f"--resume {path}")
     assert same_bits(model_of(tmp_path, "whole"), model_of(tmp_path, "cut"))
+    last = read_csv(tmp_path / "cut_statistics.csv")[-1]
+    assert "test_acc@1" in last
+    assert "probe_acc@1" not in last  # it goes on without
 
 
 def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):

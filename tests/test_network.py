@@ -45,7 +45,7 @@ def test_loss_and_every_gradient_equal_lightly(layers):
     criterion = NegativeCosineSimilarity()
     x1, x2 = torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)
 
-    loss, z = net(x1, x2)
+    loss, z, features = net(x1, x2)
     loss.backward()
     z1, z2 = twin["projector"](encoder(x1)), twin["projector"](encoder(x2))
     p1, p2 = twin["predictor"](z1), twin["predictor"](z2)
@@ -55,7 +55,9 @@ def test_loss_and_every_gradient_equal_lightly(layers):
     # Our loss is fp32 by intent, so the two agree to fp32.
     torch.testing.assert_close(loss.double(), theirs, atol=1e-6, rtol=0)
     torch.testing.assert_close(z, z1.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(features, encoder(x1).detach(), atol=1e-6, rtol=0)
     assert not z.requires_grad
+    assert not features.requires_grad
     pairs = [(net.backbone, encoder)]
     pairs += [(getattr(net, name), twin[name].layers) for name in twin]
     for ours, other in pairs:
@@ -87,7 +89,7 @@ def test_the_stop_gradient_is_exact(similarity, loss, targets):
         net = network.SimSiam("resnet8", feature_dim=16, **ablations)
         net.predictor, z = NoWayBack(), []
         net.projector.register_forward_hook(lambda *io, z=z: z.append(io[2]))
-        total, _ = net(*torch.randn(2, 8, 3, 16, 16))
+        total, *_ = net(*torch.randn(2, 8, 3, 16, 16))
         found = torch.autograd.grad(total, z, allow_unused=True)
         assert len(found) == 2
         for i, gradient in enumerate(found):
@@ -338,7 +340,7 @@ def seeded(**more):
 def test_a_mean_target_of_two_views_is_simsiam_to_the_bit():
     views, found = torch.randn(2, 8, 3, 16, 16), []
     for net in (seeded(), seeded(target="mean")):
-        loss, z = net(*views)
+        loss, z, _ = net(*views)
         loss.backward()
         found.append([loss, z, *(p.grad for p in net.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -348,7 +350,7 @@ def test_mean_targets_of_four_views_equal_lightly_s_fastsiam():
     """Each p against the mean of the other three z, as in lightly's example of FastSiam."""
     net, views = seeded(target="mean", num_views=4), torch.randn(4, 8, 3, 16, 16)
     assert net.num_views == 4
-    loss, _ = net(*views)
+    loss, *_ = net(*views)
     criterion = NegativeCosineSimilarity()
     z = [net.projector(net.backbone(x)) for x in views]
     theirs = 0.0
@@ -373,8 +375,8 @@ def test_covariance_by_hand_and_against_lightly():
 def test_covariance_is_added_by_its_weight_and_reaches_the_encoder():
     views = torch.randn(2, 8, 3, 16, 16)
     plain, weighed = seeded(), seeded(covariance=0.5)
-    loss, _ = plain(*views)
-    more, _ = weighed(*views)
+    loss, *_ = plain(*views)
+    more, *_ = weighed(*views)
     z = [weighed.projector(weighed.backbone(x)) for x in views]
     added = 0.5 * (covariance_loss(z[0]) + covariance_loss(z[1])) / 2
     torch.testing.assert_close(more - loss, added, rtol=1e-3, atol=1e-5)
@@ -409,7 +411,7 @@ def test_a_momentum_encoder_after_three_steps_is_lightly_s():
         by_hand = 0.9 * by_hand + 0.1 * net.backbone.conv1.weight.detach()
         with torch.no_grad():
             z = [theirs(x) for x in step]
-        loss, _ = net(*step)
+        loss, *_ = net(*step)
         p = [net.predictor(encoder(x)) for x in step]
         expected = -sum(torch.cosine_similarity(p[i], z[1 - i]).mean() for i in (0, 1)) / 2
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -435,9 +437,10 @@ def test_local_views_meet_the_z_of_the_others_by_a_predictor_of_their_own():
     p = [net.predictor(one) for one in z[:2]] + [net.local_predictor(one) for one in z[2:]]
     pairs = ((0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1))
     expected = sum(criterion(p[i], z[j].detach()) for i, j in pairs) / 6
-    loss, first = net(*views)
+    loss, first, features = net(*views)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
     assert torch.equal(first, z[0])
+    assert torch.equal(features, net.backbone(views[0]))
     learning = [*net.encoder_parameters(), *net.predictor_parameters()]
     assert {id(p) for p in learning} == {id(p) for p in net.parameters()}
     for mine, other in zip(

@@ -32,6 +32,7 @@ from simsiam.monitor import Monitor
 from simsiam.textures import TEXTURES, textures
 from simsiam.views import Augmentation, Views
 from tests import crash
+from tests import ranks as ranks_of_tests
 from tests.helpers import ROOT, refused
 
 
@@ -118,6 +119,7 @@ def short(tiny, tmp_path_factory):
     commands = {
         "gradients": ("2 gradients", "0 0"),
         "tuned": ("3 tuned", "0 0 0"),
+        "probes": ("2 probes", "0 0"),
         "agree": ("3 agree", "0 0 0"),
         "first": (f"3 first {place}", "0 0 0"),
         "sent": (f"2 sent --ddp {folder}", "0 0"),
@@ -187,6 +189,16 @@ def test_gradients_of_two_ranks_are_one_process_s(short):
 def test_a_step_of_fine_tuning_is_one_process_s(short):
     """On three ranks, which have 3, 3 and 4 images."""
     assert sorted(short["tuned"].splitlines()) == [f"rank {i}: True" for i in range(3)]
+
+
+def test_a_probe_is_one_process_s_on_every_rank_and_costs_the_encoder_no_bit(short):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
+    args = main.make_flags().read(ranks_of_tests.FLAGS)[0]
+    head = ranks_of_tests.head_of(lambda probe, x, y, i: probe.learn(x, y, i, 0.0), args)
+    torch.set_num_threads(threads)
+    for rank in range(2):
+        assert f"rank {rank}: equal True head {head}\n" in short["probes"], short["probes"]
 
 
 def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
@@ -544,6 +556,9 @@ def test_a_run_on_shards(shards, tmp_path, capsys):
     main.main([*flags.split(), "whole"])
     state = checkpoint.load(tmp_path / "whole_model.pth")
     assert state["args"]["recipe"] == "imagenet"
+    assert (state["args"]["probe"], state["probe"]) == (False, {})  # a stream has no labels
+    line = refused(capsys, main, *flags.split(), "none", "--probe")
+    assert "--probe: shards are read from end to end, without" in line
     row = pandas.read_csv(tmp_path / "results.csv").iloc[0]
     assert (row["data"], row["protocol"]) == ("webdataset:tars", "KNN")
     linear.main(f"--model_path {tmp_path}/whole_model.pth --epochs 1 --out {tmp_path}".split())

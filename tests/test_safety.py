@@ -100,7 +100,8 @@ def test_the_harness_sees_a_difference(tmp_path):
     assert crash.differences(tmp_path / "a", tmp_path / "b") == []
     run(tmp_path, "--epochs", 1, "--name", "c", "--seed", 1)
     found = crash.differences(tmp_path / "a", tmp_path / "c")
-    assert {"backbone.conv1.weight", "momentum 0", "statistics", "results.csv"} <= set(found)
+    expected = {"backbone.conv1.weight", "momentum 0", "statistics", "results.csv"}
+    assert expected | {"probe's weight", "probe's bias momentum"} <= set(found)
 
 
 def test_a_signal_ends_a_run_in_good_order(tmp_path):
@@ -334,8 +335,11 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     optimizer = torch.optim.SGD(net.parameters())
     state = {"command": "main.py", "args": {"data_name": "textures"}, "images_crc": 1}
     state |= {"classes": [], "epoch": 0, "step": 0, "tally": {}, "seconds": 0.0, "facts": {}}
-    state |= {"history": [{"epoch": 0}], "encoder": {}, "augmentation": {}}
+    state |= {"history": [{"epoch": 0}], "encoder": {}, "augmentation": {}, "probe": {}}
     checkpoint.save(path, None, net, optimizer, **state)
+    bad = {"probe": {"weight": torch.full((2,), float("nan"))}}
+    with pytest.raises(RunError, match="not finite"):
+        checkpoint.save(path, None, net, optimizer, **state | bad)
     net.weight.data[0, 0] = float("inf")
     with pytest.raises(RunError, match="not finite"):
         checkpoint.save(path, None, net, optimizer, **state)
@@ -557,7 +561,8 @@ def malformed(whole: bytes, out: Path):
     yield "a tensor", saved(torch.ones(3))
     yield "a payload", saved(state | {"args": Payload(out / "ran")})
     for key, (kind, _) in checkpoint.FORMAT.items():
-        yield f"no {key}", saved({k: v for k, v in state.items() if k != key})
+        if key != "probe" or state["command"] == "main.py":  # linear.py's have been without
+            yield f"no {key}", saved({k: v for k, v in state.items() if k != key})
         for junk in (3 if kind is str else "junk", None, True, 2.5 if kind is int else 2):
             yield f"{key} is {junk}", saved(state | {key: junk})
     for version in (1, 99, "2", -2):
@@ -572,6 +577,7 @@ def malformed(whole: bytes, out: Path):
         ("classes", [1, 2], [["rows"]], [None] * 10),
         ("encoder", {}, [], state["encoder"] | {"more": 1}),
         ("args", {}, {3: 3}, state["args"] | {"lr": ["0.1", "--help"]}),
+        ("probe", {"weight": 3}, {"weight": [torch.ones(3)]}),
     ]:
         for value in values:
             yield f"{key} {value}"[:60], saved(state | {key: value})
@@ -605,6 +611,7 @@ def malformed(whole: bytes, out: Path):
     yield "a weight less", saved(state | {"model": fewer})
     yield "a weight more", saved(state | {"model": state["model"] | {"more": torch.ones(1)}})
     if state["command"] == "linear.py":
+        yield "a probe", saved(state | {"probe": {"weight": torch.ones(3)}})
         yield "a class less", saved(state | {"classes": state["classes"][1:]})
         yield "a class more", saved(state | {"classes": [*state["classes"], "more"]})
         return
@@ -618,6 +625,7 @@ def malformed(whole: bytes, out: Path):
         ("data_name", "junk", None, 3, ["textures"]),
         ("seed", "junk", 0.5),
         ("train_size", "junk", 0.5),
+        ("probe", False, None, "junk", 1),
     ]:
         for value in values:
             yield f"args: {key} {value}", saved(state | {"args": state["args"] | {key: value}})
@@ -688,6 +696,19 @@ def no_way_on(whole: bytes):
         yield "lr 0", saved(state | {"facts": facts | {"lr": 0.0}})
     else:
         yield "other classes", saved(state | {"classes": ["a", "b"]})
+        yield "an empty probe", saved(state | {"probe": {}})
+        for part, tensor in state["probe"].items():
+            less = {k: v for k, v in state["probe"].items() if k != part}
+            yield f"probe without {part}", saved(state | {"probe": less})
+            for name, other in [
+                ("NaN", tensor * math.nan),
+                ("another shape", torch.ones(3)),
+                ("another dtype", tensor.double()),
+            ]:
+                yield f"probe: {name} {part}", saved(state | {"probe": less | {part: other}})
+        yield "probe of more", saved(state | {"probe": state["probe"] | {"x": torch.ones(1)}})
+        below = state["probe"] | {"var": -state["probe"]["var"]}
+        yield "probe: a variance below 0", saved(state | {"probe": below})
         rows = [{k: v for k, v in row.items() if k != "raw_acc@1"} for row in state["history"]]
         yield "history without its baseline", saved(state | {"history": rows})
     for column in ("test_acc@1", "test_acc@5", "seconds"):

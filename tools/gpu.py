@@ -107,7 +107,7 @@ def epoch(flags: str, images: Tensor, labels: Tensor) -> Iterator[Row]:
     features = lambda: metrics.features(run.net.backbone, run.views.plain, images, run.amp)  # noqa: E731
     kept = {"command": "main.py", "args": vars(run.args), "encoder": {}, "augmentation": {}}
     kept |= {"images_crc": 0, "classes": [], "epoch": 0, "step": 0, "tally": {}, "seconds": 0.0}
-    kept |= {"history": [], "facts": {}}
+    kept |= {"history": [], "facts": {}, "probe": {}}
     with tempfile.TemporaryDirectory() as place:
         path = f"{place}/a_model.pth"
         save = lambda: checkpoint.save(path, None, run.net, run.optimizer, **kept)  # noqa: E731

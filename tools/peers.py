@@ -134,7 +134,7 @@ def plain_training(images: Tensor, recipe: dict, batch: int, device: str = "cpu"
     def run() -> float:
         total = 0.0
         for x1, x2 in loader:
-            loss, _ = net(x1.to(device), x2.to(device))
+            loss, *_ = net(x1.to(device), x2.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -242,7 +242,7 @@ def epochs_of(
                 group["lr"] = peak if "fix" in group and args.fix_pred_lr else lr
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 loss = net(*(one.to(device) for one in x))
-            loss = loss[0] if isinstance(loss, tuple) else loss  # ours gives z besides
+            loss = loss[0] if isinstance(loss, tuple) else loss  # ours gives more besides
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

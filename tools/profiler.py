@@ -22,7 +22,7 @@ def profile(trace: str, flags: list[str]) -> None:
         with command.bad_input():
             run = stack.enter_context(Run(args, given, command, main.STATISTICS))
             made = main.prepare(run)
-        steps = main.train(*made[:5], 0, 0, args, made.amp, made.scaler)
+        steps = main.train(*made[:5], 0, 0, args, *made[5:8])
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if made.tally.values.device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
