@@ -174,8 +174,7 @@ def train(
     net.train()
     for batch in loader.epoch(epoch, start):
         x = views(batch)  # x1, x2: the same images, augmented twice
-        progress = epoch + batch.step / len(loader)
-        lr = rate(args, progress)
+        lr = rate(args, progress := epoch + batch.step / len(loader))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.batch_size / 256 if group["fix_lr"] else lr
         with amp:

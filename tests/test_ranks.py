@@ -210,7 +210,7 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     fit = f"--model_path {tmp_path}/pre_model.pth --optimizer lars --batch_size 50 --epochs 2 "
     fit += f"--lr 0.1 1 --num_workers 1 --out {tmp_path} --name linear"
     judge = f"--model_path {tmp_path}/linear2_model.pth --evaluate_only --out {tmp_path}"
-    tune = f"--model_path {tmp_path}/pre_model.pth --finetune --batch_size 24 --epochs 1 "
+    tune = f"--model_path {tmp_path}/pre_model.pth --finetune --batch_size 24 --epochs 2 "
     tune += f"--mixup 0.2 --num_workers 1 --out {tmp_path} --name tuned"
     out = on_ranks(
         f"2 main --ddp {train} --name pre then 2 linear --ddp {fit}2 then 3 linear --ddp {fit}3 "
