@@ -493,7 +493,7 @@ def test_bad_input_is_one_line(folder, pretrained, fitted, tmp_path, capsys):
     other["encoder"]["arch"] = "resnet14"
     torch.save(other, tmp_path / "arch.pth")
     assert "arch.pth: its weights do not fit" in err(path=tmp_path / "arch.pth")
-    torch.save(state | {"args": {"data_name": "textures"}}, tmp_path / "args.pth")
+    torch.save(state | {"args": {"data_name": "textures"}, "probe": {}}, tmp_path / "args.pth")
     assert "not main.py's" in err(path=tmp_path / "args.pth")
     torch.save(state | {"version": 1}, tmp_path / "version.pth")
     assert "version.pth: has version 1 " in err(path=tmp_path / "version.pth")
