@@ -95,7 +95,7 @@ def make_flags() -> utils.Flags:
     add = flags.group("the whole network")
     tuned = "train the encoder with the head, BN in train mode, instead of freezing it"
     add("finetune", "switch", tuned, False)
-    scratch = "with --finetune: from random weights, to see what pre-training is worth"
+    scratch = "with --finetune: start from random weights instead"
     add("from_scratch", "switch", scratch, False)
     add("encoder_lr", number(float, 1e-12), "base learning rate of the encoder (that of --lr)")
     add("mixup", number(float, 0, 100), "alpha of mixup, in training; 0: none", 0.0)
