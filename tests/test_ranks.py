@@ -247,7 +247,7 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
         for row, same in zip(other["history"], one["history"], strict=True):
             assert row | {"seconds": 0} == same | {"seconds": 0}
     results = pandas.read_csv(tmp_path / "results.csv").set_index("run")
-    assert set(results["protocol"]) == {"KNN, bank of 100", "Linear"}
+    assert set(results["protocol"]) == {"KNN, bank of 100", "Linear", "Fine-tuned"}
     capsys.readouterr()
     linear.main(judge.split())
     alone = capsys.readouterr().out
