@@ -500,7 +500,7 @@ def judge(run: Run, made: Prepared) -> None:
     if run.state is None:
         begin(run, made)
     fitted = (nn.ModuleList([made.net.fc]), made.optimizer, made.loader, made.task.embed, tally)
-    last = (args.epochs, args.label_smoothing)
+    last, features = (args.epochs, args.label_smoothing), made.test_features
     for epoch in run.epochs():
         with progress_of(epoch, args, made.loader, run.step) as progress:
             for step in train(*fitted, epoch, run.step, *last):
@@ -522,10 +522,10 @@ def judge(run: Run, made: Prepared) -> None:
                 f"train {row['train_acc@1']:.2f} % test {row['test_acc@1']:.2f} %"
             )
     last, knn, baseline = run.history[-1], made.knn, run.facts.get("baseline")
-    features = made.of_test()
     with run.finishing():
         best = run.report(**made.result)
         if args.pictures:
+            features = made.of_test() if features is None else features  # a run that was finished
             predicted, classes = made.net.fc(features).argmax(1), made.images.classes
             labels = made.images.test_labels
             matrix = metrics.confusion_matrix(labels, predicted, len(classes))

@@ -13,9 +13,11 @@ done again, and one that was cut is gone on with.
 """
 
 import math
+import shlex
 import subprocess
 import sys
 import warnings
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -37,7 +39,6 @@ from simsiam.weights import Source
 from tools.transfer import Problem, labelled, logistic
 
 COLUMNS = tuple("data encoder method fraction labels seed epochs top1 command".split())
-KEY = ("data", "encoder", "method", "labels", "seed", "epochs")
 KNN, LINEAR, TUNED, SCRATCH, PIXELS = (
     "kNN",
     "linear",
@@ -89,23 +90,46 @@ class Study:
         """Of the table."""
         return read_csv(self.table) if self.table.is_file() else []
 
-    def run(self, method: str, fraction: float, labels: int, seed: int) -> None:
-        """One row of the table, unless it is there."""
+    def run(self, method: str, fraction: float, labels: int, seed: int) -> dict | None:
+        """A row of the table, which is made unless it is there; None where it would take too long.
+
+        A row is known by its command, which tells all that it depends on.
+        """
+        if method == PIXELS and labels > MOST_OF_PIXELS:
+            return None
         whole = method in (TUNED, SCRATCH)
         encoder = {SCRATCH: "", PIXELS: ""}.get(method, self.args.model_path)
         if method in self.encoders and method != LINEAR:
             encoder = self.args.against
         row = {"data": self.data, "encoder": encoder, "method": method, "fraction": fraction}
         row |= {"labels": labels, "seed": seed, "epochs": self.epochs(labels) if whole else 0}
-        rows = self.rows()
-        if any(all(old.get(name, "") == row[name] for name in KEY) for old in rows):
-            return
-        if method == PIXELS and labels > MOST_OF_PIXELS:
-            return
-        found = self.tuned(row) if whole else self.frozen(method, labels, seed)
-        write_csv(self.table, [*self.rows(), row | found], COLUMNS)
+        start, *words = self.words(row)
+        row["command"] = f"{start} {shlex.join(map(str, words))}"
+        for old in self.rows():
+            if (old["method"], old["command"]) == (method, row["command"]):
+                return old
+        row["top1"] = self.tuned(row) if whole else self.frozen(method, labels, seed)
+        write_csv(self.table, [*self.rows(), row], COLUMNS)
+        return row
 
-    def frozen(self, method: str, labels: int, seed: int) -> dict:
+    def words(self, row: dict) -> list:
+        """The command line that gives a row: of linear.py, or of this tool."""
+        args = self.args
+        flags = ["--data_name", args.data_name]
+        flags += [] if args.data_name == "textures" else ["--data_root", args.data_root]
+        flags += ["--device", args.device, "--amp", args.amp]
+        for flag, value in utils.of_source(args).items():
+            flags += utils.words(flag, value)
+        if not row["epochs"]:
+            more = ["--fractions", row["fraction"], "--seeds", row["seed"]]
+            more += ["--against", args.against] if row["encoder"] == args.against else []
+            return ["python -m tools.worth --model_path", args.model_path, *more, *flags]
+        more = ["--finetune", *["--from_scratch"] * (row["method"] == SCRATCH)]
+        more += ["--label_fraction", row["fraction"], "--seed", row["seed"]]
+        more += ["--epochs", row["epochs"], "--lr", *args.lr]
+        return ["python linear.py --model_path", args.model_path, *more, *flags]
+
+    def frozen(self, method: str, labels: int, seed: int) -> float:
         """The accuracy of a method that trains no network."""
         images = self.images.subset(labels, seed)
         source = self.encoders.get(method, self.encoders[LINEAR])
@@ -120,36 +144,24 @@ class Study:
         if method == KNN:
             bank, queries = (F.normalize(x, dim=1) for x in (problem.inputs, problem.test_inputs))
             k = min(metrics.K, max(1, labels // 10))  # of few labels 200 would be nearly all
-            top1 = metrics.accuracy(
-                metrics.knn(bank, problem.labels, queries, k), problem.test_labels
-            )[0]
-        else:
-            top1 = 100 * logistic(problem, f"{method}, {labels} labels", lambda: None)[0].mean()
-        return {"top1": top1, "command": "python -m tools.worth"}
+            ranking = metrics.knn(bank, problem.labels, queries, k)
+            return metrics.accuracy(ranking, problem.test_labels)[0]
+        return 100 * logistic(problem, f"{method}, {labels} labels", lambda: None)[0].mean()
 
-    def tuned(self, row: dict) -> dict:
+    def tuned(self, row: dict) -> float:
         """The accuracy of a run of linear.py --finetune in a process of its own."""
-        args, folder = self.args, self.table.with_suffix("")
-        short = "scratch" if row["method"] == SCRATCH else "finetune"
-        stem = Path(args.model_path).name.removesuffix("_model.pth").removesuffix(".pth")
-        name = f"{stem}_{short}_{row['labels']}_{row['epochs']}_{row['seed']}"
-        flags = ["--finetune", *["--from_scratch"] * (short == "scratch")]
-        flags += ["--label_fraction", row["fraction"], "--seed", row["seed"]]
-        flags += ["--epochs", row["epochs"], "--lr", *args.lr, "--data_name", args.data_name]
-        flags += [] if args.data_name == "textures" else ["--data_root", args.data_root]
-        flags += ["--device", args.device, "--amp", args.amp]
-        for flag, value in utils.of_source(args).items():
-            flags += utils.words(flag, value)
-        flags = ["--model_path", args.model_path, *flags]
+        folder, short = self.table.with_suffix(""), row["method"].replace(" ", "-")
+        stem = Path(self.args.model_path).name.removesuffix("_model.pth").removesuffix(".pth")
+        known = zlib.crc32(row["command"].encode())  # all of it, where a name would be too long
+        name = f"{stem}_{short}_{row['labels']}_{row['seed']}_{known:08x}"
         own = ["--out", folder, "--name", name, "--no-pictures"]
         own += ["--resume"] * Path(folder, f"{name}_model.pth").is_file()
         script = Path(utils.__file__).with_name("linear.py")
-        command = [sys.executable, script, *flags, *own]
+        command = [sys.executable, script, *shlex.split(row["command"])[2:], *own]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
         if done.returncode:
             raise RunError(done.stderr.strip() or f"linear.py ended with {done.returncode}")
-        top1 = read_csv(folder / f"{name}_statistics.csv")[-1]["test_acc@1"]
-        return {"top1": top1, "command": " ".join(["python linear.py", *map(str, flags)])}
+        return read_csv(folder / f"{name}_statistics.csv")[-1]["test_acc@1"]
 
 
 # ---- what came of it ----------------------------------------------------------------------------
@@ -264,12 +276,8 @@ def command(argv: list[str] | None = None) -> None:
         study.table.with_suffix("").mkdir(parents=True, exist_ok=True)
     of_all = [(method, *pair) for pair in numbers.items() for method in study.methods]
     with tqdm(of_all, "worth", leave=False, disable=None, unit="method") as bar:
-        for one in bar:
-            for seed in args.seeds:
-                study.run(*one, seed)
-    known = {"data": study.data, "encoder": (args.model_path, args.against, None)}
-    rows = [row for row in study.rows() if row["data"] == known["data"]]
-    rows = [row for row in rows if row.get("encoder") in known["encoder"]]
+        found = [study.run(*one, seed) for one in bar for seed in args.seeds]
+    rows = [row for row in found if row is not None]
     with whole_file(study.table.with_suffix(".png")) as file:
         found = {method: by_labels(rows, method) for method in study.methods}
         title = f"{study.data}: {Path(args.model_path).name}"
