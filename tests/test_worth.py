@@ -60,7 +60,7 @@ def pretrained(tmp_path_factory):
     return out / "pre_model.pth"
 
 
-def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, capsys):
+def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, capsys, monkeypatch):
     flags = f"--fractions 0.2 --seeds 3 --epochs 2 --steps 1 --out {tmp_path}".split()
     worth.command(["--model_path", str(pretrained), *flags])
     assert "with 60 labels, " in capsys.readouterr().out.splitlines()[-1]
@@ -75,14 +75,59 @@ def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, cap
     again = pandas.read_csv(tmp_path / "again" / "a_statistics.csv")["test_acc@1"].iloc[-1]
     # Another process may have another number of threads, and so other last bits.
     assert table.loc[worth.SCRATCH, "top1"] == pytest.approx(again, abs=1)
-    # A row that is there is not made again, one that is not is made.
-    kept = table.drop(worth.KNN)
+    # A row that is there is not made again, one that is not is made, a run that was cut goes on.
+    kept = table.drop([worth.KNN, worth.SCRATCH])
     kept.loc[worth.LINEAR, "top1"] = 99.0
     kept.reset_index()[list(worth.COLUMNS)].to_csv(tmp_path / "worth.csv", index=False)
+    (statistics,) = (tmp_path / "worth").glob("*_from-scratch_*_statistics.csv")
+    name = statistics.name.removesuffix("_statistics.csv")
+    begun = cut_after_an_epoch(monkeypatch, words, tmp_path / "worth", name)
     worth.command(["--model_path", str(pretrained), *flags])
     found = pandas.read_csv(tmp_path / "worth.csv").set_index("method")["top1"]
     assert found[worth.LINEAR] == 99
     assert found[worth.KNN] == pytest.approx(table.loc[worth.KNN, "top1"])
+    gone_on = pandas.read_csv(statistics)
+    assert gone_on["epoch"].tolist() == [1, 2]
+    assert gone_on["seconds"][0] == begun["seconds"][0]
+    assert found[worth.SCRATCH] == gone_on["test_acc@1"][1]
+
+
+def cut_after_an_epoch(monkeypatch, words, out, name) -> pandas.DataFrame:
+    """Begin a run of linear.py again, and stop it in its second epoch; its statistics so far."""
+    train = linear.train
+
+    def cut(*args):
+        for step in train(*args):
+            if args[5] == 1:
+                raise KeyboardInterrupt
+            yield step
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(linear, "train", cut)
+        own = ["--out", str(out), "--name", name, "--no-pictures", "--overwrite"]
+        linear.main([*words, *own, "--checkpoint_minutes", "0"])
+    return pandas.read_csv(out / f"{name}_statistics.csv")
+
+
+def test_another_encoder_beside_it(pretrained, tmp_path):
+    """Its row is what the linear head of a study of its own is; it makes no other row another's."""
+    other = tmp_path / "other_model.pth"
+    flags = "--data_name textures --train_size 300 --width 8 --feature_dim 16 --epochs 1"
+    main.main(f"{flags} --no-pictures --out {tmp_path} --name other".split())
+    study = worth.parsed("--fractions 0.2 --seeds 3 --model_path".split() + [str(pretrained)])[1]
+    study.out, study.against = tmp_path / "both", str(other)
+    both, numbers = worth.prepared(study)
+    study.out.mkdir()
+    name = f"linear, {other.name}"
+    assert both.methods == [worth.KNN, worth.LINEAR, name, worth.TUNED, worth.SCRATCH, worth.PIXELS]
+    row = both.run(name, 0.2, numbers[0.2], 3)
+    assert row["encoder"] == str(other)
+    own = worth.parsed("--fractions 0.2 --seeds 3 --model_path".split() + [str(other)])[1]
+    own.out = study.out
+    alone = worth.prepared(own)[0].run(worth.LINEAR, 0.2, 60, 3)
+    assert row["top1"] == alone["top1"]
+    assert row["top1"] != both.run(worth.LINEAR, 0.2, 60, 3)["top1"]
+    assert len(pandas.read_csv(study.out / "worth.csv")) == 3
 
 
 def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
