@@ -252,6 +252,27 @@ def test_the_choice_of_lr_never_sees_the_test_set(pretrained, folder, tmp_path, 
     assert top1[1] + 10 < top1[0]  # they are other labels
 
 
+def test_features_that_are_large_get_a_choice_of_smaller_lr(pretrained, tmp_path, capsys):
+    """20 more in each of 32 features: a squared norm of 12,800 and more."""
+    state = torch.load(pretrained)
+    last = [name for name in state["model"] if name.startswith("backbone") and "bn2.bias" in name]
+    state["model"][last[-1]] += 20
+    torch.save(state, tmp_path / "large_model.pth")
+    flags = ("--cached", "--epochs", 20, "--no-pictures")
+    capsys.readouterr()
+    judge(tmp_path / "large_model.pth", tmp_path, *flags)
+    out = capsys.readouterr().out
+    assert "the best of --lr 30 3 0.3 0.03 is taken" in out
+    scores = [line.split()[1:3] for line in out.splitlines() if line.startswith("--lr")]
+    assert [lr for lr, _ in scores] == ["30:", "3:", "0.3:", "0.03:"]
+    best = max(scores, key=lambda score: float(score[1]))[0]
+    chosen = torch.load(tmp_path / "large_linear_cached_model.pth")["facts"]["lr"]
+    assert chosen == float(best.strip(":"))
+    judge(tmp_path / "large_model.pth", tmp_path, *flags, "--lr", 30, "--name", "told")
+    judge(pretrained, tmp_path, *flags)
+    assert "are large" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_an_lr_is_scored_by_a_tenth_that_its_head_never_saw(monkeypatch, cached):
     """Each input's last number says which one it is."""
@@ -273,7 +294,7 @@ def test_an_lr_is_scored_by_a_tenth_that_its_head_never_saw(monkeypatch, cached)
     monkeypatch.setattr(linear, "train", remember)
     task = linear.Task(inputs, labels, linear.at_hand)
     head = network.linear_head(5, 4)
-    assert linear.best_on_held_out(head, task, None if cached else plain, args) == 10
+    assert linear.best_on_held_out(head, args.lr, task, None if cached else plain, args) == 10
     assert len(seen) == 3  # epochs, of all heads side by side
     for kept in seen:
         assert torch.equal(kept, seen[0])

@@ -102,10 +102,11 @@ def cut_after_an_epoch(monkeypatch, words, out, name) -> pandas.DataFrame:
                 raise KeyboardInterrupt
             yield step
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(linear, "train", cut)
-        own = ["--out", str(out), "--name", name, "--no-pictures", "--overwrite"]
+    own = ["--out", str(out), "--name", name, "--no-pictures", "--overwrite"]
+    monkeypatch.setattr(linear, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
         linear.main([*words, *own, "--checkpoint_minutes", "0"])
+    monkeypatch.setattr(linear, "train", train)
     return pandas.read_csv(out / f"{name}_statistics.csv")
 
 
@@ -114,7 +115,7 @@ def test_another_encoder_beside_it(pretrained, tmp_path):
     other = tmp_path / "other_model.pth"
     flags = "--data_name textures --train_size 300 --width 8 --feature_dim 16 --epochs 1"
     main.main(f"{flags} --no-pictures --out {tmp_path} --name other".split())
-    study = worth.parsed("--fractions 0.2 --seeds 3 --model_path".split() + [str(pretrained)])[1]
+    study = worth.parsed([*"--fractions 0.2 --seeds 3 --model_path".split(), str(pretrained)])[1]
     study.out, study.against = tmp_path / "both", str(other)
     both, numbers = worth.prepared(study)
     study.out.mkdir()
@@ -122,7 +123,7 @@ def test_another_encoder_beside_it(pretrained, tmp_path):
     assert both.methods == [worth.KNN, worth.LINEAR, name, worth.TUNED, worth.SCRATCH, worth.PIXELS]
     row = both.run(name, 0.2, numbers[0.2], 3)
     assert row["encoder"] == str(other)
-    own = worth.parsed("--fractions 0.2 --seeds 3 --model_path".split() + [str(other)])[1]
+    own = worth.parsed([*"--fractions 0.2 --seeds 3 --model_path".split(), str(other)])[1]
     own.out = study.out
     alone = worth.prepared(own)[0].run(worth.LINEAR, 0.2, 60, 3)
     assert row["top1"] == alone["top1"]
