@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 import utils
 from simsiam import checkpoint, devices, figures, folders, metrics, network, ranks
+from simsiam.backbones import backbone
 from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, check_scored, load
 from simsiam.files import about, printable, whole_file, write_csv
 from simsiam.fitting import Embed, Encoder, Task, Tuned, at_hand, evaluate, hits, make_optimizer
@@ -465,7 +466,7 @@ def prepare(run: Run) -> Prepared:
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
     arch, stem, width, size, mean, std = (source.encoder[key] for key in checkpoint.ENCODER)
     torch.manual_seed(args.seed)
-    body = network.backbone(arch, stem, width)[0] if args.from_scratch else source.net.backbone
+    body = backbone(arch, stem, width)[0] if args.from_scratch else source.net.backbone
     net = network.Classifier(body, source.net.features, len(images.classes))
     if run.state:
         resumed_encoder(run, net)

@@ -18,6 +18,7 @@ from torch import nn
 
 import utils
 from simsiam import checkpoint, devices, metrics, network, pictures, ranks, weights
+from simsiam.backbones import IMAGENET_ARCHS, STEMS, is_of_library
 from simsiam.datasets import DATA_NAMES, check_root, load
 from simsiam.files import RunError, about
 from simsiam.images import BACKGROUNDS, Reading
@@ -50,20 +51,19 @@ def make_flags() -> utils.Flags:
     background = "what transparent pixels show; none: the colours below"
     add("background", BACKGROUNDS, background, "white")
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
-    size = "side of the views, in pixels; None: as the images"
-    add("image_size", number(int, 8, 1024), size)
+    add("image_size", number(int, 8, 1024), "side of the views, in pixels; None: as the images")
     sides = "sides of the views, each for a part of the epochs: pixels, or parts of --image_size"
     add("view_sizes", utils.side, sides, nargs="+", metavar="SIDE")
     add = flags.group("network")
-    archs = f"{', '.join(network.IMAGENET_ARCHS)}, or resnet8, resnet14, ... (6n+2)"
-    add("arch", str, archs)
-    add("stem", network.STEMS, "first layers of resnet18 to resnet152")
-    width = "channels of the first stage of resnet8, resnet14, ... (16)"
-    add("width", number(int, 1, 1024), width)
+    ours = f"{', '.join(IMAGENET_ARCHS)}; resnet8, resnet14, ... (6n+2)"
+    add("arch", str, f"{ours}; timm:NAME or torchvision:NAME, any of their models")
+    add("stem", STEMS, "first layers of resnet18 to resnet152")
+    add("width", number(int, 1, 1024), "of the first stage of resnet8, resnet14, ... (16)")
     add("feature_dim", number(int, 4, 16384), "d, the width of projector and output z")
     add("projector_layers", number(int, 1, 8), "linear layers of the projector")
-    affine = "the projector's last BN is affine, as in some other projects' networks"
-    add("projector_affine", "switch", affine, False)
+    add(
+        "projector_affine", "switch", "the projector's last BN is affine, as in some others'", False
+    )
     add("init", utils.file_path, "start from a checkpoint's weights, ours or others'")
     parts = "what --init takes: the backbone and the heads that fit, the backbone, or all parts"
     add("init_parts", weights.INIT_PARTS, parts, "fitting")
@@ -71,11 +71,9 @@ def make_flags() -> utils.Flags:
     add("stop_grad", ("on", "off"), "stop the gradient through z (sec. 4.1)", "on")
     predictors = "none: p = z; fixed: as it starts (sec. 4.2)"
     add("predictor", network.PREDICTORS, predictors, "mlp")
-    bn = "BN in the heads: on no, hidden or all layers (sec. 4.4)"
-    add("bn", network.BN, bn, "default")
+    add("bn", network.BN, "BN in the heads: on no, hidden or all layers (sec. 4.4)", "default")
     add("similarity", tuple(network.SIMILARITIES), "of p and z (sec. 4.5)", "cosine")
-    loss = "one way or both; 2x: of two pairs (sec. 4.6)"
-    add("loss", tuple(network.PAIRS), loss, "symmetric")
+    add("loss", tuple(network.PAIRS), "one way or both; 2x: of two pairs (sec. 4.6)", "symmetric")
     add = flags.group("what others have added")
     add("target", network.TARGETS, "z that a view's p meets; mean: of all other views", "other")
     add("num_views", number(int, 2, 16), "views of an image in a step, with --target mean", 2)
@@ -108,8 +106,7 @@ def make_flags() -> utils.Flags:
     add("tensorboard", "switch", "statistics, pictures and features for it too", False)
     utils.run_flags(flags)
     add = flags.group("small networks on cuda")
-    graphs = "with --compile: a step's work is captured once, and started as a whole from then on"
-    add("cuda_graphs", "switch", graphs, False)
+    add("cuda_graphs", "switch", "with --compile: a step's work is started as a whole", False)
     return flags
 
 
@@ -117,6 +114,8 @@ def fill(flags: dict, given: dict) -> dict:
     """The flags with the recipe's values and the run's name. Raises ValueError."""
     recipe = flags["recipe"] or USUAL_RECIPE.get(flags["data_name"], "cifar")
     flags = flags | RECIPES[recipe] | given | {"recipe": recipe}
+    if is_of_library(flags["arch"]):
+        flags["stem"] = given.get("stem", "imagenet")
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
     if "view_sizes" not in given:

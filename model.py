@@ -6,8 +6,9 @@ python model.py --arch resnet50 --stem imagenet --projector_layers 3 --image_siz
 from torch import nn
 
 import utils
+from simsiam.backbones import IMAGENET_ARCHS, STEMS, is_of_library
 from simsiam.network import *  # noqa: F403, a door
-from simsiam.network import IMAGENET_ARCHS, STEMS, Classifier, SimSiam, params_and_flops
+from simsiam.network import Classifier, SimSiam, params_and_flops
 
 
 def command(argv: list[str] | None = None) -> None:
@@ -23,7 +24,8 @@ def command(argv: list[str] | None = None) -> None:
     size = utils.number(int, 8, 1024)
     add("--image_size", type=size, help="pixels (cifar stem: 32; imagenet: 224)")
     args = parser.parse_args(argv)
-    stem = args.stem or ("imagenet" if args.arch in IMAGENET_ARCHS[2:] else "cifar")
+    large = args.arch in IMAGENET_ARCHS[2:] or is_of_library(args.arch)
+    stem = args.stem or ("imagenet" if large else "cifar")
     layers = args.projector_layers or (3 if stem == "imagenet" else 2)
     size = args.image_size or (224 if stem == "imagenet" else 32)
     with parser.bad_input():

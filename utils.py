@@ -16,10 +16,11 @@ from typing import NoReturn
 import torch
 
 from simsiam import ranks
+from simsiam.backbones import STEMS, has_bn
 from simsiam.files import RunError
 from simsiam.images import BadImage, ignore_pil_warnings
 from simsiam.loader import Data
-from simsiam.network import STEMS, Classifier, SimSiam
+from simsiam.network import Classifier, SimSiam
 from simsiam.run import run_of
 
 # ---- errors in one line -------------------------------------------------------------------------
@@ -377,6 +378,10 @@ def introduce(
         f"(thop's FLOPs), on {on}\n{found}{name}: {len(images.train_images)} training images, "
         f"{tests} test images, {len(images.classes)} classes, {size} pixels"
     )
-    known = {"train_size": len(images.train_images), "width": net.backbone.conv1.out_channels}
+    if not has_bn(net.backbone):
+        ranks.say("the backbone has no BN: a collapse is more likely (paper, sec. 4.4); see std")
+    known = {"train_size": len(images.train_images)}
+    if hasattr(net.backbone, "conv1"):
+        known["width"] = net.backbone.conv1.out_channels
     known |= {"params_m": params / 1e6, "flops_g": flops / 1e9}
     return known | {"device": device.type}

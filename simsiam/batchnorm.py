@@ -57,7 +57,15 @@ class EqualParts(torch.autograd.Function):
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """A BatchNorm1d or 2d whose statistics, in training, are of the global batch."""
+    """A BatchNorm1d or 2d whose statistics, in training, are of the global batch.
+
+    `after`: what follows within the layer, as timm's BatchNormAct2d has its activation.
+    """
+
+    def __init__(self, bn: _BatchNorm):
+        super().__init__(bn.num_features, bn.eps, bn.momentum, bn.affine)
+        self.after = nn.Sequential(bn.drop, bn.act) if hasattr(bn, "act") else None
+        self.train(bn.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any."""
@@ -65,10 +73,12 @@ class SyncedBatchNorm(_BatchNorm):
     @torch.compiler.disable  # Dynamo cannot look into the collectives of a Function
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
-        self.num_batches_tracked.add_(1)
-        running = self.running_mean, self.running_var
-        return EqualParts.apply(x, self.weight, self.bias, *running, self.eps, self.momentum)
+            x = super().forward(x)
+        else:
+            self.num_batches_tracked.add_(1)
+            running = self.running_mean, self.running_var
+            x = EqualParts.apply(x, self.weight, self.bias, *running, self.eps, self.momentum)
+        return x if self.after is None else self.after(x)
 
 
 def synchronise(net: nn.Module) -> None:
@@ -77,8 +87,7 @@ def synchronise(net: nn.Module) -> None:
     for module in list(net.modules()):
         for name, bn in module.named_children():
             if isinstance(bn, _BatchNorm):
-                synced = SyncedBatchNorm(bn.num_features, bn.eps, bn.momentum, bn.affine)
-                synced.train(bn.training)
+                synced = SyncedBatchNorm(bn)
                 for part in parts:
                     setattr(synced, part, getattr(bn, part))
                 setattr(module, name, synced)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simsiam import ranks, serialization
+from simsiam.backbones import backbone
 from simsiam.files import RunError, whole_file
-from simsiam.network import Classifier, SimSiam, backbone, simsiam
+from simsiam.network import Classifier, SimSiam, simsiam
 
 VERSION = 2
 # What `<run>_model.pth` holds: plain tensors and Python types only. torch.load reads it with

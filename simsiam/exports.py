@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from simsiam.backbones import IMAGENET_ARCHS, is_of_library, name_of_classifier
 from simsiam.layouts import LAYOUTS, renamed
-from simsiam.network import IMAGENET_ARCHS, Classifier, kept_weights
+from simsiam.network import Classifier, kept_weights
 
 EXPORTS = {  # the formats of `exported`, and the layout of each
     "torchvision": "torchvision",
@@ -30,6 +31,8 @@ def exported(
     where that project has no such network.
     """
     weights, layout = kept_weights(net), EXPORTS[to]
+    if is_of_library(encoder["arch"]):
+        return of_library(weights, encoder["arch"], to, encoder_only)
     refuse_other_encoders(encoder["arch"], encoder["stem"], to)
     if encoder_only:
         weights = {name: weights[name] for name in weights if name.startswith("backbone.")}
@@ -47,6 +50,30 @@ def exported(
     found, _, unknown = renamed(weights, LAYOUTS[layout], out=True)
     if unknown:
         raise ValueError(f"{to} has no name for {unknown[0]}: {INSTEAD}")
+    return found
+
+
+def of_library(
+    weights: dict[str, Tensor], arch: str, to: str, encoder_only: bool
+) -> dict[str, Tensor]:
+    """The weights of a backbone of timm or torchvision, with its classifier, under its own names.
+
+    timm.create_model and torchvision.models.get_model load them with strict=True: with a classifier
+    where it is exported, else without one (num_classes=0; an Identity). Raises ValueError for
+    another library, or for heads, of which it has none.
+    """
+    library = arch.partition(":")[0]
+    if to != library:
+        raise ValueError(f"{to} has no {arch}: choose {library}, safetensors or onnx")
+    found = {}
+    for name, value in weights.items():
+        part, _, inner = name.partition(".")
+        if part == "backbone":
+            found[inner] = value
+        elif not encoder_only:
+            if part != "fc":
+                raise ValueError(f"{library} has no name for {name}: {INSTEAD}")
+            found[f"{name_of_classifier(arch)}.{inner}"] = value
     return found
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simsiam.network import IMAGENET_ARCHS
+from simsiam.backbones import IMAGENET_ARCHS
 from simsiam.views import NORMALISATION
 
 RESNET = "{conv1 bn1 layer1 layer2 layer3 layer4}"

@@ -1,4 +1,4 @@
-"""The network: backbones, heads, loss, linear model, Params/FLOPs, learning-rate schedule.
+"""The network: a backbone, heads, loss, linear model, Params/FLOPs, learning-rate schedule.
 
 The symbols are the paper's: x a view, z = projector(backbone(x)), p = predictor(z).
 Chen & He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
@@ -6,106 +6,16 @@ Chen & He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
 
 import copy
 import math
-import re
 from collections.abc import Mapping
 from itertools import pairwise
 
 import thop
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.models.resnet import BasicBlock
 
-IMAGENET_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-# First layers of those. For CIFAR: conv1 of 3x3, no max-pool (paper, App. D); in solo-learn's conv1
-# has a padding of 2, in lightly's benchmark there is no ReLU after bn1.
-STEMS = ("cifar", "imagenet", "cifar_pad2", "cifar_no_relu")
-
-
-class PadShortcut(nn.Module):
-    """He et al. 2016, option A: every second pixel, zeros for the new channels; no parameters."""
-
-    def __init__(self, new_channels: int):
-        super().__init__()
-        self.new_channels = new_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
-
-
-class CifarResNet(nn.Module):
-    """The CIFAR ResNet of He et al. 2016, sec. 4.2, without its fc: depth 6n+2, three stages.
-
-    The stages are `width`, 2 `width` and 4 `width` channels wide (the paper: 16, 32, 64).
-    Parameters carry torchvision's names. N x 3 x H x W -> N x 4 `width`.
-    """
-
-    def __init__(self, depth: int, width: int = 16):
-        super().__init__()
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks)))
-        self.layer2 = self._stage(width, 2 * width, blocks)
-        self.layer3 = self._stage(2 * width, 4 * width, blocks)
-        # As torchvision's ResNet with zero_init_residual=True.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-
-    @staticmethod
-    def _stage(before: int, after: int, blocks: int) -> nn.Sequential:
-        first = BasicBlock(before, after, stride=2, downsample=PadShortcut(after - before))
-        return nn.Sequential(first, *(BasicBlock(after, after) for _ in range(blocks - 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return x.mean(dim=(2, 3))
-
-
-def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[nn.Module, int]:
-    """A randomly initialised ResNet that ends in its pooled features, and their number.
-
-    `arch` is one of torchvision's ResNets, `resnet18` to `resnet152`, with one of `STEMS`; or
-    `resnet{6n+2}` (`resnet8`, `resnet14`, `resnet20`, ...) of He et al. 2016, sec. 4.2, `width`
-    (16) channels wide at its start, which always has the CIFAR stem. (`resnet50` and `resnet152`
-    would fit both families: they are torchvision's.)
-
-    Raises ValueError for an unknown `arch` or `stem`, or one that does not go with the other flags.
-    """
-    if stem not in STEMS:
-        raise ValueError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
-    if arch in IMAGENET_ARCHS:
-        if width is not None:
-            raise ValueError(
-                f"--width {width}: {arch} has its own; it is for resnet8, resnet14, ..."
-            )
-        net = getattr(torchvision.models, arch)(zero_init_residual=True)
-        features = net.fc.in_features
-        net.fc = nn.Identity()
-        if stem != "imagenet":
-            padding = 2 if stem == "cifar_pad2" else 1
-            net.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
-            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-            net.maxpool = nn.Identity()
-        if stem == "cifar_no_relu":
-            net.relu = nn.Identity()  # that of the stem: blocks have their own
-        return net, features
-    depth = re.fullmatch(r"resnet(\d{1,4})", arch)
-    if not depth or int(depth[1]) < 8 or int(depth[1]) % 6 != 2:
-        raise ValueError(
-            f"--arch {arch}: choose one of {', '.join(IMAGENET_ARCHS)}, or a CIFAR ResNet "
-            "resnet8, resnet14, resnet20, ... (depth 6n+2)"
-        )
-    if stem != "cifar":
-        raise ValueError(f"--stem {stem}: {arch} has the CIFAR stem only; use --stem cifar")
-    net = CifarResNet(int(depth[1]), width or 16)
-    return net, 4 * net.conv1.out_channels
+from simsiam.backbones import backbone
 
 
 def D(p: Tensor, z: Tensor) -> Tensor:
@@ -379,12 +289,18 @@ def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, i
     """Parameters, and multiply-adds for one image through all parts of the network, in turn.
 
     thop counts multiply-adds, also where others say FLOPs and count each one twice. Profiled is a
-    deep copy, since thop leaves `total_ops` and `total_params` buffers in what it profiles.
+    deep copy, since thop leaves `total_ops` and `total_params` buffers in what it profiles. It
+    counts layers with weights: attention's products of queries, keys and values are not in it.
+    Raises ValueError for images of a size that the backbone cannot take.
     """
     parts = [part for name, part in net.named_children() if name not in ONLY_IN_TRAINING]
     whole = copy.deepcopy(nn.Sequential(*parts)).cpu().float()
     image = torch.zeros(1, 3, image_size, image_size)
-    flops, params = thop.profile(whole, inputs=(image,), verbose=False)
+    try:
+        flops, params = thop.profile(whole, inputs=(image,), verbose=False)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--image_size {image_size}: the backbone refuses it: {reason}") from error
     return int(params), int(flops)
 
 

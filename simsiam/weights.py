@@ -125,7 +125,7 @@ def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[s
 def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], dict, list[str]]:
     """The weights in a checkpoint of any origin or version, its encoder, and what to say of it.
 
-    The encoder is empty where all weights are those of `net`.
+    The encoder is empty where all weights, or all of a bare backbone, are those of `net`.
     """
     with contextlib.suppress(ValueError):  # of another project or version, or damaged
         state = checkpoint.load(path)
@@ -133,6 +133,11 @@ def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], 
     weights = read_weights(path)
     if differing(kept_weights(net), weights) is None:
         return weights, {}, []
+    backbone = part_of(kept_weights(net), "backbone")
+    bare = {f"backbone.{name}": value for name, value in weights.items()}
+    bare = {name: value for name, value in bare.items() if name in backbone}
+    if differing(backbone, bare) is None:  # of timm or torchvision, under the names of --arch
+        return bare, {}, []
     found, encoder, notes = translated(weights)
     if encoder["stem"] != "imagenet":
         notes.append(f"its --stem is {encoder['stem']}")

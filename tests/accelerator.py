@@ -106,6 +106,7 @@ def runs(place: str, device: str) -> dict:
     run(linear, f"{whole} --epochs 1 --name augmented")
     run(linear, f"{whole} --epochs 3 --cached --lr 1 30 --name cached")
     run(linear, f"{whole} --epochs 1 --optimizer lars --name lars --batch_size 64")
+    run(linear, f"{whole} --epochs 1 --finetune --mixup 0.2 --name tuned")
     judged = f"--device {device} --amp off --model_path {place}/augmented_model.pth"
     run(linear, f"{judged} --evaluate_only --no-pictures")
     run(linear, f"{judged} --predict {place}/images --out_csv {place}/predictions.csv")

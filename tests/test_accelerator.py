@@ -67,7 +67,7 @@ def test_the_commands_give_the_same_bits_as_on_the_cpu(said, tmp_path):
         image_files(tmp_path / device / "images", number=80)
         said("runs", tmp_path / device, device)
     # Without map_location: the tensors of a checkpoint are on the CPU, so that it loads anywhere.
-    names = ("whole", "parted", "files", "augmented", "cached", "lars")
+    names = ("whole", "parted", "files", "augmented", "cached", "lars", "tuned")
     ours, theirs = (
         {name: torch.load(tmp_path / device / f"{name}_model.pth") for name in names}
         for device in ("pretend", "cpu")

@@ -14,7 +14,7 @@ from lightly.models.utils import update_momentum
 from torch import nn
 
 import model
-from simsiam import network
+from simsiam import backbones, network
 from tests.helpers import refused
 
 
@@ -179,17 +179,17 @@ def test_params_and_flops_by_thop(kwargs, size, params):
 def test_cifar_resnets_have_the_papers_sizes():
     # He et al. 2016, Table 6, with the fc of 64 x 10 + 10 that we leave out.
     for depth, millions in [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]:
-        net, features = network.backbone(f"resnet{depth}")
+        net, features = backbones.backbone(f"resnet{depth}")
         params = sum(p.numel() for p in net.parameters()) + 650
         assert round(params / 1e6, 1 if depth == 110 else 2) == millions
         assert features == 64
-    net, features = network.backbone("resnet8", width=32)
+    net, features = backbones.backbone("resnet8", width=32)
     assert net(torch.zeros(1, 3, 28, 28)).shape == (1, features) == (1, 128)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet8"])
 def test_residual_branches_start_at_zero(arch):
-    net, _ = network.backbone(arch)
+    net, _ = backbones.backbone(arch)
     branches = [m.weight for n, m in net.named_modules() if n.endswith("bn2")]
     assert branches
     assert all((weight == 0).all() for weight in branches)
@@ -218,7 +218,7 @@ def test_what_does_not_go_together_is_named(kwargs, named):
 def test_stems_differ_in_padding_and_relu():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
-    nets = {stem: network.backbone("resnet18", stem)[0] for stem in network.STEMS}
+    nets = {stem: backbones.backbone("resnet18", stem)[0] for stem in backbones.STEMS}
     for net in nets.values():
         net.eval()
     cifar = nets["cifar"]
@@ -257,7 +257,7 @@ def test_the_network_of_flags_is_that_of_the_constructor():
 
 def test_a_classifier_is_a_backbone_and_a_head_that_starts_as_the_authors():
     torch.manual_seed(0)
-    net = network.Classifier(*network.backbone("resnet18"), 1000)
+    net = network.Classifier(*backbones.backbone("resnet18"), 1000)
     assert net.fc.bias.abs().max() == 0
     assert net.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
     x = torch.randn(2, 3, 32, 32)

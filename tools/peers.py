@@ -169,22 +169,22 @@ def lightly_training(
     import torchvision.transforms as t
     from lightly import transforms
 
-    from simsiam import network
+    from simsiam.backbones import backbone
 
     torch.manual_seed(args.seed)
     options |= {"input_size": images.train_images.shape[-1]}
-    backbone, features = network.backbone(args.arch, args.stem, args.width)
+    body, features = backbone(args.arch, args.stem, args.width)
     if method == "BYOL":
         first, second = transforms.BYOLView1Transform, transforms.BYOLView2Transform
         views = transforms.BYOLTransform(first(**options), second(**options))
-        net = LightlyByol(backbone, features)
+        net = LightlyByol(body, features)
     else:
         views = getattr(transforms, f"{method}Transform")(**options)
-        net = LightlySimSiam(backbone, features, args.feature_dim)
+        net = LightlySimSiam(body, features, args.feature_dim)
     normalise = transforms.SimSiamTransform().transforms[0].transform.transforms[-1]
     train = Labelled(images.train_images, images.train_labels, views)
     plain = t.Compose([t.ToTensor(), normalise])
-    return epochs_of(net, backbone, net.encoder.parameters(), train, images, plain, args, amp)
+    return epochs_of(net, body, net.encoder.parameters(), train, images, plain, args, amp)
 
 
 def plain_learning(images, args, recipe: dict, amp: bool = False) -> Callable:

@@ -1,0 +1,152 @@
+"""Backbones of timm and torchvision: trained, resumed, judged, exported, and what is refused."""
+
+import types
+
+import pandas
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import linear
+import main
+from simsiam import backbones, batchnorm
+from simsiam.textures import textures
+from simsiam.weights import Source
+from tests import helpers
+from tools import convert
+
+NETS = ("timm:test_convnext", "timm:test_vit", "torchvision:mobilenet_v3_small")
+SMALL = "--data_name textures --train_size 64 --recipe fast --batch_size 32 --feature_dim 16 "
+SMALL += "--view_sizes 1.0 --lr 0.01 --epochs 2 --k 5 --no-pictures"
+
+
+def bare(arch):
+    """The library's own network without its classifier, by the library's means alone."""
+    library, name = arch.split(":")
+    if library == "timm":
+        return timm.create_model(name, num_classes=0)
+    net = torchvision.models.get_model(name, weights=None)
+    net.classifier[3] = nn.Identity()
+    return net
+
+
+@pytest.fixture(scope="module", params=NETS)
+def run(request, tmp_path_factory):
+    """A run of two epochs, and its backbone's name."""
+    out = tmp_path_factory.mktemp("results")
+    main.main(f"{SMALL} --arch {request.param} --out {out} --name a".split())
+    return request.param, out
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_that_was_cut_ends_at_the_same_bits(run, monkeypatch):
+    """Also of networks with dropout, which is off."""
+    arch, out = run
+    train = main.train
+
+    def cut(*args):
+        for step in train(*args):
+            if args[5] == 1:
+                raise KeyboardInterrupt
+            yield step
+
+    flags = f"{SMALL} --arch {arch} --out {out} --name cut".split()
+    monkeypatch.setattr(main, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        main.main(flags)
+    monkeypatch.setattr(main, "train", train)
+    main.main([*flags, "--resume"])
+    models = (torch.load(out / f"{name}_model.pth")["model"] for name in ("a", "cut"))
+    assert same_bits(*models)
+
+
+def test_its_weights_load_strictly_there_and_give_the_same_features(run, tmp_path):
+    arch, out = run
+    library = arch.split(":")[0]
+    exported = tmp_path / "encoder.pth"
+    words = f"{out}/a_model.pth {exported} --to {library} --encoder_only".split()
+    convert.command(words)
+    net = bare(arch).eval()
+    net.load_state_dict(torch.load(exported), strict=True)
+    if arch == "timm:test_vit":  # made for 160 pixels; these are 32
+        net.set_input_size((32, 32))
+    source, images = Source.open(out / "a_model.pth"), textures(4, seed=3)[0]
+    with torch.no_grad():
+        theirs = net(source.views.plain(images))
+    off = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    assert torch.allclose(source.features(images, off), theirs, atol=1e-4)
+
+
+def test_a_head_is_fitted_exported_and_the_network_tuned(run, tmp_path):
+    arch, out = run
+    library, name = arch.split(":")
+    path = ["--model_path", f"{out}/a_model.pth", "--out", str(tmp_path), "--no-pictures"]
+    linear.main([*path, "--cached", "--epochs", "1", "--lr", "1"])
+    linear.main([*path, "--finetune", "--epochs", "1"])
+    for kind in ("linear_cached", "finetune"):
+        rows = pandas.read_csv(tmp_path / f"a_{kind}_statistics.csv")
+        assert rows["test_acc@1"].between(0, 100).all()
+    exported = tmp_path / "whole.pth"
+    convert.command([f"{tmp_path}/a_linear_cached_model.pth", str(exported), "--to", library])
+    make = timm.create_model if library == "timm" else torchvision.models.get_model
+    make(name, num_classes=10).load_state_dict(torch.load(exported), strict=True)
+
+
+def test_it_starts_from_the_library_s_own_file(run, tmp_path):
+    """The file has a classifier, which is not taken."""
+    arch, _ = run
+    library, name = arch.split(":")
+    theirs = (timm.create_model if library == "timm" else torchvision.models.get_model)(name)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    flags = f"{SMALL} --arch {arch} --init {tmp_path}/theirs.pth"
+    net = main.initial_network(main.make_flags().read(flags.split())[0])
+    ours, state = net.backbone.state_dict(), theirs.state_dict()
+    assert ours.keys() < state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in ours.items())
+
+
+def test_an_activation_within_a_bn_stays_where_ranks_share_it():
+    """timm's BatchNormAct2d is a BN and a ReLU in one layer."""
+    net, _ = backbones.backbone("timm:mobilenetv3_small_050", "imagenet")
+    x = torch.randn(2, 3, 32, 32)
+    names = set(net.state_dict())
+    wanted = net.eval()(x)
+    batchnorm.synchronise(net)
+    assert any(isinstance(m, batchnorm.SyncedBatchNorm) for m in net.modules())
+    assert torch.equal(net.eval()(x), wanted)
+    assert set(net.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--arch timm:convnext_tinny", ["--arch timm:convnext_tinny", "convnext_tiny"]),
+        ("--arch torchvision:resnet19", ["torchvision has no such model", "resnet18"]),
+        ("--arch torchvision:squeezenet1_0", ["does not end in one linear layer"]),
+        ("--arch torchvision:vit_b_16", ["--image_size 32", "refuses it"]),
+        ("--arch timm:test_vit --image_size 30", ["--image_size 30", "refuses it"]),
+        ("--arch timm:test_vit --stem cifar", ["--stem cifar", "leave it out"]),
+        ("--arch timm:test_vit --width 8", ["--width 8"]),
+        ("--arch alexnet", ["timm:NAME"]),
+    ],
+)
+def test_bad_input_is_one_line(capsys, tmp_path, flags, words):
+    door = types.SimpleNamespace(main=main.main)
+    flags = ["--data_name", "textures", "--out", tmp_path / "out", *flags.split()]
+    err = helpers.refused(capsys, door, *flags)
+    assert all(word in err for word in words), err
+
+
+def test_an_export_to_another_library_is_refused(run, capsys, tmp_path):
+    arch, out = run
+    other = "torchvision" if arch.startswith("timm") else "timm"
+    door = types.SimpleNamespace(main=convert.command)
+    target = tmp_path / "out.pth"
+    err = helpers.refused(capsys, door, out / "a_model.pth", target, "--to", other)
+    assert f"{other} has no {arch}" in err
+    assert not target.exists()
