@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -75,9 +75,12 @@ def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> N
         pandas.DataFrame(rows, columns=columns).to_csv(file, index=False, float_format="%.6g")
 
 
-def read_csv(path: str | Path) -> list[dict]:
-    """Rows of a table that `write_csv` wrote; what was blank is missing."""
-    rows = pandas.read_csv(path).to_dict("records")
+def read_csv(path: str | Path, text: Sequence[str] = ()) -> list[dict]:
+    """Rows of a table that `write_csv` wrote; what was blank is missing.
+
+    `text`: columns whose cells stay as they are, though they may look like numbers.
+    """
+    rows = pandas.read_csv(path, dtype=dict.fromkeys(text, str)).to_dict("records")
     return [{name: value for name, value in row.items() if value == value} for row in rows]
 
 

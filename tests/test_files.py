@@ -152,6 +152,13 @@ def test_a_table_comes_back_with_six_digits_and_blanks_left_out(tmp_path):
     assert all(type(row["epoch"]) is int for row in read_csv(path))
 
 
+def test_text_that_looks_like_a_number_stays_as_it_is(tmp_path):
+    """A commit of 83097e4 is not 830970000."""
+    write_csv(tmp_path / "table.csv", [{"commit": "83097e4", "a": 1}, {"a": 2}], ("commit", "a"))
+    found = read_csv(tmp_path / "table.csv", ["commit"])
+    assert found == [{"commit": "83097e4", "a": 1}, {"a": 2}]
+
+
 def test_names_that_are_no_utf_8_are_written(tmp_path):
     """As Python has the names of files: of UTF-8 in another locale, and of Latin-1 in any."""
     path = tmp_path / "results.csv"

@@ -183,7 +183,7 @@ def command(argv: list[str] | None = None) -> None:
         args.device = device
         sources = [opened(path) for path in args.runs]
         with about(f"--out {out}"):
-            rows = read_csv(out) if out.is_file() else []
+            rows = read_csv(out, ["run"]) if out.is_file() else []
             if rows and set(rows[0]) - set(COLUMNS):
                 raise ValueError("is there, and is another table: choose another name")
         known = {(row["run"], row["epochs"]) for row in rows}
