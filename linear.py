@@ -521,6 +521,17 @@ def begin(run: Run, made: Prepared) -> None:
     run.begin([], made.extraction)
 
 
+def is_scored(epoch: int, args: Namespace, made: Prepared) -> bool:
+    """Whether the test images are looked at after an epoch.
+
+    A network that is tuned sees at least as many training images in between: with few labels an
+    epoch is a few steps, and the test would take nearly all of the time.
+    """
+    tests, seen = len(made.images.test_images), made.seen
+    passed = (epoch + 1) * seen // tests > epoch * seen // tests
+    return not args.finetune or passed or epoch + 1 == args.epochs
+
+
 def judge(run: Run, made: Prepared) -> None:
     """The epochs of a run, and its last files."""
     args, tally, said = run.args, made.tally, time.perf_counter()
@@ -536,17 +547,19 @@ def judge(run: Run, made: Prepared) -> None:
         mean = tally.means(made.seen)
         row = {"train_loss": mean["loss"]}
         row |= {"train_acc@1": 100 * mean["top1"], "train_acc@5": 100 * mean["top5"]}
-        with run.measuring() if args.finetune else contextlib.nullcontext():
-            features = made.of_test()
-        test = evaluate(made.net.fc, features, made.images.test_labels)
-        row |= zip(("test_loss", "test_acc@1", "test_acc@5"), test, strict=True)
+        if is_scored(epoch, args, made):
+            with run.measuring() if args.finetune else contextlib.nullcontext():
+                features = made.of_test()
+            test = evaluate(made.net.fc, features, made.images.test_labels)
+            row |= zip(("test_loss", "test_acc@1", "test_acc@5"), test, strict=True)
         row = run.after_epoch(row)
         # Cached epochs take a blink: not all of them are said.
         if epoch + 1 == args.epochs or time.perf_counter() - said > 1:
             said = time.perf_counter()
             ranks.say(
                 f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} "
-                f"train {row['train_acc@1']:.2f} % test {row['test_acc@1']:.2f} %"
+                f"train {row['train_acc@1']:.2f} %"
+                + (f" test {row['test_acc@1']:.2f} %" if "test_acc@1" in row else "")
             )
     last, knn, baseline = run.history[-1], made.knn, run.facts.get("baseline")
     with run.finishing():

@@ -239,7 +239,9 @@ def check_resumable(state: dict) -> None:
     """Raises ValueError where a run cannot go on, or its end not be told, from a checkpoint."""
     read_encoder(state["encoder"])
     scores = {"test_acc@1", "test_acc@5"}
-    whole = (2,) if state["command"] == "linear.py" else (0, 2)  # a kNN is not in each epoch
+    # A kNN is not in each epoch, nor is the test of a network that is tuned.
+    frozen = state["command"] == "linear.py" and state["args"].get("finetune") is not True
+    whole = (2,) if frozen else (0, 2)
     for row in state["history"]:
         if row["epoch"] and not ("seconds" in row and len(row.keys() & scores) in whole):
             raise ValueError(f"its history lacks numbers of epoch {row['epoch']}")

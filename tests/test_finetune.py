@@ -230,3 +230,12 @@ def test_what_an_optimizer_cannot_have_kept_is_refused(make):
             broken = saved | {"state": saved["state"] | {i: other}}
             with pytest.raises(ValueError, match="optimizer does not fit"):
                 checkpoint.restore(optimizer, state | {"optimizer": broken}, net)
+
+
+def test_the_test_images_are_seen_no_more_often_than_the_training_images(pretrained, tmp_path):
+    """400 of the ones an epoch, 1,000 of the others: after 1,200, and at the end."""
+    flags = "--finetune --epochs 4 --batch_size 100 --no-pictures --name a".split()
+    judge(pretrained, tmp_path, *flags)
+    rows = pandas.read_csv(tmp_path / "a_statistics.csv")
+    assert rows["train_acc@1"].notna().all()
+    assert rows["epoch"][rows["test_acc@1"].notna()].tolist() == [3, 4]
