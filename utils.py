@@ -322,6 +322,20 @@ def source_flags(parser: Parser) -> None:
         group.add_argument(f"--{name}", help=text, **how, **more)
 
 
+def encoder_flags(parser: Parser) -> None:
+    """The flags of a tool that runs a checkpoint's encoder: where, how precisely, on which files.
+
+    They are what `devices.set_up` and `images.decode` need, and `source_flags`.
+    """
+    add = parser.add_argument
+    add("--device", default="auto", help="as of main.py (auto)")
+    add("--amp", default="auto", choices=AMP, help="as of main.py (auto)")
+    add("--num_workers", type=workers, default=workers("auto"), help="threads (auto)")
+    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
+    source_flags(parser)
+    parser.set_defaults(deterministic=False)
+
+
 def of_source(args: Namespace) -> dict:
     """What the flags OF_SOURCE say, as arguments of `weights.Source.open`."""
     return {name: getattr(args, name) for name, *_ in OF_SOURCE}

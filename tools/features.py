@@ -108,12 +108,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--out", required=True, help=f"the table: a file that ends in {', '.join(ENDS)}")
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--layer", default="backbone", choices=("backbone", "projector"), help="(backbone)")
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
-    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    utils.source_flags(parser)
-    parser.set_defaults(deterministic=False)
+    utils.encoder_flags(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
     if out.suffix not in ENDS:

@@ -239,12 +239,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--out", type=utils.file_path, default="transfer.csv", help="the table (transfer.csv)")
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, help="of the subsets (0)")
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
-    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    utils.source_flags(parser)
-    parser.set_defaults(deterministic=False)
+    utils.encoder_flags(parser)
     args = parser.parse_args(argv)
     steps = 2 + (1 + args.pixels) * (len(CS) + 1)  # of a data set: features, kNN and the fits
     total = steps * len(args.data_root or [1])
