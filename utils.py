@@ -322,20 +322,6 @@ def source_flags(parser: Parser) -> None:
         group.add_argument(f"--{name}", help=text, **how, **more)
 
 
-def encoder_flags(parser: Parser) -> None:
-    """The flags of a tool that runs a checkpoint's encoder: where, how precisely, on which files.
-
-    They are what `devices.set_up` and `images.decode` need, and `source_flags`.
-    """
-    add = parser.add_argument
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=AMP, help="as of main.py (auto)")
-    add("--num_workers", type=workers, default=workers("auto"), help="threads (auto)")
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    source_flags(parser)
-    parser.set_defaults(deterministic=False)
-
-
 def of_source(args: Namespace) -> dict:
     """What the flags OF_SOURCE say, as arguments of `weights.Source.open`."""
     return {name: getattr(args, name) for name, *_ in OF_SOURCE}
@@ -355,9 +341,11 @@ def place_of_run(flags: dict, given: dict) -> dict:
 
 
 def check_new(what: str, path: str, overwrite: bool) -> None:
-    """Raises ValueError for a file that is there, unless it is to be replaced; or has no folder."""
+    """Raises ValueError for a file that is there, unless it is to be replaced, or cannot be one."""
     if os.path.exists(path) and not overwrite:
         raise ValueError(f"{what} {path}: exists: replace it with --overwrite, or choose another")
+    if os.path.isdir(path):
+        raise ValueError(f"{what} {path}: is a folder")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"{what} {path}: there is no such folder")
 

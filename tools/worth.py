@@ -36,6 +36,7 @@ from simsiam.images import ignore_pil_warnings
 from simsiam.loader import Data
 from simsiam.ranks import say
 from simsiam.weights import Source
+from tools.common import encoder_flags
 from tools.transfer import Problem, labelled, logistic
 
 COLUMNS = tuple("data encoder method fraction labels seed epochs top1 command".split())
@@ -237,7 +238,7 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     lr = "as of linear.py --finetune, for both; of several the best on held-out labels (0.4)"
     add("--lr", type=utils.number(float, 1e-12), nargs="+", default=[0.4], help=lr)
     add("--out", default="results", help="of table and picture, and a folder of the runs (results)")
-    utils.encoder_flags(parser)
+    encoder_flags(parser)
     return parser, parser.parse_args(argv)
 
 
