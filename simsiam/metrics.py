@@ -72,8 +72,7 @@ def knn(
     The vote of a neighbour is exp(cosine similarity / temperature) (Wu et al. 2018,
     arXiv 1805.01978, sec. 3.4). `bank` (N x d) and `queries` (M x d) are L2-normalised; `labels`
     (N) are of int64. k is clamped to the bank, `top` to the number of classes.
-    Returns int64, M x top. Raises IndexError for labels of which there are fewer than the bank has
-    images. Memory: a `KNN_TILE` of similarities, however large the bank.
+    Returns int64, M x top. Memory: a `KNN_TILE` of similarities, however large the bank.
     """
     classes, ranking = int(labels.max()) + 1, []
     for chunk in queries.split(KNN_TILE[0]):
