@@ -109,9 +109,11 @@ def test_duplicates_are_all_pairs_from_a_similarity_on(encoder, folder, tmp_path
     rows = found(tmp_path / "d.png", *flags_of(encoder, folder), "--duplicates", least)
     assert list(rows) == list(similar.PAIRS)
     those = cosines[first, second] >= least
-    pairs = {(str(files[i]), str(files[j])) for i, j in zip(first[those], second[those])}
+    pairs = {
+        (str(files[i]), str(files[j])) for i, j in zip(first[those], second[those], strict=True)
+    }
     assert len(rows) == 10
-    assert set(zip(rows["file_a"], rows["file_b"])) == pairs
+    assert set(map(tuple, rows[["file_a", "file_b"]].to_numpy())) == pairs
     np.testing.assert_allclose(rows["similarity"], of_all[:10], atol=2e-6)
     assert rows["same_bytes"].tolist() == [True] + [False] * 9
     copies = {str(folder / "other" / "copied.png"), str(folder / "train" / "a" / "7.png")}
