@@ -342,9 +342,11 @@ def place_of_run(flags: dict, given: dict) -> dict:
 
 
 def check_new(what: str, path: str, overwrite: bool) -> None:
-    """Raises ValueError for a file that is there, unless it is to be replaced; or has no folder."""
+    """Raises ValueError for a file that is there, unless it is to be replaced, or cannot be one."""
     if os.path.exists(path) and not overwrite:
         raise ValueError(f"{what} {path}: exists: replace it with --overwrite, or choose another")
+    if os.path.isdir(path):
+        raise ValueError(f"{what} {path}: is a folder")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"{what} {path}: there is no such folder")
 

@@ -66,6 +66,7 @@ def load(
 ) -> Data:
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
+    Images are uint8, N x 3 x H x W, `image_size` pixels a side where it is given; labels int64, N.
     `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads;
     `imagenet` too, but keeps them as `Files`, which each epoch decodes again, and `webdataset`
     (see `load_shards`) as `Shards`. `reading` and `split_names` are for these.

@@ -14,6 +14,7 @@ from simsiam.loader import Files
 K, TEMPERATURE = 200, 0.1
 # Similarities held at once, 205 MB of them however large the bank: queries, and images of the bank.
 KNN_TILE = (1024, 50_000)
+PAIRS_TILE = (1024, 8192)  # as KNN_TILE, for `pairs`: 34 MB
 
 
 @torch.no_grad()
@@ -73,18 +74,9 @@ def knn(
     (N) are of int64. k is clamped to the bank, `top` to the number of classes.
     Returns int64, M x top. Memory: a `KNN_TILE` of similarities, however large the bank.
     """
-    k, classes = min(k, len(bank)), int(labels.max()) + 1
-    rows, columns = KNN_TILE
-    ranking = []
-    for chunk in queries.split(rows):
-        parts = []
-        for i, part in enumerate(bank.split(columns)):
-            values, nearest = largest(similarities(chunk, part), k)
-            parts.append((values, nearest + i * columns))
-        similarity, nearest = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
-        if len(parts) > 1:  # the nearest of each part's nearest
-            similarity, best = similarity.topk(k, sorted=False)  # chunk x k
-            nearest = nearest.gather(1, best)
+    classes, ranking = int(labels.max()) + 1, []
+    for chunk in queries.split(KNN_TILE[0]):
+        similarity, nearest = nearest_of_few(bank, chunk, k)
         votes = similarity.new_zeros(len(chunk), classes)
         # One axis, of chunk x classes: that scatter has a deterministic form on CUDA.
         where = labels[nearest] + classes * torch.arange(len(chunk), device=labels.device)[:, None]
@@ -93,6 +85,64 @@ def knn(
         votes.view(-1).scatter_add_(0, where.view(-1), weights.view(-1))
         ranking.append(votes.topk(min(top, classes)).indices)
     return torch.cat(ranking)
+
+
+def nearest_of_few(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and places of the `k` nearest in the `bank`, M x k each, in no order; as of `knn`.
+
+    For as many queries as a tile has rows.
+    """
+    parts, k, columns = [], min(k, len(bank)), KNN_TILE[1]
+    for i, part in enumerate(bank.split(columns)):
+        values, places = largest(similarities(queries, part), k)
+        parts.append((values, places + i * columns))
+    values, places = (torch.cat(both, dim=1) for both in zip(*parts, strict=True))
+    if len(parts) > 1:  # the nearest of each part's nearest
+        values, best = values.topk(k, sorted=False)
+        places = places.gather(1, best)
+    return values, places
+
+
+def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` nearest of each query in the `bank`: cosines, fp32, and places, int64; M x k each.
+
+    The nearest come first. `bank` (N x d) and `queries` (M x d) are L2-normalised; k is clamped to
+    the bank. Memory: a `KNN_TILE` of similarities, however large the bank.
+    """
+    found = [nearest_of_few(bank, chunk, k) for chunk in queries.split(KNN_TILE[0])]
+    values, places = (torch.cat(both) for both in zip(*found, strict=True))
+    values, order = values.sort(dim=1, descending=True)
+    return values, places.gather(1, order)
+
+
+def pairs(bank: Tensor, least: float, most: int) -> tuple[Tensor, Tensor, int]:
+    """Pairs of a bank's rows whose cosine is at least `least`: cosines, places, and their number.
+
+    `bank`: N x d, L2-normalised. Of more than `most` pairs the closest are returned, and all of
+    them counted. Cosines: fp32, P, the largest first; places: int64, P x 2, the lower one first.
+    Memory: a few times a `PAIRS_TILE` of similarities and `most` pairs, however large the bank. A
+    terminal gets a bar, if it takes more than two seconds.
+    """
+    rows, columns = PAIRS_TILE
+    values, places = bank.new_empty(0), torch.empty(0, 2, dtype=torch.int64, device=bank.device)
+    number, chunks = 0, tqdm(bank.split(rows), "pairs", None, False, delay=2, disable=None)
+    for first, chunk in zip(range(0, len(bank), rows), chunks, strict=True):
+        for start, part in zip(
+            range(first, len(bank), columns), bank[first:].split(columns), strict=True
+        ):
+            found = similarities(chunk, part)
+            # Each pair once: the second one has the higher place.
+            wanted = (found >= least).triu(first - start + 1)
+            there = int(wanted.sum())
+            if not there:
+                continue
+            number += there
+            best, at = found.where(wanted, -torch.inf).flatten().topk(min(there, most))
+            where = torch.stack([at // len(part) + first, at % len(part) + start], dim=1)
+            values, places = torch.cat([values, best]), torch.cat([places, where])
+            values, best = values.topk(min(len(values), most))
+            places = places[best]
+    return values, places, number
 
 
 def similarities(queries: Tensor, bank: Tensor) -> Tensor:

@@ -235,8 +235,11 @@ class Views:
     the authors' torchvision pipeline does an image at a time (paper, App. A "Image augmentation").
     Parameters are drawn an image, with torchvision's distributions; the order of the four jitter
     operations is drawn a batch. All is drawn for the global batch, so that views do not depend on
-    the number of ranks. `compiled`: the colour operations, each by torch.compile, which then runs
-    through the images once or twice for each instead of five to twenty times; the last bits differ.
+    the number of ranks.
+
+    `size`: pixels. `mean`, `std`: of each channel, from 0 to 1. `number`: views an image.
+    `compiled`: the colour operations, each by torch.compile, which then runs through the images
+    once or twice for each instead of five to twenty times; the last bits differ.
     `sides`: the views' side in each epoch, in pixels, where it is not `size` throughout; the test
     transform keeps to `size`. `local`: so many views more, of crops of `LOCAL_SCALE`, `local_size`
     pixels wide.

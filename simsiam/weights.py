@@ -178,16 +178,18 @@ def flags_of_head(part: str, given: dict[str, Tensor], encoder: dict) -> str | N
 class Source:
     """The network in a checkpoint and what its encoder sees. It can be sent between ranks.
 
+    Called with images, it returns their features: `source(["a.jpg", "b.jpg"])`.
+
     `net`: in eval mode, on the CPU at first. `encoder`: a dict of `checkpoint.ENCODER`.
     `notes`: lines to say. `state`: what `checkpoint.FORMAT` names, less the weights and the
     optimizer; None for another project's file.
     """
 
     path: str
-    net: SimSiam | Classifier
+    net: SimSiam | Classifier = dataclasses.field(repr=False)
     encoder: dict
     notes: list[str]
-    state: dict | None
+    state: dict | None = dataclasses.field(repr=False)
 
     @classmethod
     def open(
@@ -278,6 +280,24 @@ class Source:
             return [str(i) for i in range(self.net.fc.out_features)]
         return self.state["classes"]
 
+    def cut(self, images: object) -> Tensor:
+        """Images as the encoder sees them: what `cut` takes -> uint8, N x 3 x size x size."""
+        return cut(images, self.reading, self.encoder["image_size"], self.shorter)
+
+    def __call__(self, images: object, normalise: bool = False) -> Tensor:
+        """Features of images of any size: fp32, N x features, on the encoder's device.
+
+        `images`: a PIL image, a file's path, an array H x W x 3 or a tensor 3 x H x W, of bytes or
+        of floats from 0 to 1; or many: a list, an array N x H x W x 3 or a tensor N x 3 x H x W.
+        One gives one row. Each is cut as the test transform does: the shorter side resized, then
+        the centre cropped. `normalise`: to unit length, so that products are cosines. There is no
+        gradient. Raises ValueError for what is no image, naming a file.
+        """
+        off, many = torch.autocast("cpu", enabled=False), listed(images)
+        places = range(0, max(1, len(many)), 512)  # so many are decoded at once
+        parts = [self.features(self.cut(many[i : i + 512]), off, normalise) for i in places]
+        return torch.cat(parts)
+
     def features(
         self, images: Tensor | Files, amp: torch.autocast, normalise: bool = False
     ) -> Tensor:
@@ -288,6 +308,9 @@ class Source:
         device = next(self.net.parameters()).device
         images = images.to(device)
         return metrics.features(self.net.backbone, self.views.plain, images, amp, normalise)
+
+
+open_encoder = Source.open  # its name in the package `simsiam`
 
 
 # ---- classes of images --------------------------------------------------------------------------
@@ -331,21 +354,36 @@ class Predictor(nn.Module):
     def predict(self, images: object) -> list[dict[str, object]]:
         """The `class` and `score` of each image, and the `scores` of all classes.
 
-        `images`: what `rgb` takes, or many of them, also as one tensor or array. Raises ValueError
-        for what is no image, naming a file.
+        `images`: what `cut` takes. Raises ValueError for what is no image, naming a file.
         """
-        many = images if isinstance(images, list | tuple) else [images]
-        if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
-            many = list(images)
-        if not len(many):
-            return []
-        cut = [centre(rgb(image, self.reading), self.size, self.shorter) for image in many]
-        found = []
-        for scores in self.scores(torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)).tolist():
+        pixels, found = cut(images, self.reading, self.size, self.shorter), []
+        for scores in self.scores(pixels).tolist():
             best = max(range(len(scores)), key=scores.__getitem__)
             every = dict(zip(self.classes, scores, strict=True))
             found.append({"class": self.classes[best], "score": scores[best], "scores": every})
         return found
+
+
+# ---- images of any kind -------------------------------------------------------------------------
+
+
+def listed(images: object) -> Sequence:
+    """One image, as `rgb` takes it, or many: those many, which a tensor or array may hold."""
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+        return images
+    return images if isinstance(images, list | tuple) else [images]
+
+
+def cut(images: object, reading: Reading, size: int, shorter: int) -> Tensor:
+    """What `rgb` takes, or many of them, cut by `images.centre`: uint8, N x 3 x size x size.
+
+    Raises ValueError for what is no image, naming a file.
+    """
+    many = listed(images)
+    pixels = np.empty((len(many), size, size, 3), np.uint8)
+    for i, image in enumerate(many):
+        pixels[i] = centre(rgb(image, reading), size, shorter)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def rgb(image: object, reading: Reading) -> Image.Image:
@@ -369,7 +407,7 @@ def rgb(image: object, reading: Reading) -> Image.Image:
         if isinstance(image, Tensor | np.ndarray):
             what = f"{image.dtype} of shape {tuple(image.shape)}"
         raise ValueError(
-            f"cannot predict {what}: give a PIL image, a file's path, an array H x W x 3 or a "
+            f"cannot take {what}: give a PIL image, a file's path, an array H x W x 3 or a "
             "tensor 3 x H x W, of bytes or of floats from 0 to 1"
         )
     return Image.fromarray(np.ascontiguousarray(pixels))

@@ -348,7 +348,7 @@ for way in ("script", "module"):
 
 def test_tools_run_as_scripts_and_as_modules(tmp_path):
     """From any folder, as `python tools/plot.py`, and as `python -m tools.plot`."""
-    names = "ablate bench convert features plot transfer worth".split()
+    names = "ablate bench convert features plot similar transfer worth".split()
     command = [sys.executable, "-c", PROGRAM, ROOT, *names]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     wanted = [f"{way} {name} ['usage:', 'tools.{name}']" for way in WAYS for name in names]

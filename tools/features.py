@@ -20,6 +20,7 @@ from simsiam import devices, folders, metrics, ranks
 from simsiam.files import printable, whole_file
 from simsiam.images import decode, ignore_pil_warnings
 from simsiam.weights import Source
+from tools.common import encoder_flags, open_source
 
 BATCH = 256  # files decoded at a time
 ENDS = (".npz", ".csv", ".parquet")
@@ -48,16 +49,18 @@ def chosen_part(source: Source, layer: str) -> nn.Module:
     return nn.Sequential(source.net.backbone, source.net.projector)
 
 
-def found(source: Source, files: list[Path], args: Namespace) -> tuple[np.ndarray, list[int]]:
-    """Features of files, fp32, N x features, and which of the files they are of.
+def of_files(
+    source: Source, part: nn.Module, files: list[Path], args: Namespace
+) -> tuple[np.ndarray, list[int]]:
+    """What a `part` of the network makes of files, fp32, N x features, and which files these are.
 
-    Raises ValueError, naming the file, for one that cannot be read, unless those are skipped.
+    `args`: of `encoder_flags`. Moves the source to their device. Raises ValueError, naming the
+    file, for one that cannot be read, unless those are skipped.
     """
-    part = chosen_part(source, args.layer)
     device, amp_name = devices.set_up(args)
     source.to(device)
     amp = devices.autocast(device, amp_name)
-    views, rows, kept = source.views, [], []
+    views, found, kept = source.views, None, []
     for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
         some = files[start : start + BATCH]
         cut = (views.size, args.num_workers, args.bad_images, source.shorter)
@@ -67,10 +70,12 @@ def found(source: Source, files: list[Path], args: Namespace) -> tuple[np.ndarra
         kept += [start + i for i in range(len(some)) if i not in bad]
         if len(images):
             features = metrics.features(part, views.plain, images.to(device), amp, normalise=False)
-            rows.append(features.cpu().numpy())
-    if not rows:
+            if found is None:  # filled: a list to be joined would take twice as much
+                found = np.empty((len(files), features.shape[1]), np.float32)
+            found[len(kept) - len(features) : len(kept)] = features.cpu()
+    if found is None:
         raise ValueError(f"{files[0]}: cannot be read, nor can any other")
-    return np.concatenate(rows), kept
+    return found[: len(kept)], kept
 
 
 def write(out: Path, images: pandas.DataFrame, features: np.ndarray) -> None:
@@ -108,12 +113,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--out", required=True, help=f"the table: a file that ends in {', '.join(ENDS)}")
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--layer", default="backbone", choices=("backbone", "projector"), help="(backbone)")
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
-    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    utils.source_flags(parser)
-    parser.set_defaults(deterministic=False)
+    encoder_flags(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
     if out.suffix not in ENDS:
@@ -121,11 +121,10 @@ def command(argv: list[str] | None = None) -> None:
     with warnings.catch_warnings(), parser.bad_input():
         ignore_pil_warnings()
         utils.check_new("--out", args.out, args.overwrite)
-        source = Source.open(args.model_path, **utils.of_source(args))
-        for note in source.notes:
-            ranks.say(f"{args.model_path}: {note}")
+        source = open_source(args)
+        part = chosen_part(source, args.layer)
         images = listed(Path(args.data_root), args.split_names)
-        features, kept = found(source, images["file"].tolist(), args)
+        features, kept = of_files(source, part, images["file"].tolist(), args)
         write(out, images.iloc[kept], features)
     ranks.say(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
 

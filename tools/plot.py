@@ -16,6 +16,7 @@ from simsiam import datasets, devices, figures, files, pictures, ranks
 from simsiam.loader import crc
 from simsiam.monitor import Monitor
 from simsiam.weights import Source
+from tools.common import picture_format, picture_path
 
 ENDS = ("_model.prev.pth", "_model.pth", "_statistics.csv", "_curves.png")
 
@@ -68,13 +69,8 @@ def curves(histories: dict[str, list[dict]], out: str, overwrite: bool) -> None:
     """The picture `out`, in the format of its ending."""
     utils.check_new("picture", out, overwrite)
     with files.whole_file(out) as file:
-        figures.curves(histories, file, format_of(out))
+        figures.curves(histories, file, picture_format(out))
     ranks.say(f"wrote {out}")
-
-
-def format_of(out: str) -> str:
-    """The format of a picture, by its ending; not always one that there is."""
-    return Path(out).suffix.lower().removeprefix(".")
 
 
 def names_of(runs: list[str]) -> dict[str, str]:
@@ -115,7 +111,7 @@ def command(argv: list[str] | None = None) -> None:
     add("runs", nargs="+", metavar="RUN", help="results/<run>, or one of its files")
     ends = ", ".join(f".{name}" for name in figures.FORMATS)
     out = f"of several runs: the picture, by its ending {ends} (overlay.png beside the first one)"
-    add("--out", help=out)
+    add("--out", type=picture_path, help=out)
     add("--overwrite", action="store_true", help="replace the picture if it is there")
     add("--data_root", help="where the images are now, of one run (as they were)")
     add("--device", help="as of main.py, of one run (auto)")
@@ -130,8 +126,6 @@ def command(argv: list[str] | None = None) -> None:
     for name, value in (one_only if len(args.runs) > 1 else {"out": args.out}).items():
         if value is not None:
             parser.error(f"--{name}: is of {'one run' if name in one_only else 'several runs'}")
-    if args.out and format_of(args.out) not in figures.FORMATS:
-        parser.error(f"--out {args.out}: choose an ending of {ends}")
     with parser.bad_input():
         if len(args.runs) > 1:
             several(runs, args.out or str(Path(runs[0]).parent / "overlay.png"), args.overwrite)

@@ -167,8 +167,8 @@ class Race:
         self.table, self.points, self.known, self.lock = table, points, known, threading.Lock()
 
     def rows(self) -> list[dict]:
-        """Of the table."""
-        return read_csv(self.table, ["commit"]) if self.table.is_file() else []  # 83097e4: no number
+        """Of the table, whose commits are text: 83097e4 is no number."""
+        return read_csv(self.table, ["commit"]) if self.table.is_file() else []
 
     def run(self, contender: Contender, budget: float) -> float:
         """The kNN's top-1 of a contender after so many minutes; it gets its row of the table."""

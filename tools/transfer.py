@@ -35,6 +35,7 @@ from simsiam.files import about, printable, write_csv
 from simsiam.images import ignore_pil_warnings
 from simsiam.loader import Data, Files, subset
 from simsiam.weights import Source
+from tools.common import encoder_flags, open_source
 
 COLUMNS = tuple(
     "data train_size test_size classes knn linear linear_balanced c pixels encoder".split()
@@ -208,11 +209,9 @@ def opened(args: Namespace) -> Source:
     if args.data_name in ("folder", "imagenet"):  # the last of many is not found missing at the end
         for root in args.data_root:
             check_scored(folders.find(Path(root), args.split_names).test, root)
-    source = Source.open(args.model_path, **utils.of_source(args))
+    source = open_source(args)
     if source.is_linear:
-        source.notes.append("is a linear model, of which the encoder alone is used")
-    for note in source.notes:
-        ranks.say(f"{args.model_path}: {note}")
+        ranks.say(f"{args.model_path}: is a linear model, of which the encoder alone is used")
     return source
 
 
@@ -239,12 +238,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--out", type=utils.file_path, default="transfer.csv", help="the table (transfer.csv)")
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, help="of the subsets (0)")
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
-    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    utils.source_flags(parser)
-    parser.set_defaults(deterministic=False)
+    encoder_flags(parser)
     args = parser.parse_args(argv)
     steps = 2 + (1 + args.pixels) * (len(CS) + 1)  # of a data set: features, kNN and the fits
     total = steps * len(args.data_root or [1])

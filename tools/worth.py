@@ -36,6 +36,7 @@ from simsiam.images import ignore_pil_warnings
 from simsiam.loader import Data
 from simsiam.ranks import say
 from simsiam.weights import Source
+from tools.common import encoder_flags
 from tools.transfer import Problem, labelled, logistic
 
 COLUMNS = tuple("data encoder method fraction labels seed epochs top1 command".split())
@@ -237,12 +238,7 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     lr = "as of linear.py --finetune, for both; of several the best on held-out labels (0.4)"
     add("--lr", type=utils.number(float, 1e-12), nargs="+", default=[0.4], help=lr)
     add("--out", default="results", help="of table and picture, and a folder of the runs (results)")
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
-    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    utils.source_flags(parser)
-    parser.set_defaults(deterministic=False)
+    encoder_flags(parser)
     return parser, parser.parse_args(argv)
 
 

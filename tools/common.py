@@ -1,0 +1,44 @@
+"""What tools have in common: flags of those that run an encoder, and of those that draw."""
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+
+import utils
+from simsiam import figures, ranks
+from simsiam.weights import Source
+
+
+def encoder_flags(parser: utils.Parser) -> None:
+    """The flags of a tool that runs a checkpoint's encoder: where, how precisely, on which files.
+
+    They are what `devices.set_up` and `images.decode` need, and `utils.source_flags`.
+    """
+    add = parser.add_argument
+    add("--device", default="auto", help="as of main.py (auto)")
+    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
+    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
+    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
+    utils.source_flags(parser)
+    parser.set_defaults(deterministic=False)
+
+
+def open_source(args: Namespace) -> Source:
+    """The checkpoint at --model_path, and lines on what it was taken for; as `Source.open`."""
+    source = Source.open(args.model_path, **utils.of_source(args))
+    for note in source.notes:
+        ranks.say(f"{args.model_path}: {note}")
+    return source
+
+
+def picture_path(text: str) -> str:
+    """A type for argparse: the path of a picture, whose ending is its format."""
+    if picture_format(text) not in figures.FORMATS:
+        ends = ", ".join(f".{name}" for name in figures.FORMATS)
+        raise argparse.ArgumentTypeError(f"{text}: choose an ending of {ends}")
+    return text
+
+
+def picture_format(path: str) -> str:
+    """The format of a picture, by its ending; not always one that there is."""
+    return Path(path).suffix.lower().removeprefix(".")
