@@ -19,8 +19,8 @@ from tests.helpers import ROOT
 
 # Each room imports only rooms before it.
 ROOMS = (
-    "batchnorm ranks files lock network optimizer images folders textures views recipes loader "
-    "shards datasets metrics scores fitting probe monitor progress devices serialization "
+    "batchnorm ranks files lock network optimizer images folders textures operations views recipes "
+    "loader shards datasets metrics scores fitting probe monitor progress devices serialization "
     "checkpoint layouts exports weights run lettering figures pictures"
 ).split()
 COMMANDS = {"main", "linear"}
