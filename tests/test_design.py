@@ -20,8 +20,8 @@ from tests.helpers import ROOT
 # Each room imports only rooms before it.
 ROOMS = (
     "batchnorm ranks files lock network optimizer images folders textures operations views recipes "
-    "loader shards datasets metrics scores fitting probe monitor progress devices serialization "
-    "checkpoint layouts exports weights run lettering figures pictures"
+    "loader shards datasets metrics scores fitting probe monitor survey progress devices "
+    "serialization checkpoint layouts exports weights run lettering figures pictures"
 ).split()
 COMMANDS = {"main", "linear"}
 # What is longer than the others may be, and why. This list may only shrink.
