@@ -151,7 +151,8 @@ class Chance(NamedTuple):
 
     `boxes`: n x 4, the crop's top, left, height and width; None where it was cut before.
     `factors`: n x 4, of COLOUR, whose operations come in this `order`. `sigma`: of the blur; 0 is
-    none. `turns`: by 90 degrees, counter-clockwise. The others: n, whether that happens.
+    none. `turns`: by 90 degrees, counter-clockwise. The others: n, whether that happens. `newer`:
+    whether any of the last three can happen.
     """
 
     boxes: np.ndarray | None
@@ -163,19 +164,21 @@ class Chance(NamedTuple):
     vflip: np.ndarray
     turns: np.ndarray
     solarize: np.ndarray
+    newer: bool
 
     @classmethod
     def draw(
         cls,
         rng: np.random.Generator,
-        later: np.random.Generator,
+        later: np.random.Generator | None,
         n: int,
         a: Augmentation,
         whole: tuple[int, int] | None,
     ) -> "Chance":
         """For `n` images of `whole` height and width, if they are not cut yet, by `a`.
 
-        `later` draws what is newer than the first checkpoints: their runs go on as they began.
+        `later` draws what is newer than the first checkpoints, whose runs go on as they began; it
+        is None where none of that happens.
         """
         boxes = crop_boxes(rng, n, *whole, a.crop_scale, a.crop_ratio) if whole else None
         strength = np.asarray(a.jitter)
@@ -186,12 +189,13 @@ class Chance(NamedTuple):
         ).T
         sigma = np.where(blur, rng.uniform(*a.blur_sigma, n), 0)
         factors[~jitter] = (1, 1, 1, 0)
-        newer, turns = (a.vflip_p, a.rotate90_p, a.solarize_p), np.zeros(n, int)
-        vflip, turn, solarize = np.zeros((3, n), bool)
-        if any(newer):  # then all are drawn, so that none depends on whether another is on
-            vflip, turn, solarize = (later.random((n, 3)) < newer).T
+        vflip = turns = solarize = np.zeros(n, bool)
+        if later:  # all are drawn, so that none depends on whether another is on
+            vflip, turn, solarize = (
+                later.random((n, 3)) < (a.vflip_p, a.rotate90_p, a.solarize_p)
+            ).T
             turns = np.where(turn, later.integers(1, 4, n), 0)
-        return cls(boxes, factors, order, flip, gray, sigma, vflip, turns, solarize)
+        return cls(boxes, factors, order, flip, gray, sigma, vflip, turns, solarize, bool(later))
 
     def table(self) -> np.ndarray:
         """What `Views.view` takes of it: float32, n x 14.
@@ -199,13 +203,20 @@ class Chance(NamedTuple):
         A turn by 90 degrees is a flip and an exchange of rows and columns, so that flips and turns
         together are `flip` and `vflip` (columns 4 and 5), and then `turned` (column 6).
         """
-        boxes = np.zeros((len(self.flip), 4)) if self.boxes is None else self.boxes
-        flip = self.flip ^ np.isin(self.turns, (1, 2))
-        vflip = self.vflip ^ np.isin(self.turns, (2, 3))
-        sigma = np.where(self.sigma > 0, self.sigma, TINY)
-        last = (self.factors, 1 - self.gray, sigma, self.solarize)
-        found = np.column_stack([boxes, flip, vflip, self.turns % 2, *last])
-        return found.astype(np.float32)
+        found = np.zeros((len(self.flip), 14), np.float32)
+        if self.boxes is not None:
+            found[:, :4] = self.boxes
+        found[:, 4] = self.flip
+        found[:, 7:11] = self.factors
+        found[:, 11] = ~self.gray  # the factor of the saturation
+        found[:, 12] = np.maximum(self.sigma, TINY)
+        if self.newer:
+            one, two, three = (self.turns == quarter for quarter in (1, 2, 3))
+            found[:, 4] = self.flip ^ one ^ two
+            found[:, 5] = self.vflip ^ two ^ three
+            found[:, 6] = one | three
+            found[:, 13] = self.solarize
+        return found
 
     def words(self, i: int, area: int) -> list[str]:
         """What happens to image `i`, of `area` pixels, a line each, in this order."""
@@ -277,11 +288,13 @@ class Views:
     def chance(self, batch: Batch) -> list[Chance]:
         """What is drawn for each view of a batch."""
         start, a = [self.seed, batch.epoch, batch.step], self.augmentation
-        rng, later = np.random.default_rng(start), np.random.default_rng([*start, 1])
-        local = dataclasses.replace(a, crop_scale=LOCAL_SCALE)
-        kinds, whole = [a] * self.number + [local] * self.local, batch.images.shape[2:]
+        rng, newer = np.random.default_rng(start), a.vflip_p or a.rotate90_p or a.solarize_p
+        later = np.random.default_rng([*start, 1]) if newer else None
+        kinds, whole = [a] * self.number, batch.images.shape[2:]
         if batch.images.dim() == 5:
             kinds, whole = [a] * batch.images.shape[1], None
+        elif self.local:
+            kinds += [dataclasses.replace(a, crop_scale=LOCAL_SCALE)] * self.local
         return [Chance.draw(rng, later, batch.size, kind, whole) for kind in kinds]
 
     def view(self, images: Tensor, rows: slice, chance: Chance, side: int) -> Tensor:

@@ -150,6 +150,6 @@ def test_mean_and_std_are_measured_once_and_kept(tmp_path, capsys):
     for text in ("--resume", "--resume --mean auto"):
         again, _ = begin(tmp_path, text)
         assert (again.mean, again.std) == (views.mean, views.std)
-        assert "measured" not in capsys.readouterr().out
+        assert "measured on" not in capsys.readouterr().out
     err = refused(tmp_path, capsys, "--resume --mean 0.5 0.5 0.5")
     assert "--mean auto, this command has 0.5 0.5 0.5" in err
