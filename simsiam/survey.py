@@ -4,14 +4,13 @@ import hashlib
 import math
 from argparse import Namespace
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from simsiam import folders, ranks
-from simsiam.images import ImageFile, open_image
+from simsiam import ranks
+from simsiam.images import open_image
 from simsiam.loader import Data, Files
 from simsiam.monitor import FLAT_IMAGES, spread
 from simsiam.recipes import LEAST_STD
@@ -90,9 +89,9 @@ class Seen(NamedTuple):
     mean: tuple[float, ...]
 
 
-def see(files: list[ImageFile], images: Data) -> Seen:
-    """Look at the heads of training `files`, and at the pixels of the training `images`."""
-    sizes, modes = [], Counter()
+def see(images: Data) -> Seen:
+    """Look at the heads of the training images' files, and at their pixels."""
+    sizes, modes, files = [], Counter(), images.files
     for i in spread(len(files), SAMPLE).tolist() if files else ():
         try:
             with open_image(files[i]) as image:
@@ -135,7 +134,8 @@ def described(seen: Seen) -> str:
     if sum(seen.classes.values()):
         few, many = (end(seen.classes, key=seen.classes.get) for end in (min, max))
         least, most = seen.classes[few], seen.classes[many]
-        parts.append(f"classes of {least:,} ({few}) to {most:,} ({many}) images")
+        unequal = f"classes of {least:,} ({few}) to {most:,} ({many}) images"
+        parts.append(unequal if least < most else f"{most:,} images of each class")
     return f"a look at {seen.looked:,}{of} training images: " + "; ".join(parts)
 
 
@@ -171,8 +171,7 @@ def advice(seen: Seen, flags: dict) -> str:
 def say(args: Namespace, images: Data) -> None:
     """What a folder's images are, and which flags would suit them, in at most two lines."""
     if args.data_name == "folder" and ranks.rank() == 0:
-        files = folders.find(Path(args.data_root), args.split_names).train.files
-        seen = see(files, images)
+        seen = see(images)
         for line in (described(seen), advice(seen, vars(args))):
             if line:
                 ranks.say(line)

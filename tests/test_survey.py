@@ -30,10 +30,10 @@ COLOURFUL = Seen(
 )
 
 
-def data_of(images, labels=(), classes=()):
+def data_of(images, labels=(), classes=(), files=()):
     images = torch.as_tensor(images, dtype=torch.uint8)
     labels = torch.tensor(labels or [-1] * len(images))
-    return Data(images, labels, None, None, list(classes))
+    return Data(images, labels, None, None, list(classes), files=files)
 
 
 def test_mean_and_std_of_a_few_pixels():
@@ -72,7 +72,7 @@ def test_what_a_survey_sees(tmp_path):
     Image.new("RGB", (10, 50)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_text("no image")
     files = [tmp_path / f"{name}.png" for name in "abc"]
-    seen = survey.see(files, data_of(images, [0, 1, 1, 1, -1], ["cat", "dog"]))
+    seen = survey.see(data_of(images, [0, 1, 1, 1, -1], ["cat", "dog"], files))
     assert (seen.number, seen.looked, seen.side) == (5, 5, 4)
     assert seen.sizes == [(30, 20), (10, 50)]
     assert seen.modes == {"L": 1, "RGB": 1}
@@ -85,7 +85,7 @@ def test_what_a_survey_sees(tmp_path):
 
 def test_a_survey_looks_at_a_sample(monkeypatch):
     monkeypatch.setattr(survey, "SAMPLE", 10)
-    seen = survey.see([], data_of(torch.zeros(99, 3, 2, 2)))
+    seen = survey.see(data_of(torch.zeros(99, 3, 2, 2)))
     assert (seen.number, seen.looked, seen.copies) == (99, 10, 9)
 
 
@@ -94,6 +94,9 @@ def test_what_is_described():
     assert line == (
         "a look at 20 training images: 60 x 40 pixels (median shorter side 40); 20 RGB; none "
         "grayscale; no exact copies"
+    )
+    assert survey.described(COLOURFUL._replace(classes={"cat": 10, "dog": 10})) == (
+        line + "; 10 images of each class"
     )
     seen = COLOURFUL._replace(
         number=5000,
