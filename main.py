@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import utils
-from simsiam import checkpoint, devices, metrics, network, pictures, ranks, weights
+from simsiam import checkpoint, devices, metrics, network, pictures, ranks, survey, weights
 from simsiam.backbones import IMAGENET_ARCHS, STEMS, is_of_library
 from simsiam.datasets import DATA_NAMES, check_root, load
 from simsiam.files import RunError, about
@@ -27,7 +27,7 @@ from simsiam.monitor import Monitor, Tally
 from simsiam.optimizer import OPTIMIZERS, make_optimizer, rate
 from simsiam.probe import Probe, wanted
 from simsiam.progress import Progress
-from simsiam.recipes import RECIPES, USUAL_RECIPE, VIEWS
+from simsiam.recipes import RECIPES, USUAL_RECIPE, augmentation_of, view_flags
 from simsiam.run import Run
 from simsiam.views import Augmentation, Views
 from utils import number
@@ -54,6 +54,7 @@ def make_flags() -> utils.Flags:
     add("image_size", number(int, 8, 1024), "side of the views, in pixels; None: as the images")
     sides = "sides of the views, each for a part of the epochs: pixels, or parts of --image_size"
     add("view_sizes", utils.side, sides, nargs="+", metavar="SIDE")
+    view_flags(flags.group("views"))
     add = flags.group("network")
     ours = f"{', '.join(IMAGENET_ARCHS)}; resnet8, resnet14, ... (6n+2)"
     add("arch", str, f"{ours}; timm:NAME or torchvision:NAME, any of their models")
@@ -232,10 +233,9 @@ def initial_network(args: Namespace) -> network.SimSiam:
 
 def described(args: Namespace, images: Data) -> tuple[dict, Augmentation]:
     """The encoder of the flags with its input, as a checkpoint has it; and its augmentation."""
-    augmentation, mean, std = VIEWS[args.recipe]
     encoder = {"arch": args.arch, "stem": args.stem, "width": args.width}
     encoder |= {"image_size": args.image_size or images.train_images.shape[-1]}
-    return encoder | {"mean": mean, "std": std}, augmentation
+    return encoder | survey.colours(args, images.train_images), augmentation_of(vars(args))
 
 
 def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number: int) -> Views:
@@ -248,20 +248,9 @@ def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number:
     return Views(*plain, augmentation, number, args.seed, args.compile, sides, *local)
 
 
-def images_a_rank(args: Namespace) -> int:
-    """Of a step. Raises ValueError for a --batch_size that the ranks cannot share."""
-    each, rest = divmod(args.batch_size, ranks.count())
-    if rest or each < 2:
-        raise ValueError(
-            f"--batch_size {args.batch_size}: is cut among {ranks.count()} ranks: give a multiple "
-            "of it, of two images a rank at least"
-        )
-    return each
-
-
 def prepare(run: Run) -> Prepared:
     """All that a run needs, new or from its checkpoint. Raises ValueError and OSError."""
-    args, state, each = run.args, run.state, images_a_rank(run.args)
+    args, state, each = run.args, run.state, ranks.images_each(run.args.batch_size)
     if args.data_name == "textures" and "data_root" in run.given:
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     with run.flags.bad_input():  # one rank alone may lack its device
@@ -269,13 +258,14 @@ def prepare(run: Run) -> Prepared:
     if not state:
         net = initial_network(args)
     images = images_of(args)
-    encoder, augmentation = described(args, images)
-    with about(run.from_path) if state else contextlib.nullcontext():
-        if state:
+    if state:
+        encoder, augmentation = state["encoder"], Augmentation.read(state["augmentation"])
+        with about(run.from_path):
             net = checkpoint.network(state)
-            if any(state["encoder"][name] != encoder[name] for name in ("arch", "stem", "width")):
+            if any(encoder[name] != getattr(args, name) for name in ("arch", "stem", "width")):
                 raise ValueError("its encoder is not that of its arguments")
-            encoder, augmentation = state["encoder"], Augmentation.read(state["augmentation"])
+    else:
+        encoder, augmentation = described(args, images)
     size = encoder["image_size"]
     counts = network.params_and_flops(net, size)
     amp = devices.precision_of_training(device, args.amp, amp, counts[1])
@@ -293,6 +283,8 @@ def prepare(run: Run) -> Prepared:
     run.list_bad_images(images.bad)
     what = f"{run.path}: SimSiam {args.arch}, d = {args.feature_dim}"
     result = utils.introduce(what, net, counts, images, args.data_name, size, device, amp)
+    if not state:
+        survey.say(args, images)
     if args.ddp:
         ranks.say(
             f"ranks: {ranks.count()}, {each} images each a step; whatever their number, lr is "
@@ -395,6 +387,7 @@ def show_views(args: Namespace) -> None:
     views = views_of(args, encoder, augmentation, 2)
     path = os.path.join(args.out, f"{args.name}_views.png")
     os.makedirs(args.out, exist_ok=True)
+    survey.say(args, images)
     pictures.draw_views(path, label, images.train_images, views, args.seed)
     ranks.say(f"wrote {path}")
 

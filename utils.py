@@ -154,7 +154,7 @@ class Flags(Parser):
         def add(name: str, kind: object, help: str, default: object = None, **more: object) -> None:
             self.defaults[name] = default
             if name in next(iter(self.recipes.values())):
-                values = [str(recipe[name]) for recipe in self.recipes.values()]
+                values = [told(recipe[name]) for recipe in self.recipes.values()]
                 one = len(set(values)) == 1
                 help += f" ({values[0]})" if one else f" (by recipe: {', '.join(values)})"
             elif default is not None and kind != "switch":
@@ -210,6 +210,11 @@ def words(name: str, value: object) -> list[str]:
         return [f"--{name}" if value else f"--no-{name}"]
     several = isinstance(value, list | tuple)
     return [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
+
+
+def told(value: object) -> str:
+    """A flag's value as one types it."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:

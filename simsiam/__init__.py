@@ -8,10 +8,10 @@
 set by its name, `knn` the vote of the nearest, `open_encoder` reads a checkpoint of any origin.
 A name's room is imported when the name is first used: `import simsiam` alone imports no torch.
 
-The rooms, each of which imports only those before it: batchnorm, ranks, files, lock,
-backbones, network, optimizer, images, folders, textures, views, recipes, loader, shards, datasets,
-metrics, scores, fitting, probe, monitor, progress, devices, serialization, checkpoint, layouts,
-exports, weights, run, lettering, figures, sheets, pictures.
+The rooms, each of which imports only those before it: batchnorm, ranks, files, lock, backbones,
+network, optimizer, images, folders, textures, operations, views, recipes, loader, shards, datasets,
+metrics, scores, fitting, probe, monitor, survey, progress, devices, serialization, checkpoint,
+layouts, exports, weights, run, lettering, figures, sheets, pictures.
 """
 
 import importlib

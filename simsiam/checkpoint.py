@@ -13,6 +13,8 @@ from simsiam import ranks, serialization
 from simsiam.backbones import backbone
 from simsiam.files import RunError, whole_file
 from simsiam.network import Classifier, SimSiam, simsiam
+from simsiam.recipes import flags_of
+from simsiam.views import Augmentation
 
 VERSION = 2
 # What `<run>_model.pth` holds: plain tensors and Python types only. torch.load reads it with
@@ -42,6 +44,8 @@ BEFORE = {
     "main.py": OF_READING | {"probe": False, "optimizer": "sgd"},
     "linear.py": OF_READING,
 }
+# What newer fields of the augmentation are in a checkpoint that has none.
+OF_AUGMENTATION = {"vflip_p": 0.0, "rotate90_p": 0.0, "solarize_p": 0.0}
 
 
 class NotOursError(ValueError):
@@ -129,7 +133,19 @@ def load(path: str | Path) -> dict:
         raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program")
     for name, value in BEFORE[state["command"]].items():
         state["args"].setdefault(name, value)
+    state["augmentation"] = OF_AUGMENTATION | state["augmentation"]
     return state
+
+
+def arguments(state: dict) -> dict:
+    """The flags of a checkpoint that is `check_resumable`.
+
+    Those of the views are what the run began with, whatever a recipe has become since, and also of
+    a run from before there were such flags.
+    """
+    args = state["args"] | flags_of(Augmentation.read(state["augmentation"]))
+    measured = [name for name in ("mean", "std") if args.get(name) == "auto"]
+    return args | {n: state["encoder"][n] for n in ("mean", "std") if n not in measured}
 
 
 def well_formed(state: object) -> bool:
@@ -238,6 +254,7 @@ def read_encoder(encoder: dict) -> dict:
 def check_resumable(state: dict) -> None:
     """Raises ValueError where a run cannot go on, or its end not be told, from a checkpoint."""
     read_encoder(state["encoder"])
+    Augmentation.read(state["augmentation"])
     scores = {"test_acc@1", "test_acc@5"}
     # A kNN is not in each epoch, nor is the test of a network that is tuned.
     frozen = state["command"] == "linear.py" and state["args"].get("finetune") is not True

@@ -198,7 +198,7 @@ def load_folder(
 
     trained = part([], []) if test_only and test else part(files, names)
     tested = part(test.files, test.labels) if test else (None, None)
-    return Data(*trained, *tested, classes, bad, line)
+    return Data(*trained, *tested, classes, bad, line, files if in_memory else ())
 
 
 def usual_size(files: list[Path], bad_images: str) -> int:

@@ -163,12 +163,17 @@ def mosaic(figure: "Figure", tiles: np.ndarray, gap: int) -> "tuple[Axes, int]":
     return axes, pitch
 
 
-def sheet(tiles: np.ndarray, names: Sequence[str], title: str, file: IO[bytes]) -> None:
-    """Images in columns of `names`: rows x columns x H x W x 3 of uint8."""
-    with drawing(1.1 * tiles.shape[1] + 0.6, 1.1 * tiles.shape[0] + 0.6, file, title) as figure:
+def sheet(tiles: np.ndarray, names: list[str], texts: dict, title: str, file: IO[bytes]) -> None:
+    """Images in columns of `names`: rows x columns x H x W x 3 of uint8.
+
+    `texts`: what is written at the upper left of a tile, by its row and column.
+    """
+    with drawing(1.3 * tiles.shape[1] + 0.6, 1.3 * tiles.shape[0] + 0.6, file, title) as figure:
         axes, pitch = mosaic(figure, tiles, gap=max(1, tiles.shape[2] // 16))
         axes.set_xticks([pitch * c + tiles.shape[3] / 2 for c in range(len(names))], names)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
+        for (r, c), text in texts.items():
+            axes.text(pitch * c, pitch * r, text, va="top", fontsize=6.5)
 
 
 def neighbours(

@@ -39,7 +39,8 @@ class Data:
 
     Without test images (or without labels) there is nothing to score: `test_images` is None.
     `bad`: the files that could not be read and were left out, each with the reason. `found`: a
-    line on how the files were read, or nothing.
+    line on how the files were read, or nothing. `files`: those of training images that were decoded
+    from files of the user's own, before any was left out.
     """
 
     train_images: "Tensor | Files"
@@ -49,6 +50,7 @@ class Data:
     classes: list[str]
     bad: list[str] = dataclasses.field(default_factory=list)
     found: str = ""
+    files: Sequence[ImageFile] = ()
 
     def to(self, device: torch.device) -> "Data":
         """The same on `device`."""

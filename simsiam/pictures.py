@@ -63,7 +63,8 @@ def tiles(columns: list[Tensor]) -> np.ndarray:
 
 
 def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -> None:
-    """A picture of eight images, and their views as the network gets them in the first epoch.
+    """A picture of eight images, and their views as the network gets them in the first epoch, each
+    with what chance has done to it in words.
 
     `images`: of a `Data`, from which those evenly apart are taken. Views of another size are shown
     as large, each of their pixels a square.
@@ -74,15 +75,20 @@ def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -
     batch = next(loader.epoch(0))
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (views.mean, views.std))
     shown = [torch.cat(list(images.split(512)))[batch.labels]]
-    names = ["image"]
-    for i, x in enumerate(views(batch)):
+    blank, area = torch.full_like(shown[0], 255), batch.images.shape[-2] * batch.images.shape[-1]
+    names, texts = ["image"], {}
+    for i, (x, chance) in enumerate(zip(views(batch), views.chance(batch), strict=True)):
         x = (x * std + mean).mul(255).round()
         shown.append(F.interpolate(x, shown[0].shape[2:], mode="nearest-exact").byte())
         name = f"view {i + 1}" if i < views.number else f"local {i + 1 - views.number}"
         names.append(name + f", {x.shape[-1]} px" * (x.shape != shown[0].shape))
+        shown.append(blank)  # a column for the words
+        names.append("")
+        words = enumerate(chance.words(row, area) for row in range(len(x)))
+        texts |= {(row, len(shown) - 1): "\n".join(lines) for row, lines in words}
     with whole_file(path) as file:
         title = f"{label}: what the network sees of each image"
-        figures.sheet(tiles(shown), names, title, file)
+        figures.sheet(tiles(shown), names, texts, title, file)
 
 
 def draw_run(

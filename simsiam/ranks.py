@@ -182,6 +182,17 @@ def mean(x: Tensor) -> Tensor:
     return summed(x).div_(count()) if grouped() else x
 
 
+def images_each(batch_size: int) -> int:
+    """A rank's images of a step. Raises ValueError for a batch that the ranks cannot share."""
+    each, rest = divmod(batch_size, count())
+    if rest or each < 2:
+        raise ValueError(
+            f"--batch_size {batch_size}: is cut among {count()} ranks: give a multiple "
+            "of it, of two images a rank at least"
+        )
+    return each
+
+
 def from_first(make: Callable[[], object]) -> object:
     """What `make` gives on the first rank, on all of them; also its ValueError or OSError."""
     if not grouped():

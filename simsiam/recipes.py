@@ -1,6 +1,11 @@
-"""Recipes of main.py: the defaults of its flags, and the views, by name."""
+"""Recipes of main.py: the defaults of its flags, and the views, by name; the flags of the views."""
 
-from simsiam.views import NORMALISATION, Augmentation
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+from simsiam.views import LARGEST_HUE, LIMITS, NORMALISATION, RANGES, Augmentation
 
 CIFAR = {  # paper, App. D
     "arch": "resnet18",
@@ -50,7 +55,6 @@ FAST = SHORT | {  # ours: the most accuracy a minute of what docs/results.md com
     "bn_decay": False,
     "fix_pred_lr": False,
 }
-RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT, "fast": FAST}
 # What the views of a recipe are, and mean and std of the images.
 VIEWS = {
     "cifar": (Augmentation(), *NORMALISATION["cifar"]),
@@ -58,4 +62,95 @@ VIEWS = {
     "short": (Augmentation(), *NORMALISATION["cifar"]),
     "fast": (Augmentation(), *NORMALISATION["cifar"]),
 }
+# A field of Augmentation has a flag of its name, but for this one.
+FLAG_OF = {"flip_p": "hflip_p"}
+
+
+def flags_of(augmentation: Augmentation) -> dict:
+    """The fields of an augmentation, by the names of their flags."""
+    return {FLAG_OF.get(name, name): value for name, value in vars(augmentation).items()}
+
+
+def augmentation_of(flags: Mapping) -> Augmentation:
+    """What the flags say of the views."""
+    names = [field.name for field in dataclasses.fields(Augmentation)]
+    return Augmentation(**{name: flags[FLAG_OF.get(name, name)] for name in names})
+
+
+OTHERS = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT, "fast": FAST}
+RECIPES = {
+    name: OTHERS[name] | flags_of(augmentation) | {"mean": mean, "std": std}
+    for name, (augmentation, mean, std) in VIEWS.items()
+}
 USUAL_RECIPE = {"textures": "short", "imagenet": "imagenet", "webdataset": "imagenet"}
+
+
+# ---- flags of the views -------------------------------------------------------------------------
+
+
+LEAST_STD = 1e-3  # by which pixels from 0 to 1 can be divided
+
+
+class Numbers(argparse.Action):
+    """A flag of so many numbers (a tuple; one: a number), looked through; or, of some, `auto`."""
+
+    def __init__(self, *args: object, count: int = 1, auto: bool = False, **more: object):
+        super().__init__(*args, nargs="+" if count > 1 else None, **more)
+        self.count, self.auto = count, auto
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        words: list[str] | str,
+        option: str | None = None,
+    ) -> None:
+        words = [words] if isinstance(words, str) else words
+        value = words[0]
+        if not (self.auto and words == ["auto"]):
+            try:
+                value = numbers(self.dest, words, self.count)
+            except ValueError as error:
+                raise argparse.ArgumentError(self, f"{error}{', or auto' * self.auto}") from error
+        setattr(namespace, self.dest, value)
+
+
+def numbers(name: str, words: list[str], count: int) -> tuple[float, ...] | float:
+    """The value of the flag `name` of the views. Raises ValueError that says what it must be."""
+    least, most = (LIMITS | {"std": (LEAST_STD, 1)}).get(name, (0, 1))
+    try:
+        found = tuple(map(float, words))
+    except ValueError:
+        found = (math.nan,)
+    if len(found) != count or not all(least <= value <= most for value in found):
+        what = "a number" if count == 1 else f"{count} numbers"
+        raise ValueError(f"must be {what} from {least:g} to {most:g}, not {' '.join(words)}")
+    if name in RANGES and found[0] > found[1]:
+        raise ValueError(f"must rise, not fall from {words[0]} to {words[1]}")
+    if name == "jitter" and found[3] > LARGEST_HUE:
+        raise ValueError(f"must end with a hue of at most {LARGEST_HUE}, not {words[3]}")
+    return found[0] if count == 1 else found
+
+
+def view_flags(add: Callable[..., None]) -> None:
+    """The flags of what chance does to a view, and of mean and std; `add`: of utils.Flags.group."""
+    one = {"action": Numbers, "metavar": "P"}
+    two = {"action": Numbers, "count": 2, "metavar": "N"}
+    add("crop_scale", str, "area of a crop over the image's, from and to", **two)
+    add("crop_ratio", str, "width of a crop over its height, from and to", **two)
+    strengths = "strengths for brightness, contrast, saturation, hue; 0: none"
+    four = {"action": Numbers, "count": 4, "metavar": "N"}
+    add("jitter", str, strengths, **four)
+    add("jitter_p", str, "probability of colour jitter", **one)
+    add("gray_p", str, "probability of grayscale", **one)
+    add("blur_p", str, "probability of a Gaussian blur", **one)
+    add("blur_sigma", str, "of the blur, from and to, in pixels of the view", **two)
+    add("hflip_p", str, "probability of a flip from left to right", **one)
+    add("vflip_p", str, "probability of a flip from top to bottom", **one)
+    turn = "probability of a turn by 90, 180 or 270 degrees (microscopes, satellites)"
+    add("rotate90_p", str, turn, **one)
+    add("solarize_p", str, "probability of inverting what is brighter than half", **one)
+    three = {"action": Numbers, "count": 3, "auto": True, "metavar": "N"}
+    mean = "of red, green and blue, from 0 to 1; auto: measured on the training images"
+    add("mean", str, mean, **three)
+    add("std", str, "as --mean, their standard deviation", **three)

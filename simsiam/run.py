@@ -145,21 +145,26 @@ class Run:
     def _resume(self, path: str, state: dict) -> None:
         """Take a checkpoint's arguments, and what the command line may change; that is said."""
         own = {name: getattr(self.args, name) for name in OF_THE_COMMAND} | {"overwrite": False}
-        saved, changed = self.flags.checked(state["args"], path) | own, {}
         with about(path):
             checkpoint.check_resumable(state)
+        saved, changed = self.flags.checked(checkpoint.arguments(state), path) | own, {}
+        with about(path):
             args = self.flags.complete(saved)
         # No step was yet after the warm-up: so far all is as with any --epochs.
         warming = state["epoch"] + (state["step"] > 0) <= getattr(args, "warmup_epochs", 0)
         warming = warming and not getattr(args, "view_sizes", None)
         for name, now in self.given.items():
             before = getattr(args, name)
-            if now in (before, "auto") or name in OF_THE_COMMAND:
+            open_now = now == "auto" and name not in ("mean", "std")  # these `auto` measures
+            if now == before or open_now or name in OF_THE_COMMAND:
                 continue
             if name not in FREE and not (name == "epochs" and warming):
                 cosine = "; the cosine schedule depends on it" if name == "epochs" else ""
+                was, told = (
+                    " ".join(map(str, v)) if type(v) is tuple else v for v in (before, now)
+                )
                 raise ValueError(
-                    f"--resume: {path} was made with --{name} {before}, this command has {now}"
+                    f"--resume: {path} was made with --{name} {was}, this command has {told}"
                     f"{cosine}: give the same, or another --name for a new run"
                 )
             changed[name] = now

@@ -11,10 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsiam.operations import (
+    COLOUR,
+    adjust_saturation,
+    blur_weights,
+    by_channel,
+    exchange_axes,
+    resample,
+    resize_weights,
+    solarize,
+)
+
 NORMALISATION = {  # mean and std of each channel
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+
+TINY = 1e-3  # a crop of no area or width, and a blur over nothing, cannot be computed
+# What the numbers of an Augmentation may be, from and to; those that have no place here are
+# probabilities. Those of RANGES are a range.
+LIMITS = {
+    "crop_scale": (TINY, 1),
+    "crop_ratio": (TINY, 1 / TINY),
+    "jitter": (0, 10),
+    "blur_sigma": (TINY, 100),
+}
+RANGES = ("crop_scale", "crop_ratio", "blur_sigma")
+LARGEST_HUE = 0.5  # half of the colour circle: it goes both ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +50,8 @@ class Augmentation:
 
     `crop_scale`: the crop's area over the image's, from and to; `crop_ratio`: its width over its
     height. `jitter`: strengths for brightness, contrast, saturation, hue. `blur_sigma`: pixels.
-    Names that end in `_p` are probabilities.
+    Names that end in `_p` are probabilities: `flip_p` from left to right, `vflip_p` from top to
+    bottom; `rotate90_p` by 90, 180 or 270 degrees; `solarize_p` inverts what is brighter than half.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -37,27 +62,23 @@ class Augmentation:
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     flip_p: float = 0.5
+    vflip_p: float = 0.0
+    rotate90_p: float = 0.0
+    solarize_p: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError that names what cannot be."""
-        tiny = 1e-3  # a crop of no area or width, and a blur over nothing, cannot be computed
-        limits = {
-            "crop_scale": (tiny, 1),
-            "crop_ratio": (tiny, 1 / tiny),
-            "jitter": (0, 10),
-            "blur_sigma": (tiny, 100),
-        }
         for name, value in vars(self).items():
             usual = getattr(type(self), name)
             several = isinstance(usual, tuple)
-            least, most = limits.get(name, (0, 1))
+            least, most = LIMITS.get(name, (0, 1))
             numbers = value if several and isinstance(value, tuple) else (value,)
             if len(numbers) != (len(usual) if several else 1) or not all(
                 type(number) in (int, float) and least <= number <= most for number in numbers
             ):
                 raise ValueError(f"its augmentation's {name} is not one of this program")
-        ranges = (self.crop_scale, self.crop_ratio, self.blur_sigma)
-        if any(start > end for start, end in ranges) or self.jitter[3] > 0.5:
+        ranges = [getattr(self, name) for name in RANGES]
+        if any(start > end for start, end in ranges) or self.jitter[3] > LARGEST_HUE:
             raise ValueError(
                 "its augmentation's crop_scale, crop_ratio or blur_sigma falls, or its hue is "
                 "above 0.5"
@@ -120,119 +141,106 @@ def crop_boxes(
     return np.concatenate([corner, sides], axis=1).astype(np.int64)
 
 
-def resize_weights(start: Tensor, length: Tensor, before: int, after: int) -> Tensor:
-    """One axis of a crop and resize as matrices: N starts and lengths -> N x after x before.
-
-    Bilinear with antialiasing, as torchvision's `resize`: a triangle as wide as the step between
-    output pixels (but at least an input pixel), over the pixels of the crop only.
-    """
-    step = length[:, None, None] / after
-    out = torch.arange(after, device=start.device)[:, None] + 0.5
-    pixel = torch.arange(before, device=start.device) + 0.5 - start[:, None, None]  # N x 1 x before
-    weights = (1 - (pixel - step * out).abs() / step.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel > 0) & (pixel < length[:, None, None]))
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def blur_weights(sigma: Tensor, size: int, taps: int) -> Tensor:
-    """One axis of a Gaussian blur as matrices: N sigmas (pixels) -> N x size x size.
-
-    `taps` wide, reflected at the borders, as torchvision's `gaussian_blur`. Sigma near 0: identity.
-    """
-    pixel = torch.arange(size, device=sigma.device)
-    out = pixel[:, None]
-    last = size - 1
-
-    def gauss(offset: Tensor) -> Tensor:
-        bell = torch.exp(-0.5 * (offset / sigma[:, None, None]) ** 2)
-        return bell * (offset.abs() <= taps // 2)
-
-    weights = gauss(pixel - out)
-    weights = weights + gauss(-pixel - out) * (pixel > 0)
-    weights = weights + gauss(2 * last - pixel - out) * (pixel < last)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Two matrix products a channel: N x 3 x H x W, N x h x H, N x w x W -> N x 3 x h x w.
-
-    The result is fp32, and in memory channel by channel: each one's N x h x w numbers lie
-    together, which the colour operations below run through several times faster.
-    """
-    n, channels = images.shape[:2]
-    x = by_channel(images)
-    found = x.new_empty(channels, n, rows.shape[1], columns.shape[1])
-    for plane, out in zip(x.unbind(1), found, strict=True):
-        torch.bmm(rows, plane @ columns.mT, out=out)
-    return found.transpose(0, 1)
-
-
-def by_channel(images: Tensor) -> Tensor:
-    """N x 3 x H x W -> the same in fp32, laid out in memory as by `resample`; copied if need be."""
-    planes = images.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-    return planes.contiguous().transpose(0, 1)
-
-
-def to_gray(x: Tensor) -> Tensor:
-    """ITU-R 601 luma as torchvision rounds it: N x 3 x H x W -> N x 1 x H x W."""
-    return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
-
-
-# The colour operations: images in [0, 1], N x 3 x H x W, and a factor an image, N x 1 x 1 x 1.
-# A factor of 1 (hue: 0) leaves an image as it is.
-
-
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Toward black (below 1) or away from it."""
-    return (x * factor).clamp_(0, 1)
-
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Toward the image's mean gray (below 1) or away from it."""
-    mean = to_gray(x).flatten(1).mean(1).view_as(factor)
-    return (x * factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Toward each pixel's gray (below 1) or away from it."""
-    return (x * factor).add_(to_gray(x).mul_(1 - factor)).clamp_(0, 1)
-
-
-def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of HSV by `turns` of the colour circle, value and chroma kept."""
-    red, green, blue = x.unbind(1)  # N x H x W
-    # Arithmetic instead of three cases by the largest channel, since `where` is slow. With green
-    # and blue in order, and then the larger of them and red, hue in sixths of the circle is
-    # |start + (middle - rest) / chroma|, `start` telling which were exchanged.
-    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)
-    value, middle = torch.maximum(red, larger), torch.minimum(red, larger)
-    lowest = torch.minimum(middle, smaller)
-    chroma = value - lowest
-    exchanged = (green < blue).float()
-    start = (exchanged * 12).sub_(2).mul_(red < larger).sub_(exchanged, alpha=6)
-    # No chroma, no hue: 0 / tiny is 0.
-    hue = (middle.sub_(smaller)).div_(chroma.clamp(min=1e-12)).add_(start).abs_()
-    hue = hue.add_(6 * turns[:, 0]).remainder_(6)
-    found = torch.empty_like(x)
-    # Each channel's part of the chroma is a trapezoid over the circle.
-    trapezoids = (3, 1, -1), (2, -1, 2), (4, -1, 2)
-    for out, (centre, slope, offset) in zip(found.unbind(1), trapezoids, strict=True):
-        part = (hue - centre).abs_().mul_(slope).add_(offset).clamp_(0, 1)
-        torch.addcmul(lowest, chroma, part, out=out)
-    return found
-
-
-COLOUR = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 # The area of a local view's crop over the image's: DINO (Caron et al. 2021, arXiv 2104.14294), sec.
 # 3.1 and its code.
 LOCAL_SCALE = (0.05, 0.4)
 
 
+class Chance(NamedTuple):
+    """What chance has drawn for a view, a row for each image of the global batch.
+
+    `boxes`: n x 4, the crop's top, left, height and width; None where it was cut before.
+    `factors`: n x 4, of COLOUR, whose operations come in this `order`. `sigma`: of the blur; 0 is
+    none. `turns`: by 90 degrees, counter-clockwise. The others: n, whether that happens. `newer`:
+    whether any of the last three can happen.
+    """
+
+    boxes: np.ndarray | None
+    factors: np.ndarray
+    order: np.ndarray
+    flip: np.ndarray
+    gray: np.ndarray
+    sigma: np.ndarray
+    vflip: np.ndarray
+    turns: np.ndarray
+    solarize: np.ndarray
+    newer: bool
+
+    @classmethod
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        later: np.random.Generator | None,
+        n: int,
+        a: Augmentation,
+        whole: tuple[int, int] | None,
+    ) -> "Chance":
+        """For `n` images of `whole` height and width, if they are not cut yet, by `a`.
+
+        `later` draws what is newer than the first checkpoints, whose runs go on as they began; it
+        is None where none of that happens.
+        """
+        boxes = crop_boxes(rng, n, *whole, a.crop_scale, a.crop_ratio) if whole else None
+        strength = np.asarray(a.jitter)
+        factors = rng.uniform(-strength, strength, (n, 4)) + np.array([1, 1, 1, 0])
+        order = rng.permutation(4)
+        flip, jitter, gray, blur = (
+            rng.random((n, 4)) < (a.flip_p, a.jitter_p, a.gray_p, a.blur_p)
+        ).T
+        sigma = np.where(blur, rng.uniform(*a.blur_sigma, n), 0)
+        factors[~jitter] = (1, 1, 1, 0)
+        vflip = turns = solarize = np.zeros(n, bool)
+        if later:  # all are drawn, so that none depends on whether another is on
+            vflip, turn, solarize = (
+                later.random((n, 3)) < (a.vflip_p, a.rotate90_p, a.solarize_p)
+            ).T
+            turns = np.where(turn, later.integers(1, 4, n), 0)
+        return cls(boxes, factors, order, flip, gray, sigma, vflip, turns, solarize, bool(later))
+
+    def table(self) -> np.ndarray:
+        """What `Views.view` takes of it: float32, n x 14.
+
+        A turn by 90 degrees is a flip and an exchange of rows and columns, so that flips and turns
+        together are `flip` and `vflip` (columns 4 and 5), and then `turned` (column 6).
+        """
+        found = np.zeros((len(self.flip), 14), np.float32)
+        if self.boxes is not None:
+            found[:, :4] = self.boxes
+        found[:, 4] = self.flip
+        found[:, 7:11] = self.factors
+        found[:, 11] = ~self.gray  # the factor of the saturation
+        found[:, 12] = np.maximum(self.sigma, TINY)
+        if self.newer:
+            one, two, three = (self.turns == quarter for quarter in (1, 2, 3))
+            found[:, 4] = self.flip ^ one ^ two
+            found[:, 5] = self.vflip ^ two ^ three
+            found[:, 6] = one | three
+            found[:, 13] = self.solarize
+        return found
+
+    def words(self, i: int, area: int) -> list[str]:
+        """What happens to image `i`, of `area` pixels, a line each, in this order."""
+        found = []
+        if self.boxes is not None:
+            tall, wide = self.boxes[i, 2:]
+            found.append(f"crop {tall * wide / area:.0%}: {wide} x {tall}")
+        found += ["flip left-right"] * bool(self.flip[i]) + ["flip up-down"] * bool(self.vflip[i])
+        found += [f"turn {90 * self.turns[i]} degrees"] * bool(self.turns[i])
+        for k in self.order:
+            name, factor = COLOUR[k].__name__.removeprefix("adjust_"), self.factors[i, k]
+            if factor != (name != "hue"):
+                found.append(f"{name} {factor:+.2f}" if name == "hue" else f"{name} x {factor:.2f}")
+        found += ["gray"] * bool(self.gray[i])
+        found += [f"blur {self.sigma[i]:.1f} px"] * bool(self.sigma[i])
+        return found + ["solarize"] * bool(self.solarize[i])
+
+
 class Views:
     """The augmented views of SimSiam, made in batches on the images' device.
 
-    Random resized crop to `size`, flip, colour jitter, grayscale, Gaussian blur, normalise: what
-    the authors' torchvision pipeline does an image at a time (paper, App. A "Image augmentation").
+    Random resized crop to `size`, flips, turn, colour jitter, grayscale, Gaussian blur, solarize,
+    normalise: what the authors' torchvision pipeline, without turns, vertical flips and solarize,
+    does an image at a time (paper, App. A "Image augmentation").
     Parameters are drawn an image, with torchvision's distributions; the order of the four jitter
     operations is drawn a batch. All is drawn for the global batch, so that views do not depend on
     the number of ranks.
@@ -271,62 +279,60 @@ class Views:
 
         A function of the seed and the batch. The first of two views does not depend on `number`.
         """
-        rng = np.random.default_rng([self.seed, batch.epoch, batch.step])
-        a, images = self.augmentation, batch.images
-        if images.dim() == 5:
-            return [self.view(part, batch, rng, a, None) for part in images.unbind(1)]
         side = self.sides[batch.epoch] if self.sides else self.size
-        local = dataclasses.replace(a, crop_scale=LOCAL_SCALE)
-        kinds = [(a, side)] * self.number + [(local, self.local_size)] * self.local
-        return [self.view(images, batch, rng, *kind) for kind in kinds]
+        sides = [side] * self.number + [self.local_size] * self.local
+        images = [batch.images] * len(sides)
+        if batch.images.dim() == 5:  # the workers have cut the crops of each view
+            images = batch.images.unbind(1)
+            sides = [self.size] * len(images)
+        parts = zip(images, self.chance(batch), sides, strict=True)
+        return [self.view(some, batch.rows, chance, side) for some, chance, side in parts]
 
-    def view(
-        self,
-        images: Tensor,
-        batch: Batch,
-        rng: np.random.Generator,
-        a: Augmentation,
-        side: int | None,
-    ) -> Tensor:
-        """One view of `images`, n x 3 x H x W, by `a`, `side` pixels wide.
+    def chance(self, batch: Batch) -> list[Chance]:
+        """What is drawn for each view of a batch."""
+        start, a = [self.seed, batch.epoch, batch.step], self.augmentation
+        rng, newer = np.random.default_rng(start), a.vflip_p or a.rotate90_p or a.solarize_p
+        later = np.random.default_rng([*start, 1]) if newer else None
+        kinds, whole = [a] * self.number, batch.images.shape[2:]
+        if batch.images.dim() == 5:
+            kinds, whole = [a] * batch.images.shape[1], None
+        elif self.local:
+            kinds += [dataclasses.replace(a, crop_scale=LOCAL_SCALE)] * self.local
+        return [Chance.draw(rng, later, batch.size, kind, whole) for kind in kinds]
 
-        Without a `side` they are random crops already, and keep their size.
+    def view(self, images: Tensor, rows: slice, chance: Chance, side: int) -> Tensor:
+        """One view of `images`, n x 3 x H x W, which are `rows` of the global batch.
+
+        It is `side` pixels wide; of images that are crops already, as wide as they.
         """
-        n, cut = batch.size, side is None
+        n, a = len(images), self.augmentation
         _, _, height, width = images.shape
-        boxes = np.zeros((n, 4))
-        if not cut:
-            boxes = crop_boxes(rng, n, height, width, a.crop_scale, a.crop_ratio)
-        strength = np.asarray(a.jitter)
-        factors = rng.uniform(-strength, strength, (n, 4)) + np.array([1, 1, 1, 0])
-        order = rng.permutation(4)
-        flip, jitter, gray, blur = (
-            rng.random((n, 4)) < (a.flip_p, a.jitter_p, a.gray_p, a.blur_p)
-        ).T
-        sigma = rng.uniform(*a.blur_sigma, n)
-        factors[~jitter] = (1, 1, 1, 0)
-        drawn = np.column_stack(
-            [boxes, flip, factors, 1 - gray, np.where(blur, sigma, 1e-3)]
-        ).astype(np.float32)
-        n = len(images)
         # One transfer a view, and an asynchronous one: the device is never waited for.
-        table = torch.from_numpy(drawn[batch.rows])
+        table = torch.from_numpy(chance.table()[rows])
         cuda = images.device.type == "cuda"  # mps would copy from memory that is gone
         table = (table.pin_memory() if cuda else table).to(images.device, non_blocking=cuda)
-        top, left, tall, wide, flip, *factors, colour, sigma = table.unbind(1)
+        top, left, tall, wide, flip, vflip, turned, *factors, colour, sigma, inverted = (
+            table.unbind(1)
+        )
 
-        flip = flip[:, None, None] > 0
-        if cut:
+        flip, vflip, turned = (on.view(n, 1, 1) > 0 for on in (flip, vflip, turned))
+        upside = a.vflip_p or a.rotate90_p
+        if chance.boxes is None:
             x = by_channel(images).div_(255)
             x = torch.where(flip[..., None], x.flip(-1), x)
+            x = torch.where(vflip[..., None], x.flip(-2), x) if upside else x
         else:
-            rows = resize_weights(top, tall, height, side)
-            columns = resize_weights(left, wide, width, side)
-            columns = torch.where(flip, columns.flip(1), columns)
-            x = resample(images, rows / 255, columns)
+            down = resize_weights(top, tall, height, side)
+            down = torch.where(vflip, down.flip(1), down) if upside else down
+            across = resize_weights(left, wide, width, side)
+            across = torch.where(flip, across.flip(1), across)
+            x = resample(images, down / 255, across)
+        if a.rotate90_p:
+            x = exchange_axes(x, turned)
         if a.jitter_p:
-            for i in order:
-                x = self.colour[i](x, factors[i].view(n, 1, 1, 1))
+            for i in chance.order:
+                if a.jitter[i]:
+                    x = self.colour[i](x, factors[i].view(n, 1, 1, 1))
         if a.gray_p:
             saturate = self.colour[COLOUR.index(adjust_saturation)]
             x = saturate(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
@@ -335,6 +341,8 @@ class Views:
             side = x.shape[-1]
             weights = blur_weights(sigma, side, side // 20 * 2 + 1)
             x = resample(x, weights, weights)
+        if a.solarize_p:
+            x = solarize(x, inverted.view(n, 1, 1, 1) > 0)
         return self.normalise(x)
 
     def plain(self, images: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from simsiam import devices, fitting, network, ranks
 from simsiam.loader import Loader, end_workers
 from simsiam.monitor import Sums, Tally
 from simsiam.probe import Probe
+from simsiam.recipes import VIEWS
 from simsiam.textures import textures
 from simsiam.views import Views
 
@@ -54,7 +55,7 @@ def gradients() -> None:
         net = network.simsiam(vars(args))
         trained = ranks.for_training(net, 32)
         images = textures(640, seed=1)[0]
-        views = Views(32, *main.VIEWS[args.recipe][1:])
+        views = Views(32, *VIEWS[args.recipe][1:])
         found = []
         for one, share in ((net, fitting.whole), (trained, ranks.share)):
             loader = Loader(images, args.batch_size, views=views, share=share)
@@ -95,7 +96,7 @@ def tuned() -> None:
             torch.manual_seed(0)
             pixels = [torch.nn.Flatten(), torch.nn.Linear(3 * 32**2, 6), torch.nn.ReLU()]
             net = network.Classifier(torch.nn.Sequential(*pixels), 6, 10)
-            views = Views(32, *main.VIEWS["cifar"][1:], linear.AUGMENTATION, 1)
+            views = Views(32, *VIEWS["cifar"][1:], linear.AUGMENTATION, 1)
             off = torch.autocast("cpu", enabled=False)
             alone = share is fitting.whole
             embed = fitting.Tuned(net.backbone, views, off, False, 10).augmented
@@ -133,7 +134,7 @@ def probes() -> None:
     with utils.joined(args, flags):
         device, amp = devices.set_up(args)
         images, labels = textures(128, seed=1)
-        views, found = Views(32, *main.VIEWS[args.recipe][1:]), []
+        views, found = Views(32, *VIEWS[args.recipe][1:]), []
         probe = Probe(32, 10, args, device)
         for one in (probe, None):
             torch.manual_seed(0)

@@ -19,9 +19,9 @@ from tests.helpers import ROOT
 
 # Each room imports only rooms before it.
 ROOMS = (
-    "batchnorm ranks files lock backbones network optimizer images folders textures views recipes "
-    "loader shards datasets metrics scores fitting probe monitor progress devices serialization "
-    "checkpoint layouts exports weights run lettering figures sheets pictures"
+    "batchnorm ranks files lock backbones network optimizer images folders textures operations "
+    "views recipes loader shards datasets metrics scores fitting probe monitor survey progress "
+    "devices serialization checkpoint layouts exports weights run lettering figures sheets pictures"
 ).split()
 COMMANDS = {"main", "linear"}
 # What is longer than the others may be, and why. This list may only shrink.

@@ -21,6 +21,7 @@ from simsiam import backbones, checkpoint, devices, metrics, network, ranks
 from simsiam.loader import Loader
 from simsiam.monitor import Sums, Tally
 from simsiam.probe import Probe
+from simsiam.recipes import VIEWS
 from simsiam.textures import textures
 from simsiam.views import Batch, Views
 from tests.helpers import refused
@@ -68,7 +69,7 @@ def on_fakes(monkeypatch):
 def steps_on_fakes(flags, amp, fault=lambda x: None):
     """Three steps of main.py's loop, and the features of its images: the copies waited for."""
     args = main.make_flags().read(f"--arch resnet18 --batch_size 4 {flags}".split())[0]
-    augmentation, mean, std = main.VIEWS[args.recipe]
+    augmentation, mean, std = VIEWS[args.recipe]
     net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
     augment = Views(32, mean, std, augmentation, net.num_views)
 

@@ -154,7 +154,11 @@ def test_neighbours(drawn, right):
 
 def test_sheet(drawn):
     tiles = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32, 3), dtype=np.uint8)
-    drawn(figures.sheet, tiles, ("image", "view 1", "view 2"), "a long name: what is seen of it")
+    texts = {(0, 1): "crop 71%: 29 x 25\nhue +0.05", (7, 2): "gray"}
+    names = ["image", "view 1", "view 2"]
+    figure = drawn(figures.sheet, tiles, names, texts, "a long name: what is seen of it")
+    written = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert written == {texts[0, 1]: (34, 0), "gray": (68, 238)}  # 32 pixels, and a gap of 2
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40, 100])

@@ -22,6 +22,7 @@ from simsiam.files import RunError, read_csv
 from simsiam.loader import Data, Files
 from simsiam.monitor import Monitor, Tally
 from simsiam.progress import Progress
+from simsiam.recipes import VIEWS
 from simsiam.run import Run
 from simsiam.textures import TEXTURES, textures
 from simsiam.views import NORMALISATION, Augmentation, Batch, Views
@@ -386,9 +387,9 @@ def test_nothing_writes_into_the_arguments(tmp_path):
             main.pretrain(entered, main.prepare(entered))
             assert vars(entered.args) == of_run
         assert (vars(args), given, flags.defaults) == before
-    recipes = copy.deepcopy((main.RECIPES, main.VIEWS))
+    recipes = copy.deepcopy((main.RECIPES, VIEWS))
     main.make_flags().read([])
-    assert recipes == (main.RECIPES, main.VIEWS)
+    assert recipes == (main.RECIPES, VIEWS)
 
 
 def test_seconds_are_of_an_epoch_s_own_steps(tmp_path, monkeypatch):
@@ -658,14 +659,20 @@ def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, drawn):
     assert "a_views.png" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
     assert Image.open(tmp_path / "a_views.png").size[0] > 300
-    found = tiles_in(drawn["views"], columns=3)
-    assert found.shape == (8, 3, 3, 32, 32)
+    found = tiles_in(drawn["views"], columns=5)  # the third and the last are of words
+    assert found.shape == (8, 5, 3, 32, 32)
+    assert found[:, [2, 4]].eq(255).all()
+    found = found[:, [0, 1, 3]]
     args = main.make_flags().read([*TINY.split(), "--name", "a"])[0]
     images = main.images_of(args).train_images
     shown = found[:, 0].contiguous()
     assert all((image == images).flatten(1).all(1).any() for image in shown)
-    views = Views(32, *NORMALISATION["cifar"])
-    for i, expected in enumerate(views(Batch.alone(shown)), 1):  # of epoch 0, step 0
+    views, batch = Views(32, *NORMALISATION["cifar"]), Batch.alone(shown)  # of epoch 0, step 0
+    texts = {text.get_position(): text.get_text() for text in drawn["views"].axes[0].texts}
+    for i, chance in enumerate(views.chance(batch)):
+        for row in range(8):  # 32 pixels, and a gap of 2
+            assert texts[34 * (2 + 2 * i), 34 * row].split("\n") == chance.words(row, 32 * 32)
+    for i, expected in enumerate(views(batch), 1):
         for c in range(3):
             wanted = expected[:, c] * views.std[c] + views.mean[c]
             undone = found[:, i, c] / 255
@@ -695,7 +702,7 @@ def test_views_stand_beside_their_own_image(tmp_path, in_files, more):
     for place in shown:
         (top, left), (bottom, right) = place.min(0).values, place.max(0).values
         assert bottom - top < height / 8  # one row
-        assert right - left > 0.8 * width  # of all tiles
+        assert right - left > 0.65 * width  # of all tiles but the last one's words
         assert len(place) > 0.9 * (3 + views.local) * (bottom - top) ** 2
 
 

@@ -644,7 +644,7 @@ def no_way_on(whole: bytes):
     state = torch.load(io.BytesIO(whole), weights_only=True)
     yield "tally of others", saved(state | {"tally": {"loss": 1.0, "top99": 1.0}})
     yield "step 99", saved(state | {"step": 99})
-    for part in state["augmentation"]:
+    for part in state["augmentation"].keys() - checkpoint.OF_AUGMENTATION.keys():
         fewer = {k: v for k, v in state["augmentation"].items() if k != part}
         yield f"augmentation without {part}", saved(state | {"augmentation": fewer})
     yield (
@@ -658,6 +658,7 @@ def no_way_on(whole: bytes):
         ("crop_ratio", (math.nan, 1.0)),
         ("jitter", (0.4, 0.4, 0.4)),
         ("flip_p", None),
+        ("rotate90_p", 90),
         ("gray_p", "junk"),
         ("blur_p", -0.5),
         ("blur_sigma", (0.1, math.inf)),

@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
-from simsiam import views as ours
+from simsiam import operations as ours
 from simsiam.views import Augmentation, Batch, Views, crop_boxes
 
 PIXEL = 1 / 255
@@ -69,6 +69,18 @@ def test_blur_equals_torchvision(images, taps):
         theirs = T.gaussian_blur(x[i], [taps, taps], [sigma[i].item()] * 2)
         assert (found[i] - theirs).abs().max() < PIXEL
     assert torch.equal(found[5], x[5])  # not blurred at all
+
+
+def test_solarize_and_exchanged_axes_equal_torchvision(images):
+    which = torch.tensor([True, False, True, True, True, True])
+    found = ours.solarize(images, which.view(-1, 1, 1, 1))
+    square = images[..., :40]
+    turned = ours.exchange_axes(square, which.view(-1, 1, 1)).flip(-2)  # a turn by 90 degrees
+    for i in range(6):
+        theirs = T.solarize(images[i], 0.5) if which[i] else images[i]
+        assert (found[i] - theirs).abs().max() < PIXEL
+        theirs = T.rotate(square[i], 90) if which[i] else T.vertical_flip(square[i])
+        assert (turned[i] - theirs).abs().max() < PIXEL
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (10, 90), (90, 10)])
@@ -128,7 +140,9 @@ def test_views_are_a_function_of_seed_epoch_and_step():
 
 
 @pytest.mark.parametrize(
-    "part", ["crop_scale", "jitter_p", "gray_p", "blur_p", "flip_p"], ids=lambda name: name[:4]
+    "part",
+    "crop_scale jitter_p gray_p blur_p flip_p vflip_p rotate90_p solarize_p".split(),
+    ids=lambda name: name[:4],
 )
 def test_each_part_of_chance_is_a_view_s_own(part):
     """One part switched on alone, of the same pixels: views, steps, epochs and images differ."""
@@ -142,7 +156,87 @@ def test_each_part_of_chance_is_a_view_s_own(part):
     assert not any(torch.equal(found[i], found[j]) for i in range(8) for j in range(i))
     for view in found:
         kinds = len({image.numpy().tobytes() for image in view})
-        assert kinds > (1 if part in ("flip_p", "gray_p") else 20)
+        # As it is and flipped, gray or inverted; as it is and turned by three angles.
+        few = {"flip_p": 2, "gray_p": 2, "vflip_p": 2, "solarize_p": 2, "rotate90_p": 4}
+        assert kinds == few[part] if part in few else kinds > 20
+
+
+NEWER = {"vflip_p": 0.4, "rotate90_p": 0.4, "solarize_p": 0.4}
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_flips_turns_and_solarize_are_those_that_were_drawn(cut):
+    """Each image by torchvision, from what `chance` says of it; the images are not square."""
+    images = bytes_of(200) if cut else bytes_of(200, size=24)[:, :, 3:19]
+    views = make_views(**STILL | {"flip_p": 0.5} | NEWER)
+    batch = Batch.alone(images[:, None].expand(-1, 2, -1, -1, -1) if cut else images, 1, 2)
+    seen = set()
+    for view, chance in zip(views(batch), views.chance(batch), strict=True):
+        assert (chance.boxes is None) == cut
+        for i, x in enumerate(images.float() / 255):
+            if not cut:
+                x = T.resized_crop(x, *chance.boxes[i].tolist(), [16, 16], antialias=True)
+            x = T.horizontal_flip(x) if chance.flip[i] else x
+            x = T.vertical_flip(x) if chance.vflip[i] else x
+            x = T.rotate(x, 90.0 * chance.turns[i])
+            x = T.solarize(x, 0.5) if chance.solarize[i] else x
+            assert (view[i] - T.normalize(x, MEAN, STD)).abs().max() < PIXEL / min(STD)
+            seen.add((chance.flip[i], chance.vflip[i], chance.turns[i]))
+    assert len(seen) == 16  # 2 x 2 flips and 4 angles
+
+
+def test_the_newer_parts_change_nothing_of_the_others():
+    """What is drawn besides is as without them, whichever of them are on: older runs go on."""
+    batch = Batch.alone(bytes_of(32), 3, 1)
+    usual = make_views(blur_p=0.5).chance(batch)
+    assert not any(chance.vflip.any() or chance.turns.any() for chance in usual)
+    every = make_views(blur_p=0.5, **NEWER).chance(batch)
+    for name, p in NEWER.items():
+        for one, all_, plain in zip(
+            make_views(blur_p=0.5, **{name: p}).chance(batch), every, usual, strict=True
+        ):
+            for part in ("boxes", "factors", "order", "flip", "gray", "sigma"):
+                assert np.array_equal(getattr(one, part), getattr(plain, part))
+            part = {"vflip_p": "vflip", "rotate90_p": "turns", "solarize_p": "solarize"}[name]
+            assert np.array_equal(getattr(one, part), getattr(all_, part))
+            assert getattr(one, part).any()
+    assert not np.array_equal(every[0].turns, every[1].turns)
+
+
+FIRST = [
+    [0.0436, -0.0149, 0.0284, 0.0713, -0.0418, 0.0138],
+    [-0.0333, 0.0086, -0.0224, 0.0348, -0.0137, -0.0372],
+]
+
+
+def test_default_views_are_those_of_the_first_checkpoints():
+    """Slopes from left to right of the first images' views, as made before there were flags."""
+    ramp = torch.linspace(-1, 1, 16)
+    views = make_views(blur_p=0.5)(Batch.alone(bytes_of(16), 2, 5))
+    found = [(x * ramp).mean((1, 2, 3))[:6] for x in views]
+    torch.testing.assert_close(torch.stack(found), torch.tensor(FIRST), atol=2e-4, rtol=0)
+
+
+def test_what_happened_is_told_in_words():
+    chance = make_views(1, blur_p=1.0, jitter_p=1.0, gray_p=1.0, **dict.fromkeys(NEWER, 1.0))
+    (drawn,) = chance.chance(Batch.alone(bytes_of(3)))
+    drawn = drawn._replace(
+        boxes=np.array([[0, 0, 8, 12]] * 3),
+        factors=np.array([[1.25, 0.8, 1, -0.051]] * 3),
+        order=np.array([3, 0, 2, 1]),
+        flip=np.array([True, False, False]),
+        vflip=np.array([True, True, False]),
+        turns=np.array([3, 0, 1]),
+        sigma=np.array([1.26, 0.0, 0.5]),
+    )
+    colour = ["hue -0.05", "brightness x 1.25", "contrast x 0.80"]
+    first = ["crop 38%: 12 x 8", "flip left-right", "flip up-down", "turn 270 degrees"]
+    assert drawn.words(0, 256) == [*first, *colour, "gray", "blur 1.3 px", "solarize"]
+    middle = ["crop 38%: 12 x 8", "flip up-down", *colour, "gray", "solarize"]
+    assert drawn.words(1, 256) == middle
+    still, batch = make_views(1, **STILL), Batch.alone(bytes_of(3))
+    (drawn,) = still.chance(batch)
+    assert drawn._replace(boxes=None).words(0, 256) == []
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])
@@ -214,6 +308,9 @@ def test_shares_of_the_random_operations():
     assert share() == 0
     assert share(flip_p=0.5) == pytest.approx(0.5, abs=0.05)
     assert share(gray_p=0.2) == pytest.approx(0.2, abs=0.04)
+    assert share(vflip_p=0.3) == pytest.approx(0.3, abs=0.05)
+    assert share(rotate90_p=0.6) == pytest.approx(0.6, abs=0.05)
+    assert share(solarize_p=0.2) == pytest.approx(0.2, abs=0.04)
     assert share(jitter_p=0.8) == pytest.approx(0.8, abs=0.04)
     assert share(jitter_p=0.8, jitter=(0.0, 0.0, 0.0, 0.1)) == pytest.approx(0.8, abs=0.04)
 
@@ -289,15 +386,18 @@ def test_an_augmentation_is_read_from_its_own_dict():
         {"crop_scale": (0.2, 1.1)},
         {"crop_scale": (0.9, 0.2)},
         {"blur_sigma": (0.0, 2.0)},
-        {"solarize_p": 0.2},
+        {"posterize_p": 0.2},
+        {"solarize_p": 1.2},
+        {"vflip_p": None},
+        {"rotate90_p": (0.5,)},
     ],
 )
 def test_an_augmentation_that_cannot_be_is_refused(change):
     with pytest.raises(ValueError, match="augmentation") as error:
         Augmentation.read(dataclasses.asdict(Augmentation()) | change)
     (name,) = change
-    assert "solarize" in name or re.search(rf"augmentation's .*{name}", str(error.value))
-    if "solarize" not in name and not isinstance(change[name], list):
+    assert "posterize" in name or re.search(rf"augmentation's .*{name}", str(error.value))
+    if "posterize" not in name and not isinstance(change[name], list):
         with pytest.raises(ValueError, match="augmentation"):
             Augmentation(**change)
 

@@ -34,6 +34,7 @@ import utils
 from simsiam import devices, files, metrics, network
 from simsiam.loader import Data, Files, Loader
 from simsiam.monitor import Monitor, Tally
+from simsiam.recipes import VIEWS
 from simsiam.textures import TEXTURES, textures
 from simsiam.views import Batch, Views
 from tools import gpu, peers, profiler
@@ -73,13 +74,13 @@ def arguments(flags: str) -> tuple[Namespace, torch.autocast]:
 
 def views_of(recipe: str, size: int, seed: int = 0) -> Views:
     """A recipe's views."""
-    augmentation, mean, std = main.VIEWS[recipe]
+    augmentation, mean, std = VIEWS[recipe]
     return Views(size, mean, std, augmentation, seed=seed)
 
 
 def recipe_of(name: str) -> dict:
     """What a peer needs to know of a recipe."""
-    augmentation, mean, std = main.VIEWS[name]
+    augmentation, mean, std = VIEWS[name]
     return main.RECIPES[name] | {"blur_p": augmentation.blur_p, "mean": mean, "std": std}
 
 
