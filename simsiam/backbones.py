@@ -20,6 +20,7 @@ STEMS = ("cifar", "imagenet", "cifar_pad2", "cifar_no_relu")
 LIBRARIES = ("timm", "torchvision")
 # torchvision's that give more than logits in training: theirs is a loss of its own.
 WITH_AUXILIARY = ("googlenet", "inception_v3")
+BN_MOMENTUM = 0.1  # PyTorch's
 
 
 class PadShortcut(nn.Module):
@@ -119,7 +120,9 @@ def is_of_library(arch: str) -> bool:
 def from_library(arch: str) -> tuple[nn.Module, int]:
     """`timm:NAME` or `torchvision:NAME` with random weights and no classifier; its features.
 
-    Parameters carry their library's names. Dropout and stochastic depth are off: they would draw at
+    Parameters carry their library's names. BN's running statistics move by a tenth a step at least:
+    by a hundredth, as in torchvision's MobileNets, they lag so far behind in a short run that in
+    eval mode the network is another one. Dropout and stochastic depth are off: they would draw at
     random from more than seed, epoch, step and sample, and a resumed run would be another one.
     timm's vision transformers take any size that their patches divide. Raises ValueError.
     """
@@ -130,6 +133,8 @@ def from_library(arch: str) -> tuple[nn.Module, int]:
             module.p = 0.0
         elif hasattr(module, "drop_prob"):  # timm's DropPath
             module.drop_prob = 0.0
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None:
+            module.momentum = max(module.momentum, BN_MOMENTUM)
     return net, features
 
 

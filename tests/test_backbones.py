@@ -110,6 +110,15 @@ def test_it_starts_from_the_library_s_own_file(run, tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in ours.items())
 
 
+def test_the_statistics_of_bn_do_not_lag_and_nothing_is_dropped():
+    """torchvision's MobileNetV3 has a momentum of 0.01 and dropout of 0.2."""
+    net, _ = backbones.backbone("torchvision:mobilenet_v3_small", "imagenet")
+    layers = list(net.modules())
+    momenta = {layer.momentum for layer in layers if isinstance(layer, nn.BatchNorm2d)}
+    assert momenta == {0.1}
+    assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == {0}
+
+
 def test_an_activation_within_a_bn_stays_where_ranks_share_it():
     """timm's BatchNormAct2d is a BN and a ReLU in one layer."""
     net, _ = backbones.backbone("timm:mobilenetv3_small_050", "imagenet")
