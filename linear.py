@@ -77,7 +77,7 @@ def make_flags() -> utils.Flags:
     add = flags.group("data")
     add("data_name", DATA_NAMES, "judge on another data set than the pre-training's")
     root = "where it is (as in pre-training; data where that was another data set)"
-    add("data_root", utils.data_place, root)
+    add("data_root", utils.data_place, root, nargs="+", action=utils.Places, metavar="ROOT")
     parts = "its folders or lists to train on and to score with (as in pre-training)"
     add("split_names", str, parts, nargs="+", metavar="NAME")
     add("exif", "two", "turn images as EXIF says (as in pre-training)")

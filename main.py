@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import utils
-from simsiam import checkpoint, devices, metrics, network, pictures, ranks, survey, weights
+from simsiam import checkpoint, devices, metrics, network, pictures, ranks, scores, survey, weights
 from simsiam.backbones import IMAGENET_ARCHS, STEMS, is_of_library
 from simsiam.datasets import DATA_NAMES, check_root, load
 from simsiam.files import RunError, about
@@ -33,7 +33,7 @@ from simsiam.views import Augmentation, Views
 from utils import number
 
 STATISTICS = tuple(
-    "epoch lr train_loss std rank collapse test_acc@1 test_acc@5 probe_acc@1".split()
+    "epoch lr train_loss std rank alpha collapse test_acc@1 test_acc@5 probe_acc@1".split()
     + "images_per_sec seconds".split()
 )
 
@@ -44,7 +44,8 @@ def make_flags() -> utils.Flags:
     count, positive = number(int, 1, 2**31), number(float, 1e-12)
     add = flags.group("data")
     add("data_name", DATA_NAMES, "the data set", "cifar10")
-    add("data_root", utils.data_place, "of downloads, and of images of one's own", "data")
+    root = {"nargs": "+", "action": utils.Places, "metavar": "ROOT"}
+    add("data_root", utils.data_place, "of downloads, or of images of one's own", "data", **root)
     parts = "folders or lists in --data_root to train on and, if you like, to score with"
     add("split_names", str, parts, nargs="+", metavar="NAME")
     add("exif", "two", "turn images as their EXIF orientation says", True)
@@ -349,6 +350,7 @@ def pretrain(run: Run, made: Prepared) -> None:
         ranks.say(
             f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} std {row['std']:.2f}"
             + (f" rank {row['rank']:.1f}" if "rank" in row else "")
+            + (f" alpha {row['alpha']:.2f}" if "alpha" in row else "")
             + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
             + (f" probe {row['probe_acc@1']:.1f} %" if "probe_acc@1" in row else "")
             + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
@@ -363,6 +365,8 @@ def pretrain(run: Run, made: Prepared) -> None:
                 + f"untrained encoder {start['test_acc@1']:.1f} %, raw pixels "
                 f"{start['raw_acc@1']:.1f} %"
             )
+        elif "alpha" in end:
+            ranks.say(scores.in_words(end["alpha"], start.get("alpha")))
         if args.pictures:
             pictures.draw_run(run.path, args.name, run.history, monitor, board)
     if board:

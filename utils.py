@@ -18,6 +18,7 @@ import torch
 from simsiam import ranks
 from simsiam.backbones import STEMS, has_bn
 from simsiam.files import RunError
+from simsiam.folders import several
 from simsiam.images import BadImage, ignore_pil_warnings
 from simsiam.loader import Data
 from simsiam.network import Classifier, SimSiam
@@ -275,6 +276,19 @@ def data_place(text: str) -> str:
     return text if re.match(r"[A-Za-z][\w.+-]+:", text) else os.path.abspath(text)
 
 
+class Places(argparse.Action):
+    """A flag of one place or several, joined as in PATH; they are one data set."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Namespace,
+        values: list[str],
+        option: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, os.pathsep.join(values))
+
+
 TEXTURES_HAVE_NO_ROOT = (
     "--data_root: textures are made, not read: leave it out or, for images of your own, add "
     "--data_name folder"
@@ -358,8 +372,10 @@ def check_new(what: str, path: str, overwrite: bool) -> None:
 
 def data_label(name: str, root: str) -> str:
     """The data set's name in the results; for the user's own with whose images they are."""
-    own = name in ("folder", "webdataset")
-    return f"{name}:{Path(root).resolve().name}" if own else name
+    if name not in ("folder", "webdataset"):
+        return name
+    places = several(root) if name == "folder" else [root]
+    return f"{name}:{'+'.join(Path(place).resolve().name for place in places)}"
 
 
 def introduce(

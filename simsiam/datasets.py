@@ -67,15 +67,17 @@ def load(
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
     Images are uint8, N x 3 x H x W, `image_size` pixels a side where it is given; labels int64, N.
-    `folder` takes the user's own images (see `load_folder`), decoded by `workers` threads;
-    `imagenet` too, but keeps them as `Files`, which each epoch decodes again, and `webdataset`
-    (see `load_shards`) as `Shards`. `reading` and `split_names` are for these.
+    `folder` takes the user's own images (see `load_folder`), of one root or several, decoded by
+    `workers` threads; `imagenet` too, but keeps them as `Files`, which each epoch decodes again,
+    and `webdataset` (see `load_shards`) as `Shards`. `reading` and `split_names` are for these.
 
     Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
     folder that cannot be used, ConnectionError where a download fails.
     """
     if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
         raise ValueError("--split_names: goes with --data_name folder or imagenet, and a folder")
+    if name in DOWNLOADED and len(folders.several(root)) > 1:
+        raise ValueError(f"--data_root: {name} has one; several are for --data_name folder")
     if name == "textures":
         return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
     if name in ("folder", "imagenet"):

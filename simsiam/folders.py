@@ -121,10 +121,12 @@ def counted(left_out: collections.Counter) -> str:
 # ---- a CSV list ---------------------------------------------------------------------------------
 
 
-def table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def table(path: Path, usual: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[str, str]]]:
     """Each row of a CSV table, and the number of its last line. Names of columns are lower case.
 
-    Raises ValueError, naming the file and the line, for what is no such table.
+    Where the first row begins with the name of an image, there is no header: the columns are the
+    `usual` ones, as many as there are. Raises ValueError, naming the file and the line, for what is
+    no such table.
     """
     content = path.read_bytes()
     try:
@@ -135,6 +137,9 @@ def table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = [name.strip().lower() for name in next(reader, [])]
+        if usual and header and header[0].endswith(EXTENSIONS) and len(header) <= len(usual):
+            reader = csv.reader(io.StringIO(text, newline=""))
+            header = list(usual[: len(header)])
         if len(set(header)) < len(header):
             raise ValueError(f"{path}, line 1: two columns have one name")
         for row in reader:
@@ -150,14 +155,14 @@ def table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def list_csv(path: Path) -> Listing:
-    """The files and labels of a CSV list (columns `path`, optional `label`).
+    """The files and labels of a CSV list (columns `path`, optional `label`; or without a header).
 
     Raises FileNotFoundError, or ValueError that names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--data_root {path}: there is no such list")
     files, labels = [], []
-    for line, row in table(path):
+    for line, row in table(path, ("path", "label")):
         if "path" not in row:
             break
         if not row["path"]:
@@ -189,9 +194,13 @@ def find(root: Path, split_names: list[str] | None = None, scored: bool = True) 
 
     `split_names`: the folder or list within `root` of the images to train on and, if there are two,
     of those to score with. Where nothing is to be `scored`, these need no classes, and a folder
-    without parts has the folders in it for classes. Raises FileNotFoundError or ValueError, naming
-    the file.
+    without parts has the folders in it for classes. Several places, joined as by `several`, are one
+    data set, whose classes of one name are one. Raises FileNotFoundError or ValueError, naming the
+    file.
     """
+    roots = several(root)
+    if len(roots) > 1:
+        return find_all([Path(one) for one in roots], split_names, scored)
     if root.suffix.lower() == ".csv" and not root.is_dir():
         listing = list_csv(root)
         return Found(listing, None, described(root, [("", listing)]), False)
@@ -215,6 +224,30 @@ def find(root: Path, split_names: list[str] | None = None, scored: bool = True) 
     if unread and split_names is None:
         line += f"; not read: {', '.join(unread[:5])}" + ", ..." * (len(unread) > 5)
     return Found(listing, test, line, True)
+
+
+def several(root: str | Path) -> list[str]:
+    """The places that a --data_root is of: what is between the colons (as in PATH), or itself."""
+    return [str(root)] if os.path.exists(root) else str(root).split(os.pathsep)
+
+
+def find_all(roots: list[Path], split_names: list[str] | None, scored: bool) -> Found:
+    """What `find` finds in several places, together."""
+    twice = [root for i, root in enumerate(roots) if root.resolve() in map(Path.resolve, roots[:i])]
+    if twice:
+        raise ValueError(f"--data_root: {twice[0]} is named twice")
+    parts = [find(root, split_names, scored) for root in roots]
+    tests = [part.test for part in parts if part.test]
+    line = "; ".join(part.line for part in parts)
+    train = together([part.train for part in parts])
+    return Found(train, together(tests) if tests else None, line, any(p.split for p in parts))
+
+
+def together(listings: list[Listing]) -> Listing:
+    """Several listings as one."""
+    files, labels, left_out = zip(*listings, strict=True)
+    one = itertools.chain.from_iterable
+    return Listing(list(one(files)), list(one(labels)), sum(left_out, collections.Counter()))
 
 
 def places(root: Path, split_names: list[str] | None) -> tuple[Path, list[Path | None]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simsiam import metrics, ranks
+from simsiam import metrics, ranks, scores
 from simsiam.files import RunError
 from simsiam.loader import Data, Files
 from simsiam.probe import Probe
@@ -237,7 +237,7 @@ class Monitor:
         return ranks.gathered(ranking, len(queries))
 
     def measure(self, keep: bool = False, probe: Probe | None = None) -> dict:
-        """Columns of the statistics: rank of the bank and, with labels, kNN accuracy.
+        """Columns of the statistics: rank of the bank, and kNN accuracy or, without labels, alpha.
 
         `keep`: let `found` give these features again, for the pictures. `probe`: to be scored too.
         """
@@ -246,6 +246,10 @@ class Monitor:
         if found.ranking is not None:
             top1, top5 = metrics.accuracy(found.ranking, self.images.test_labels)
             row |= {"test_acc@1": top1, "test_acc@5": top5}
+        else:
+            of_images = (self.images.train_images, self.amp, self.args.seed)
+            alpha = scores.alpha_of(self.net.backbone, self.views, *of_images)
+            row |= {} if math.isnan(alpha) else {"alpha": alpha}  # of a rank below 5
         if probe is not None and found.queries is not None:
             row["probe_acc@1"] = probe.accuracy(found.queries, self.images.test_labels)
         self.kept = found if keep else None
@@ -263,7 +267,7 @@ class Monitor:
         except FloatingPointError as error:  # of weights that are finite, but huge
             raise RunError(f"--init {self.args.init}: {error}: choose other weights") from error
         if self.images.test_images is None:
-            ranks.say("no labelled test images: no kNN; std and rank are watched")
+            ranks.say("no labelled test images: no kNN; std, rank and alpha-ReQ are watched")
             return row
         pixels = metrics.raw_pixels(self.views.size)
         images = self.images.at_most(metrics.PIXELS_OF, self.args.seed)

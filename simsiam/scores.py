@@ -156,6 +156,30 @@ def view_features(
     return z.unflatten(0, found.shape[:2])
 
 
+def sample(images: Tensor | Files, number: int, seed: int) -> Tensor | Files:
+    """At most `number` images, drawn at random, since data sets may come sorted; in their order."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
+    return images[order[:number].sort().values]
+
+
+def alpha_of(
+    backbone: nn.Module, views: Views, images: Tensor | Files, amp: torch.autocast, seed: int
+) -> float:
+    """`alpha_req` of a backbone, as `unlabelled_scores` has it: what a run without labels shows."""
+    some = sample(images, IMAGES, seed)
+    return alpha_req(metrics.features(backbone, views.plain, some, amp, normalise=False))
+
+
+def in_words(alpha: float, untrained: float | None) -> str:
+    """What a run without labels says of its alpha at its end."""
+    before = "" if untrained is None else f", untrained encoder {untrained:.2f}"
+    return (
+        f"alpha-ReQ {alpha:.2f}{before}: a score without labels, best near 1. Of runs on the same "
+        "images the one nearer to 1 is often the better one, but not always, and no alpha is an "
+        "accuracy: docs/collapse.md has how far it can be trusted"
+    )
+
+
 def unlabelled_scores(
     net: SimSiam,
     views: Views,
@@ -174,12 +198,11 @@ def unlabelled_scores(
     `lidar`: of `viewed` images, in `q` random views each; `uniformity`: of the first of
     these views; `alignment`: of each view and the next of the same image.
 
-    Images are drawn at random, since data sets may come sorted. `viewed` should be above the number
+    `viewed` should be above the number
     of channels, and `lidar` can be compared where it was taken from as many images.
     Raises FloatingPointError for features that are not finite; ValueError as `lidar` does.
     """
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
-    some, few = (images[order[:number].sort().values] for number in (most, viewed))
+    some, few = sample(images, most, seed), sample(images, viewed, seed)
     bank = metrics.features(net.backbone, views.plain, some, amp, normalise=False)
     z = metrics.features(net.projector, as_it_is, bank, amp)
     seen = view_features(net.backbone, views, few, amp, q, seed)

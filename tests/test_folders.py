@@ -293,3 +293,70 @@ def test_a_whole_batch_of_bad_images_is_left_out(tmp_path, capsys):
     assert "cannot be read" in err
     assert err.count("\n") == 1
     assert not out.exists()
+
+
+# ---- several places -----------------------------------------------------------------------------
+
+
+def test_several_places_are_one_data_set(tmp_path):
+    """Classes of one name are one; a place without parts has images to train on, without labels."""
+    write(tmp_path / "a", "train/cat/1.png", "train/dog/2.png", "test/dog/3.png")
+    write(tmp_path / "b", "train/cow/4.png", "train/dog/5.png", "val/cow/6.png")
+    write(tmp_path / "c", "7.png")
+    found = load("folder", os.pathsep.join(str(tmp_path / name) for name in "abc"))
+    assert found.classes == ["cat", "cow", "dog"]
+    assert found.train_labels.tolist() == [0, 2, 1, 2, -1]
+    assert found.test_labels.tolist() == [2, 1]
+    assert found.found.startswith("a: 2 classes, 2 training images in train/, 1 test images")
+    assert "; b: 2 classes" in found.found
+    assert "; c: no classes, 1 images" in found.found
+
+
+def test_a_run_on_several_places_is_resumed_and_judged(tmp_path, capsys):
+    a, b = (photos(tmp_path / name) for name in "ab")
+    flags = f"--data_name folder --data_root {a} {b} {RUN} --out {tmp_path}/r --name one"
+    main.main(flags.split())
+    assert "folder: 32 training images, 16 test images, 2 classes" in capsys.readouterr().out
+    main.main([*flags.split(), "--resume"])
+    model = tmp_path / "r" / "one_model.pth"
+    flags = "--cached --epochs 1 --no-pictures --model_path"
+    linear.main([*flags.split(), str(model)])
+    assert "32 training images, 16 test images" in capsys.readouterr().out
+    linear.main([*flags.split(), str(model), "--data_root", str(a), "--name", "half"])
+    assert "16 training images, 8 test images" in capsys.readouterr().out
+
+
+def test_several_places_that_cannot_be_are_refused(tmp_path, capsys):
+    a = photos(tmp_path / "a")
+    flags = f"{RUN} --out {tmp_path}/r --data_root".split()
+    err = refused(capsys, main, "--data_name", "folder", *flags, a, a)
+    assert f"--data_root: {a} is named twice" in err
+    err = refused(capsys, main, "--data_name", "folder", *flags, a, tmp_path / "b")
+    assert f"{tmp_path}/b: there is no such folder" in err
+    err = refused(capsys, main, "--data_name", "cifar10", *flags, a, tmp_path / "b")
+    assert "--data_root: cifar10 has one" in err
+    assert not (tmp_path / "r").exists()
+
+
+# ---- lists without a header ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("1.png,cat\n2.png,dog\n", ["cat", "dog"]),
+        ("1.PNG\n2.png\n", [None, None]),
+        ('"1.png","a, b"\n2.png,\n', ["a, b", None]),
+    ],
+)
+def test_a_list_without_a_header(tmp_path, text, labels):
+    (tmp_path / "list.csv").write_text(text)
+    listing = find(tmp_path / "list.csv").train
+    assert [path.name.lower() for path in listing.files] == ["1.png", "2.png"]
+    assert listing.labels == labels
+
+
+def test_a_row_of_another_length_in_a_list_without_a_header_is_named(tmp_path):
+    (tmp_path / "list.csv").write_text("1.png,cat\n2.png\n")
+    with pytest.raises(ValueError, match="line 2: has 1 fields, and the header 2"):
+        find(tmp_path / "list.csv")

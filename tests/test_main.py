@@ -17,7 +17,8 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam import checkpoint, metrics, network, pictures
+from simsiam import checkpoint, metrics, network, pictures, scores
+from simsiam.datasets import load
 from simsiam.files import RunError, read_csv
 from simsiam.loader import Data, Files
 from simsiam.monitor import Monitor, Tally
@@ -26,6 +27,7 @@ from simsiam.recipes import VIEWS
 from simsiam.run import Run
 from simsiam.textures import TEXTURES, textures
 from simsiam.views import NORMALISATION, Augmentation, Batch, Views
+from simsiam.weights import Source
 from tests import helpers
 
 TINY = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32"
@@ -460,9 +462,16 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
         f"--data_name folder --data_root {tmp_path} --recipe imagenet --arch resnet18 --stem cifar "
         f"--image_size 16 --feature_dim 16 --batch_size 8 --epochs 1 --out {tmp_path}/r".split()
     )
-    assert "no kNN" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no kNN" in out
     table = pandas.read_csv(tmp_path / "r" / "folder_resnet18_16_200_8_1_statistics.csv")
     assert table["test_acc@1"].isna().all()
+    encoder = Source.open(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
+    images = load("folder", tmp_path, 16, split_names=None).train_images
+    features = encoder.features(images, torch.autocast("cpu", torch.bfloat16, enabled=False))
+    assert table["alpha"][1] == pytest.approx(scores.alpha_req(features), rel=1e-3)
+    start, end = table["alpha"]
+    assert f"alpha-ReQ {end:.2f}, untrained encoder {start:.2f}: a score without labels" in out
     assert table["rank"].notna().all()
     assert not (tmp_path / "r" / "results.csv").exists()
     state = torch.load(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
