@@ -55,6 +55,7 @@ def split_names(args: Namespace, source: Source) -> list[str] | None:
 def reading(args: Namespace, source: Source) -> Reading:
     """How image files are read: as the flags say or, where they are silent, as in pre-training."""
     told = {"exif": args.exif, "background": args.background}
+    told["exclude"] = args.exclude and tuple(args.exclude)
     return dataclasses.replace(
         source.reading, **{name: x for name, x in told.items() if x is not None}
     )

@@ -89,6 +89,7 @@ def make_flags() -> utils.Flags:
     add("exif", "two", "turn images as EXIF says (as in pre-training)")
     background = "what transparent pixels show (as in pre-training); none: the colours below"
     add("background", BACKGROUNDS, background)
+    add("exclude", str, f"{utils.EXCLUDE} (as in pre-training)", nargs="+", metavar="PATTERN")
     fraction = "use a class-balanced, seeded fraction of the labels"
     add("label_fraction", number(float, 1e-9, 1), fraction, 1.0)
     add = flags.group("protocol")

@@ -51,6 +51,7 @@ def make_flags() -> utils.Flags:
     add("exif", "two", "turn images as their EXIF orientation says", True)
     background = "what transparent pixels show; none: the colours below"
     add("background", BACKGROUNDS, background, "white")
+    add("exclude", str, utils.EXCLUDE, nargs="+", metavar="PATTERN")
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
     add("image_size", number(int, 8, 1024), "side of the views, in pixels; None: as the images")
     sides = "sides of the views, each for a part of the epochs: pixels, or parts of --image_size"

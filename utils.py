@@ -289,6 +289,7 @@ class Places(argparse.Action):
         setattr(namespace, self.dest, os.pathsep.join(values))
 
 
+EXCLUDE = "names or paths, with * and ?, of files and folders in --data_root to leave out"
 TEXTURES_HAVE_NO_ROOT = (
     "--data_root: textures are made, not read: leave it out or, for images of your own, add "
     "--data_name folder"

@@ -39,7 +39,7 @@ FORMAT = {
     "probe": (dict, "the tensors of main.py's online probe, by name; without one it is empty"),
 }
 # Flags that are newer than this version, with what was done before there were any.
-OF_READING = {"exif": False, "background": "none"}
+OF_READING = {"exif": False, "background": "none", "exclude": None}
 BEFORE = {
     "main.py": OF_READING | {"probe": False, "optimizer": "sgd"},
     "linear.py": OF_READING,

@@ -76,6 +76,8 @@ def load(
     """
     if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
         raise ValueError("--split_names: goes with --data_name folder or imagenet, and a folder")
+    if reading.exclude and name not in ("folder", "imagenet"):
+        raise ValueError("--exclude: goes with --data_name folder or imagenet")
     if name in DOWNLOADED and len(folders.several(root)) > 1:
         raise ValueError(f"--data_root: {name} has one; several are for --data_name folder")
     if name == "textures":
@@ -165,7 +167,7 @@ def load_folder(
     - Kaggle's ImageNet, as it is unpacked.
 
     In the place of `train`, `test` and `val` there may be one of `folders.SPLITS`; `split_names`
-    says which to take. `reading`: of the files.
+    says which to take. `reading`: of the files, and which of them to leave out.
 
     Each image's shorter side is resized to `image_size`, then its centre is cropped: the default
     is the median shorter side of (at most 100 of) the images, at most 96.
@@ -174,7 +176,7 @@ def load_folder(
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    train, test, line, _ = folders.find(root, split_names)
+    train, test, line, _ = folders.find(root, split_names, exclude=reading.exclude)
     files, names = train.files, train.labels
     classes = sorted({name for name in names if name is not None})
     number = {name: i for i, name in enumerate(classes)} | {None: -1}

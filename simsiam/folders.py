@@ -5,11 +5,12 @@ Nothing is decoded here.
 
 import collections
 import csv
+import fnmatch
 import io
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,28 @@ class Listing(NamedTuple):
 
 
 # ---- one folder ---------------------------------------------------------------------------------
+
+
+def excluded(path: Path, root: Path, patterns: Sequence[str]) -> bool:
+    """Whether a pattern is of a file: of its path below `root`, or of a name in that, in any case.
+
+    Patterns are the shell's, with *, ? and [], where * may stand for slashes, too.
+    """
+    inner = os.path.relpath(path, root).replace(os.sep, "/").lower()
+    names = (inner, *inner.split("/"))
+    return any(fnmatch.fnmatchcase(name, one.lower()) for one in patterns for name in names)
+
+
+def without(listing: Listing, root: Path, patterns: Sequence[str]) -> Listing:
+    """A listing without the files that are `excluded`. Raises FileNotFoundError if none is left."""
+    if not patterns:
+        return listing
+    left = [not excluded(path, root, patterns) for path in listing.files]
+    if not any(left):
+        raise FileNotFoundError(f"--exclude: leaves no image of {root}")
+    files, labels = (list(itertools.compress(part, left)) for part in listing[:2])
+    number = len(left) - len(files)
+    return Listing(files, labels, listing.left_out + collections.Counter(excluded=number))
 
 
 def list_folder(folder: Path, labelled: bool) -> Listing:
@@ -189,33 +212,38 @@ class Found(NamedTuple):
     split: bool  # whether these are parts of a folder
 
 
-def find(root: Path, split_names: list[str] | None = None, scored: bool = True) -> Found:
+def find(
+    root: Path,
+    split_names: list[str] | None = None,
+    scored: bool = True,
+    exclude: Sequence[str] = (),
+) -> Found:
     """The images of `root`, a folder or a CSV list; `datasets.load_folder` says which there may be.
 
     `split_names`: the folder or list within `root` of the images to train on and, if there are two,
     of those to score with. Where nothing is to be `scored`, these need no classes, and a folder
     without parts has the folders in it for classes. Several places, joined as by `several`, are one
-    data set, whose classes of one name are one. Raises FileNotFoundError or ValueError, naming the
-    file.
+    data set, whose classes of one name are one. What is `excluded` is left out. Raises
+    FileNotFoundError or ValueError, naming the file.
     """
     roots = several(root)
     if len(roots) > 1:
-        return find_all([Path(one) for one in roots], split_names, scored)
+        return find_all([Path(one) for one in roots], split_names, scored, exclude)
     if root.suffix.lower() == ".csv" and not root.is_dir():
-        listing = list_csv(root)
+        listing = without(list_csv(root), root.parent, exclude)
         return Found(listing, None, described(root, [("", listing)]), False)
     if not root.is_dir():
         raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
     name = root
     root, (train, *tests) = places(root, split_names)
     if train is None:
-        listing = list_folder(root, labelled=not scored)
+        listing = without(list_folder(root, labelled=not scored), root, exclude)
         line = described(name, [("", listing)]) + (without_split(root) if scored else "")
         return Found(listing, None, line, False)
-    listing, test = list_place(train), None
+    listing, test = without(list_place(train), root, exclude), None
     parts = [(shown(root, train), listing)]
     if tests and (any(listing.labels) or not scored):
-        test = list_test(tests[0], train, scored)
+        test = without(list_test(tests[0], train, scored), root, exclude)
         parts.append((shown(root, tests[0]), test))
     line = described(name, parts)
     read = [place for place, _ in parts]
@@ -231,12 +259,14 @@ def several(root: str | Path) -> list[str]:
     return [str(root)] if os.path.exists(root) else str(root).split(os.pathsep)
 
 
-def find_all(roots: list[Path], split_names: list[str] | None, scored: bool) -> Found:
+def find_all(
+    roots: list[Path], split_names: list[str] | None, scored: bool, exclude: Sequence[str]
+) -> Found:
     """What `find` finds in several places, together."""
     twice = [root for i, root in enumerate(roots) if root.resolve() in map(Path.resolve, roots[:i])]
     if twice:
         raise ValueError(f"--data_root: {twice[0]} is named twice")
-    parts = [find(root, split_names, scored) for root in roots]
+    parts = [find(root, split_names, scored, exclude) for root in roots]
     tests = [part.test for part in parts if part.test]
     line = "; ".join(part.line for part in parts)
     train = together([part.train for part in parts])

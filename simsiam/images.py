@@ -43,23 +43,27 @@ ImageFile = str | Path | Stored
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is made of a file's pixels besides RGB.
+    """Which files are read, and what is made of a file's pixels besides RGB.
 
     `exif`: an image is turned as its EXIF orientation says. `background`, one of BACKGROUNDS, is
     what transparent pixels show; "none": the colours that the file has there, though nobody sees
-    them.
+    them. `exclude`: patterns of files and folders to leave out, as of `folders.excluded`.
     """
 
     exif: bool = True
     background: str = "white"
+    exclude: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, args: Mapping) -> "Reading":
         """That of the flags of main.py. Raises ValueError for what cannot be such."""
         exif, background = args.get("exif"), args.get("background")
+        exclude = args.get("exclude") or ()
         if not isinstance(exif, bool) or background not in BACKGROUNDS:
             raise ValueError("its --exif or --background is none of ours")
-        return cls(exif, background)
+        if not isinstance(exclude, list | tuple) or not all(type(x) is str for x in exclude):
+            raise ValueError("its --exclude is none of ours")
+        return cls(exif, background, tuple(exclude))
 
 
 AS_SEEN = Reading()  # as a viewer shows an image

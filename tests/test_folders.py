@@ -338,6 +338,47 @@ def test_several_places_that_cannot_be_are_refused(tmp_path, capsys):
     assert not (tmp_path / "r").exists()
 
 
+# ---- files that are left out --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left"),
+    [
+        ([], ["a/1.png", "a/1_mask.png", "masks/2.png", "masks/sub/3.png"]),
+        (["*_mask.png"], ["a/1.png", "masks/2.png", "masks/sub/3.png"]),
+        (["MASKS"], ["a/1.png", "a/1_mask.png"]),
+        (["masks/*"], ["a/1.png", "a/1_mask.png"]),
+        (["*/sub/*", "?.png"], ["a/1_mask.png"]),
+    ],
+)
+def test_patterns_are_of_names_and_of_paths(tmp_path, patterns, left):
+    write(tmp_path, "a/1.png", "a/1_mask.png", "masks/2.png", "masks/sub/3.png")
+    found = find(tmp_path, exclude=patterns)
+    assert names(found.train, tmp_path) == left
+    assert found.train.left_out["excluded"] == 4 - len(left)
+
+
+def test_a_run_and_its_judge_leave_out_the_same(tmp_path, capsys):
+    root = photos(tmp_path / "a")
+    write(root, "train/cat/mask_0.png", "test/dog/mask_1.png")
+    flags = f"--data_name folder --data_root {root} {RUN} --out {tmp_path}/r --name one"
+    main.main([*flags.split(), "--exclude", "mask_*"])
+    out = capsys.readouterr().out
+    assert "folder: 16 training images, 8 test images" in out
+    assert "left out 2 files: 2 excluded" in out
+    main.main([*flags.split(), "--resume"])
+    judge = f"--cached --epochs 1 --no-pictures --model_path {tmp_path}/r/one_model.pth"
+    capsys.readouterr()
+    linear.main(judge.split())
+    assert "16 training images, 8 test images" in capsys.readouterr().out
+    linear.main([*judge.split(), "--exclude", "nothing", "--name", "all"])
+    assert "17 training images, 9 test images" in capsys.readouterr().out
+    err = refused(capsys, main, *flags.split()[:-1], "two", "--exclude", "*.png")
+    assert "--exclude: leaves no image of" in err
+    err = refused(capsys, main, "--data_name", "textures", *RUN.split(), "--exclude", "a")
+    assert "--exclude: goes with --data_name folder or imagenet" in err
+
+
 # ---- lists without a header ---------------------------------------------------------------------
 
 
