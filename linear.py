@@ -403,7 +403,8 @@ def prepare(run: Run) -> Prepared:
             augmentation = Augmentation.read(run.state["augmentation"])
     place = None if name == "textures" else utils.data_place(root)
     run.settle(data_name=name, data_root=place, split_names=split_names(args, source))
-    run.settle(**vars(reading(args, source)))
+    how = vars(reading(args, source))
+    run.settle(**how | {"exclude": how["exclude"] or None})
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
     arch, stem, width, size, mean, std = (source.encoder[key] for key in checkpoint.ENCODER)

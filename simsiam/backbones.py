@@ -80,6 +80,8 @@ def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[
     """
     if stem not in STEMS:
         raise ValueError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
+    if not isinstance(arch, str):
+        raise TypeError("arch must be a name")
     library = is_of_library(arch)
     if width is not None and (library or arch in IMAGENET_ARCHS):
         raise ValueError(f"--width {width}: {arch} has its own; it is for resnet8, resnet14, ...")
@@ -114,7 +116,7 @@ def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[
 
 def is_of_library(arch: str) -> bool:
     """Whether a backbone is timm's or torchvision's, by its name."""
-    return arch.partition(":")[0] in LIBRARIES and ":" in arch
+    return any(arch.startswith(f"{library}:") for library in LIBRARIES)
 
 
 def from_library(arch: str) -> tuple[nn.Module, int]:

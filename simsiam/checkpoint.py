@@ -141,8 +141,10 @@ def arguments(state: dict) -> dict:
     """The flags of a checkpoint that is `check_resumable`.
 
     Those of the views are what the run began with, whatever a recipe has become since, and also of
-    a run from before there were such flags.
+    a run from before there were such flags. linear.py has no flags for its views.
     """
+    if state["command"] != "main.py":
+        return state["args"]
     args = state["args"] | flags_of(Augmentation.read(state["augmentation"]))
     measured = [name for name in ("mean", "std") if args.get(name) == "auto"]
     return args | {n: state["encoder"][n] for n in ("mean", "std") if n not in measured}

@@ -198,7 +198,11 @@ def test_the_kept_requirements_are_the_ones_imported():
 
     def imported(*paths: Path) -> set[str]:
         found = {name.split(".")[0] for path in paths for name in imports(path)}
-        third = found - set(sys.stdlib_module_names) - {*COMMANDS, "model", "utils", "tools"}
+        third = (
+            found
+            - set(sys.stdlib_module_names)
+            - {*COMMANDS, "model", "utils", "evaluation", "tools"}
+        )
         names = {"PIL": "Pillow", "sklearn": "scikit-learn"}
         return {names.get(name, name) for name in third - {"simsiam"}}
 

@@ -20,6 +20,7 @@ import utils
 from simsiam import checkpoint, metrics, network, pictures, scores
 from simsiam.datasets import load
 from simsiam.files import RunError, read_csv
+from simsiam.images import Reading
 from simsiam.loader import Data, Files
 from simsiam.monitor import Monitor, Tally
 from simsiam.progress import Progress
@@ -110,8 +111,8 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     ]
     table = pandas.read_csv(tmp_path / "a_statistics.csv")
     assert " ".join(table.columns) == (
-        "epoch lr train_loss std rank collapse test_acc@1 test_acc@5 probe_acc@1 images_per_sec "
-        "seconds"
+        "epoch lr train_loss std rank alpha collapse test_acc@1 test_acc@5 probe_acc@1 "
+        "images_per_sec seconds"
     )
     assert table["epoch"].tolist() == [0, 1, 2, 3]
     assert table["test_acc@1"].isna().tolist() == [False, True, False, False]
@@ -467,7 +468,8 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
     table = pandas.read_csv(tmp_path / "r" / "folder_resnet18_16_200_8_1_statistics.csv")
     assert table["test_acc@1"].isna().all()
     encoder = Source.open(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
-    images = load("folder", tmp_path, 16, split_names=None).train_images
+    of_photos_alone = Reading(exclude=("r",))  # not of the pictures that the run has drawn
+    images = load("folder", tmp_path, 16, reading=of_photos_alone).train_images
     features = encoder.features(images, torch.autocast("cpu", torch.bfloat16, enabled=False))
     assert table["alpha"][1] == pytest.approx(scores.alpha_req(features), rel=1e-3)
     start, end = table["alpha"]

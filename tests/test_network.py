@@ -276,7 +276,7 @@ def test_schedule():
 
 
 def test_the_door_leads_to_the_network():
-    for name in ("SimSiam", "Classifier", "D", "backbone", "params_and_flops", "simsiam", "STEMS"):
+    for name in ("SimSiam", "Classifier", "D", "backbone", "params_and_flops", "simsiam"):
         assert getattr(model, name) is getattr(network, name)
 
 

@@ -277,6 +277,7 @@ def test_bad_input_is_one_line_and_writes_nothing(encoder, folder, tmp_path, cap
     places = {name: tmp_path / name for name in data}
     made = {"--data_name": "textures"}
     out = tmp_path / "t.csv"
+    monkeypatch.chdir(tmp_path)  # where there is no data/
     for flags, *words in (
         (folders_of(places["no_test"]), places["no_test"], "no labelled test images"),
         (folders_of(places["no_test"] / "train"), places["no_test"], "no labelled test images"),
