@@ -174,9 +174,9 @@ def in_words(alpha: float, untrained: float | None) -> str:
     """What a run without labels says of its alpha at its end."""
     before = "" if untrained is None else f", untrained encoder {untrained:.2f}"
     return (
-        f"alpha-ReQ {alpha:.2f}{before}: a score without labels, best near 1. Of runs on the same "
-        "images the one nearer to 1 is often the better one, but not always, and no alpha is an "
-        "accuracy: docs/collapse.md has how far it can be trusted"
+        f"alpha-ReQ {alpha:.2f}{before}: a score without labels, best near 1. It went with the kNN "
+        "on textures, and not in short runs on CIFAR-10: do not choose between runs by it alone "
+        "(docs/collapse.md)"
     )
 
 
