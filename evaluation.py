@@ -73,6 +73,7 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
     if not ours or saved["data_name"] not in DATA_NAMES:
         raise ValueError(f"--model_path {args.model_path}: its data set is not one of ours")
     name = args.data_name or saved["data_name"]
+    utils.check_exclude(args.exclude, name)
     if args.data_root and name == "textures":
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     same = name == saved["data_name"]

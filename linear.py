@@ -234,9 +234,8 @@ def usual_lrs(run: Run, made: "Prepared") -> list[float]:
         return args.lr
     lrs = [args.lr[0] * part for part in PARTS_OF_LR]
     ranks.say(
-        f"the features are large numbers (their squared norm is {norm:.0f}, and --lr "
-        f"{args.lr[0]:g} is for about 1): the best of --lr {' '.join(f'{lr:g}' for lr in lrs)} is "
-        "taken"
+        f"the features are large (a mean squared norm of {norm:.0f}; --lr {args.lr[0]:g} is for "
+        f"{LARGE_NORM:g} at most): the best of --lr {' '.join(f'{lr:g}' for lr in lrs)} is taken"
     )
     return lrs
 
@@ -404,7 +403,8 @@ def prepare(run: Run) -> Prepared:
     place = None if name == "textures" else utils.data_place(root)
     run.settle(data_name=name, data_root=place, split_names=split_names(args, source))
     how = vars(reading(args, source))
-    run.settle(**how | {"exclude": how["exclude"] or None})
+    has_files = name in ("folder", "imagenet")
+    run.settle(**how | {"exclude": (has_files and how["exclude"]) or None})
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
     arch, stem, width, size, mean, std = (source.encoder[key] for key in checkpoint.ENCODER)

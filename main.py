@@ -18,7 +18,7 @@ from torch import nn
 
 import utils
 from simsiam import checkpoint, devices, metrics, network, pictures, ranks, scores, survey, weights
-from simsiam.backbones import IMAGENET_ARCHS, STEMS, is_of_library
+from simsiam.backbones import IMAGENET_ARCHS, STEMS, has_bn, is_of_library
 from simsiam.datasets import DATA_NAMES, check_root, load
 from simsiam.files import RunError, about
 from simsiam.images import BACKGROUNDS, Reading
@@ -64,9 +64,7 @@ def make_flags() -> utils.Flags:
     add("width", number(int, 1, 1024), "of the first stage of resnet8, resnet14, ... (16)")
     add("feature_dim", number(int, 4, 16384), "d, the width of projector and output z")
     add("projector_layers", number(int, 1, 8), "linear layers of the projector")
-    add(
-        "projector_affine", "switch", "the projector's last BN is affine, as in some others'", False
-    )
+    add("projector_affine", "switch", "its last BN is affine, as in some others' networks", False)
     add("init", utils.file_path, "start from a checkpoint's weights, ours or others'")
     parts = "what --init takes: the backbone and the heads that fit, the backbone, or all parts"
     add("init_parts", weights.INIT_PARTS, parts, "fitting")
@@ -119,6 +117,7 @@ def fill(flags: dict, given: dict) -> dict:
     flags = flags | RECIPES[recipe] | given | {"recipe": recipe}
     if is_of_library(flags["arch"]):
         flags["stem"] = given.get("stem", "imagenet")
+    utils.check_exclude(flags["exclude"], flags["data_name"])
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
     if "view_sizes" not in given:
@@ -226,6 +225,8 @@ def initial_network(args: Namespace) -> network.SimSiam:
     """The network of the flags, with random weights, or those of --init."""
     torch.manual_seed(args.seed)
     net = network.simsiam(vars(args))
+    if not has_bn(net.backbone):
+        ranks.say("the backbone has no BN: a collapse is more likely (paper, sec. 4.4); see std")
     if args.init:
         with about(f"--init {args.init}"):
             for note in weights.initialise(net, args.init, args.init_parts):

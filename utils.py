@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 
 from simsiam import ranks
-from simsiam.backbones import STEMS, has_bn
+from simsiam.backbones import STEMS
 from simsiam.files import RunError
 from simsiam.folders import several
 from simsiam.images import BadImage, ignore_pil_warnings
@@ -290,6 +290,14 @@ class Places(argparse.Action):
 
 
 EXCLUDE = "names or paths, with * and ?, of files and folders in --data_root to leave out"
+
+
+def check_exclude(patterns: list[str] | None, name: str) -> None:
+    """Raises ValueError for an --exclude of a data set that has no files to leave out."""
+    if patterns and name not in ("folder", "imagenet"):
+        raise ValueError("--exclude: goes with --data_name folder or imagenet")
+
+
 TEXTURES_HAVE_NO_ROOT = (
     "--data_root: textures are made, not read: leave it out or, for images of your own, add "
     "--data_name folder"
@@ -402,8 +410,6 @@ def introduce(
         f"(thop's FLOPs), on {on}\n{found}{name}: {len(images.train_images)} training images, "
         f"{tests} test images, {len(images.classes)} classes, {size} pixels"
     )
-    if not has_bn(net.backbone):
-        ranks.say("the backbone has no BN: a collapse is more likely (paper, sec. 4.4); see std")
     known = {"train_size": len(images.train_images)}
     if hasattr(net.backbone, "conv1"):
         known["width"] = net.backbone.conv1.out_channels

@@ -188,7 +188,10 @@ def name_of_classifier(arch: str) -> str:
     if library == "timm":
         import timm
 
-        return timm.get_pretrained_cfg(name).classifier
+        found = timm.get_pretrained_cfg(name).classifier
+        if not isinstance(found, str):  # of a distilled one there are two
+            raise ValueError(f"timm's {name} has no single classifier: add --encoder_only")
+        return found
     return classifier_of(torchvision.models.get_model(name, weights=None))
 
 

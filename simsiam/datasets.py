@@ -76,8 +76,6 @@ def load(
     """
     if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
         raise ValueError("--split_names: goes with --data_name folder or imagenet, and a folder")
-    if reading.exclude and name not in ("folder", "imagenet"):
-        raise ValueError("--exclude: goes with --data_name folder or imagenet")
     if name in DOWNLOADED and len(folders.several(root)) > 1:
         raise ValueError(f"--data_root: {name} has one; several are for --data_name folder")
     if name == "textures":

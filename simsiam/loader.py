@@ -54,9 +54,9 @@ class Data:
 
     def to(self, device: torch.device) -> "Data":
         """The same on `device`."""
-        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        moved = (t if t is None else t.to(device) for t in tensors)
-        return Data(*moved, self.classes, self.bad, self.found)
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        there = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(self, **{name: x.to(device) for name, x in there.items()})
 
     def chosen(self, which: Tensor) -> "Data":
         """The training images that `which` (indices or a mask, on any device) says; all others."""

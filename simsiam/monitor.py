@@ -6,6 +6,7 @@ from argparse import Namespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam import metrics, ranks, scores
@@ -173,6 +174,7 @@ class Found(NamedTuple):
     bank: Tensor  # L2-normalised features of the training images, N x d
     queries: Tensor | None  # and of the test images, M x d
     ranking: Tensor | None  # of the classes, for each query: int64, M x (up to 5)
+    alpha: float | None  # without test images: alpha-ReQ of the bank's features, as they are
 
 
 def spread(number: int, most: int) -> Tensor:
@@ -216,16 +218,18 @@ class Monitor:
         if self.kept is not None:
             return self.kept
         ranks.buffers_of_first(self.net)
-        images = self.images
-        bank = metrics.features(self.net.backbone, self.views.plain, images.train_images, self.amp)
+        images, scored = self.images, self.images.test_images is not None
+        of_bank = (self.net.backbone, self.views.plain, images.train_images, self.amp)
+        bank = metrics.features(*of_bank, normalise=scored)
         if not bank.isfinite().all():
             raise FloatingPointError("the features are not finite")
-        if images.test_images is None:
-            return Found(bank, None, None)
+        if not scored:
+            alpha = scores.alpha_req(scores.sample(bank, scores.IMAGES, self.args.seed))
+            return Found(F.normalize(bank, dim=1, out=bank), None, None, alpha)
         queries = metrics.features(
             self.net.backbone, self.views.plain, images.test_images, self.amp
         )
-        return Found(bank, queries, self.vote(bank, queries, images.train_labels))
+        return Found(bank, queries, self.vote(bank, queries, images.train_labels), None)
 
     def vote(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
         """The kNN's ranking of classes; `labels` are of the bank. Ranks share the queries."""
@@ -246,10 +250,8 @@ class Monitor:
         if found.ranking is not None:
             top1, top5 = metrics.accuracy(found.ranking, self.images.test_labels)
             row |= {"test_acc@1": top1, "test_acc@5": top5}
-        else:
-            of_images = (self.images.train_images, self.amp, self.args.seed)
-            alpha = scores.alpha_of(self.net.backbone, self.views, *of_images)
-            row |= {} if math.isnan(alpha) else {"alpha": alpha}  # of a rank below 5
+        elif not math.isnan(found.alpha):  # as it is of a rank below 5
+            row["alpha"] = found.alpha
         if probe is not None and found.queries is not None:
             row["probe_acc@1"] = probe.accuracy(found.queries, self.images.test_labels)
         self.kept = found if keep else None

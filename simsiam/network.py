@@ -299,7 +299,7 @@ def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, i
     try:
         flops, params = thop.profile(whole, inputs=(image,), verbose=False)
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--image_size {image_size}: the backbone refuses it: {reason}") from error
     return int(params), int(flops)
 

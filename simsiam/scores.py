@@ -162,14 +162,6 @@ def sample(images: Tensor | Files, number: int, seed: int) -> Tensor | Files:
     return images[order[:number].sort().values]
 
 
-def alpha_of(
-    backbone: nn.Module, views: Views, images: Tensor | Files, amp: torch.autocast, seed: int
-) -> float:
-    """`alpha_req` of a backbone, as `unlabelled_scores` has it: what a run without labels shows."""
-    some = sample(images, IMAGES, seed)
-    return alpha_req(metrics.features(backbone, views.plain, some, amp, normalise=False))
-
-
 def in_words(alpha: float, untrained: float | None) -> str:
     """What a run without labels says of its alpha at its end."""
     before = "" if untrained is None else f", untrained encoder {untrained:.2f}"
@@ -198,9 +190,9 @@ def unlabelled_scores(
     `lidar`: of `viewed` images, in `q` random views each; `uniformity`: of the first of
     these views; `alignment`: of each view and the next of the same image.
 
-    `viewed` should be above the number
-    of channels, and `lidar` can be compared where it was taken from as many images.
-    Raises FloatingPointError for features that are not finite; ValueError as `lidar` does.
+    `viewed` should be above the number of channels, and `lidar` can be compared where it was taken
+    from as many images. Raises FloatingPointError for features that are not finite; ValueError as
+    `lidar` does.
     """
     some, few = sample(images, most, seed), sample(images, viewed, seed)
     bank = metrics.features(net.backbone, views.plain, some, amp, normalise=False)

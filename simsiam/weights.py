@@ -133,12 +133,16 @@ def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], 
     weights = read_weights(path)
     if differing(kept_weights(net), weights) is None:
         return weights, {}, []
-    backbone = part_of(kept_weights(net), "backbone")
-    bare = {f"backbone.{name}": value for name, value in weights.items()}
-    bare = {name: value for name, value in bare.items() if name in backbone}
-    if differing(backbone, bare) is None:  # of timm or torchvision, under the names of --arch
-        return bare, {}, []
-    found, encoder, notes = translated(weights)
+    try:
+        found, encoder, notes = translated(weights)
+    except ValueError:  # else all of it under its library's own names, with a classifier at most
+        wanted = part_of(kept_weights(net), "backbone")
+        named = {f"backbone.{name}": value for name, value in weights.items()}
+        bare = {name: value for name, value in named.items() if name in wanted}
+        rest = {name.rpartition(".")[0] for name in weights if f"backbone.{name}" not in wanted}
+        if differing(wanted, bare) or len(rest) > 1:
+            raise
+        return bare, {}, [f"its {name} is not used" for name in rest]
     if encoder["stem"] != "imagenet":
         notes.append(f"its --stem is {encoder['stem']}")
     return found, encoder, notes

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,6 +20,31 @@ def refused(capsys, command, *argv) -> str:
     assert stop.value.code == 2, err
     assert err.count("\n") == 1, err
     return err
+
+
+def hardly_trained(out: Path) -> Path:
+    """A checkpoint of main.py in the folder `out`."""
+    main.main(
+        "--data_name textures --train_size 64 --width 8 --feature_dim 16 --batch_size 32 "
+        f"--epochs 1 --no-pictures --name pre --out {out}".split()
+    )
+    return out / "pre_model.pth"
+
+
+def cut_in_epoch(monkeypatch, command, epoch: int, argv: list) -> None:
+    """Run `command`, main or linear, and stop it in the first step of an epoch, from 0 on."""
+    train = command.train
+
+    def cut(*args):
+        for step in train(*args):
+            if args[5] == epoch:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(command, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([str(word) for word in argv])
+    monkeypatch.setattr(command, "train", train)
 
 
 class Large(TorchDispatchMode):

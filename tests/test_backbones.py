@@ -47,19 +47,8 @@ def same_bits(one, other):
 def test_a_run_that_was_cut_ends_at_the_same_bits(run, monkeypatch):
     """Also of networks with dropout, which is off."""
     arch, out = run
-    train = main.train
-
-    def cut(*args):
-        for step in train(*args):
-            if args[5] == 1:
-                raise KeyboardInterrupt
-            yield step
-
     flags = f"{SMALL} --arch {arch} --out {out} --name cut".split()
-    monkeypatch.setattr(main, "train", cut)
-    with pytest.raises(KeyboardInterrupt):
-        main.main(flags)
-    monkeypatch.setattr(main, "train", train)
+    helpers.cut_in_epoch(monkeypatch, main, 1, flags)
     main.main([*flags, "--resume"])
     models = (torch.load(out / f"{name}_model.pth")["model"] for name in ("a", "cut"))
     assert same_bits(*models)
@@ -108,6 +97,10 @@ def test_it_starts_from_the_library_s_own_file(run, tmp_path):
     ours, state = net.backbone.state_dict(), theirs.state_dict()
     assert ours.keys() < state.keys()
     assert all(torch.equal(value, state[key]) for key, value in ours.items())
+    torch.save(theirs.state_dict() | {"other.weight": torch.zeros(1)}, tmp_path / "more.pth")
+    flags = f"{SMALL} --arch {arch} --init {tmp_path}/more.pth"
+    with pytest.raises(ValueError, match="more.pth"):  # more than a classifier is not passed over
+        main.initial_network(main.make_flags().read(flags.split())[0])
 
 
 def test_the_statistics_of_bn_do_not_lag_and_nothing_is_dropped():

@@ -373,6 +373,11 @@ def test_a_run_and_its_judge_leave_out_the_same(tmp_path, capsys):
     assert "16 training images, 8 test images" in capsys.readouterr().out
     linear.main([*judge.split(), "--exclude", "nothing", "--name", "all"])
     assert "17 training images, 9 test images" in capsys.readouterr().out
+    other = [*judge.split(), "--data_name", "textures", "--name", "t"]
+    linear.main(other)
+    linear.main([*other, "--resume"])
+    err = refused(capsys, linear, *judge.split(), "--data_name", "textures", "--exclude", "a")
+    assert "--exclude: goes with" in err
     err = refused(capsys, main, *flags.split()[:-1], "two", "--exclude", "*.png")
     assert "--exclude: leaves no image of" in err
     err = refused(capsys, main, "--data_name", "textures", *RUN.split(), "--exclude", "a")

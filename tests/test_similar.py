@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from sklearn.neighbors import NearestNeighbors
 
-import main
 from simsiam import metrics
 from simsiam.textures import textures
 from simsiam.weights import open_encoder
@@ -23,13 +22,7 @@ DOOR = types.SimpleNamespace(main=similar.command)
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A checkpoint of main.py, hardly trained."""
-    out = tmp_path_factory.mktemp("results")
-    main.main(
-        "--data_name textures --train_size 64 --width 8 --feature_dim 16 --batch_size 32 "
-        f"--epochs 1 --no-pictures --name pre --out {out}".split()
-    )
-    return out / "pre_model.pth"
+    return helpers.hardly_trained(tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")

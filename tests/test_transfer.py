@@ -14,7 +14,6 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 import linear
-import main
 from simsiam import metrics
 from simsiam.datasets import load
 from simsiam.loader import subset
@@ -30,13 +29,7 @@ GRID = (1e-3, 1e-1, 10.0)  # few, so that the tests are fast
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A checkpoint of main.py, hardly trained."""
-    out = tmp_path_factory.mktemp("results")
-    main.main(
-        "--data_name textures --train_size 64 --width 8 --feature_dim 16 --batch_size 32 "
-        f"--epochs 1 --no-pictures --name pre --out {out}".split()
-    )
-    return out / "pre_model.pth"
+    return helpers.hardly_trained(tmp_path_factory.mktemp("results"))
 
 
 def save(root, sizes, seed):

@@ -81,7 +81,10 @@ def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, cap
     kept.reset_index()[list(worth.COLUMNS)].to_csv(tmp_path / "worth.csv", index=False)
     (statistics,) = (tmp_path / "worth").glob("*_from-scratch_*_statistics.csv")
     name = statistics.name.removesuffix("_statistics.csv")
-    begun = cut_after_an_epoch(monkeypatch, words, tmp_path / "worth", name)
+    own = ["--out", tmp_path / "worth", "--name", name, "--no-pictures", "--overwrite"]
+    own += ["--checkpoint_minutes", 0]
+    helpers.cut_in_epoch(monkeypatch, linear, 1, [*words, *own])
+    begun = pandas.read_csv(statistics)
     worth.command(["--model_path", str(pretrained), *flags])
     found = pandas.read_csv(tmp_path / "worth.csv").set_index("method")["top1"]
     assert found[worth.LINEAR] == 99
@@ -90,24 +93,6 @@ def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, cap
     assert gone_on["epoch"].tolist() == [1, 2]
     assert gone_on["seconds"][0] == begun["seconds"][0]
     assert found[worth.SCRATCH] == gone_on["test_acc@1"][1]
-
-
-def cut_after_an_epoch(monkeypatch, words, out, name) -> pandas.DataFrame:
-    """Begin a run of linear.py again, and stop it in its second epoch; its statistics so far."""
-    train = linear.train
-
-    def cut(*args):
-        for step in train(*args):
-            if args[5] == 1:
-                raise KeyboardInterrupt
-            yield step
-
-    own = ["--out", str(out), "--name", name, "--no-pictures", "--overwrite"]
-    monkeypatch.setattr(linear, "train", cut)
-    with pytest.raises(KeyboardInterrupt):
-        linear.main([*words, *own, "--checkpoint_minutes", "0"])
-    monkeypatch.setattr(linear, "train", train)
-    return pandas.read_csv(out / f"{name}_statistics.csv")
 
 
 def test_another_encoder_beside_it(pretrained, tmp_path):

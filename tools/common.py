@@ -10,16 +10,21 @@ from simsiam.weights import Source
 
 
 def encoder_flags(parser: utils.Parser) -> None:
-    """The flags of a tool that runs a checkpoint's encoder: where, how precisely, on which files.
+    """The flags of a tool that runs an encoder of any origin: `running_flags`, and its input's."""
+    running_flags(parser)
+    utils.source_flags(parser)
 
-    They are what `devices.set_up` and `images.decode` need, and `utils.source_flags`.
+
+def running_flags(parser: utils.Parser) -> None:
+    """Where an encoder runs, how precisely, and how files are read.
+
+    They are what `devices.set_up` and `images.decode` need.
     """
     add = parser.add_argument
     add("--device", default="auto", help="as of main.py (auto)")
     add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
     add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
     add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    utils.source_flags(parser)
     parser.set_defaults(deterministic=False)
 
 

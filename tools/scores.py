@@ -4,9 +4,9 @@ python -m tools.scores results/*_model.pth
 python -m tools.scores results/collapse/*_model.pth results/healthy/*_model.pth --out scores.csv
 
 Each run is a checkpoint of main.py. Its row has the loss and std of its last epoch, the scores of
-`simsiam/scores.py` on its own training images, and its kNN top-1 where it has test images. With
---out the table is written, and beside it, in `<out>_rho.csv`, Spearman's rho of each score and the
-kNN over the runs of each data set: of all runs, and of those that were not warned of a collapse.
+`simsiam/scores.py` on its own training images, and its kNN top-1 where it has test images. Beside
+the table, in `<out>_rho.csv`, is Spearman's rho of each score and the kNN over the runs of each
+data set, if these are five or more: of all runs, and of those without a warning of a collapse.
 Each score counts as its paper has it, so that 1 is the best rho of all of them. `loss, lidar` and
 the like are sums of both's ranks. Intervals are of 95 %, by bootstrap over runs. A row that the
 table has is not made again.
@@ -37,8 +37,9 @@ from simsiam.network import SimSiam
 from simsiam.ranks import say
 from simsiam.views import Augmentation, Views
 from simsiam.weights import Source
+from tools.common import running_flags
 
-# What is added up to be better where it is larger, of a row of the table. alpha-ReQ is best near 1.
+# A score of a row of the table, turned so that larger is better. alpha-ReQ is best near 1.
 BETTER = {
     "loss": lambda row: -row["loss"],
     "std": lambda row: row["std"],
@@ -170,11 +171,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--out", type=utils.file_path, default="scores.csv", help="the table (scores.csv)")
     seed = "of the choice of images, of their views and of the bootstrap (0)"
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, help=seed)
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
-    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
-    parser.set_defaults(deterministic=False)
+    running_flags(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
     with warnings.catch_warnings(), parser.bad_input():
