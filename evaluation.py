@@ -17,7 +17,7 @@ from simsiam import devices, figures, folders, metrics, ranks
 from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, check_scored, load
 from simsiam.files import printable, whole_file, write_csv
 from simsiam.fitting import evaluate
-from simsiam.images import Reading, decode
+from simsiam.images import Reading, check_reading, decode
 from simsiam.loader import Data
 from simsiam.run import run_of
 from simsiam.weights import Predictor, Source
@@ -55,7 +55,7 @@ def split_names(args: Namespace, source: Source) -> list[str] | None:
 def reading(args: Namespace, source: Source) -> Reading:
     """How image files are read: as the flags say or, where they are silent, as in pre-training."""
     told = {"exif": args.exif, "background": args.background}
-    told["exclude"] = args.exclude and tuple(args.exclude)
+    told |= {name: vars(args)[name] and tuple(vars(args)[name]) for name in ("exclude", "levels")}
     return dataclasses.replace(
         source.reading, **{name: x for name, x in told.items() if x is not None}
     )
@@ -73,7 +73,7 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
     if not ours or saved["data_name"] not in DATA_NAMES:
         raise ValueError(f"--model_path {args.model_path}: its data set is not one of ours")
     name = args.data_name or saved["data_name"]
-    utils.check_exclude(args.exclude, name)
+    check_reading({"exclude": args.exclude, "levels": args.levels}, name)
     if args.data_root and name == "textures":
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     same = name == saved["data_name"]

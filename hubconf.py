@@ -29,7 +29,7 @@ def simsiam(checkpoint: str | None = None, **settings: object) -> _network.SimSi
 
 
 def encoder(checkpoint: str, **told: object) -> nn.Module:
-    """A checkpoint's backbone: N x 3 x H x W, normalised -> N x features. Raises as `simsiam`."""
+    """A checkpoint's backbone: N x C x H x W, normalised -> N x features. Raises as `simsiam`."""
     return _weights.Source.open(checkpoint, **told).net.backbone
 
 

@@ -37,7 +37,7 @@ from simsiam.backbones import backbone
 from simsiam.datasets import DATA_NAMES
 from simsiam.files import about, whole_file
 from simsiam.fitting import Embed, Encoder, Task, Tuned, at_hand, evaluate, hits, make_optimizer
-from simsiam.images import BACKGROUNDS
+from simsiam.images import LISTED, reading_flags
 from simsiam.loader import Data, Files, Loader, crc, subset
 from simsiam.monitor import Sums, spread
 from simsiam.progress import Progress
@@ -86,10 +86,7 @@ def make_flags() -> utils.Flags:
     add("data_root", utils.data_place, root, nargs="+", action=utils.Places, metavar="ROOT")
     parts = "its folders or lists to train on and to score with (as in pre-training)"
     add("split_names", str, parts, nargs="+", metavar="NAME")
-    add("exif", "two", "turn images as EXIF says (as in pre-training)")
-    background = "what transparent pixels show (as in pre-training); none: the colours below"
-    add("background", BACKGROUNDS, background)
-    add("exclude", str, f"{utils.EXCLUDE} (as in pre-training)", nargs="+", metavar="PATTERN")
+    reading_flags(add, pre_trained=True)
     fraction = "use a class-balanced, seeded fraction of the labels"
     add("label_fraction", number(float, 1e-9, 1), fraction, 1.0)
     add = flags.group("protocol")
@@ -402,14 +399,16 @@ def prepare(run: Run) -> Prepared:
             augmentation = Augmentation.read(run.state["augmentation"])
     place = None if name == "textures" else utils.data_place(root)
     run.settle(data_name=name, data_root=place, split_names=split_names(args, source))
-    how = vars(reading(args, source))
-    has_files = name in ("folder", "imagenet")
-    run.settle(**how | {"exclude": (has_files and how["exclude"]) or None})
+    how = vars(reading(args, source)).copy()
+    del how["channels"]  # the encoder says how many
+    run.settle(**how | {"exclude": (name in LISTED and how["exclude"]) or None})
     of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
-    arch, stem, width, size, mean, std = (source.encoder[key] for key in checkpoint.ENCODER)
+    arch, size = source.encoder["arch"], source.encoder["image_size"]
     torch.manual_seed(args.seed)
-    body = backbone(arch, stem, width)[0] if args.from_scratch else source.net.backbone
+    body = source.net.backbone
+    if args.from_scratch:
+        body = backbone(*checkpoint.of_backbone(source.encoder))[0]
     net = network.Classifier(body, source.net.features, len(images.classes))
     if run.state:
         resumed_encoder(run, net)
@@ -425,7 +424,7 @@ def prepare(run: Run) -> Prepared:
     result |= {"protocol": protocol, "data": utils.data_label(name, root), "arch": arch}
     net.to(device, memory_format=torch.channels_last)
     images = images.to(device)
-    views = Views(size, mean, std, augmentation, 1, args.seed)
+    views = Views(size, source.views.mean, source.views.std, augmentation, 1, args.seed)
     autocast = devices.autocast(device, amp)
     encoder, task, test_features, extraction = fitted_to(args, net, images, views, autocast)
     heads = nn.ModuleList([net.fc])

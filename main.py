@@ -21,13 +21,13 @@ from simsiam import checkpoint, devices, metrics, network, pictures, ranks, scor
 from simsiam.backbones import IMAGENET_ARCHS, STEMS, has_bn, is_of_library
 from simsiam.datasets import DATA_NAMES, check_root, load
 from simsiam.files import RunError, about
-from simsiam.images import BACKGROUNDS, Reading
+from simsiam.images import Reading, check_reading, reading_flags
 from simsiam.loader import Data, Loader, crc
 from simsiam.monitor import Monitor, Tally
 from simsiam.optimizer import OPTIMIZERS, make_optimizer, rate
 from simsiam.probe import Probe, wanted
 from simsiam.progress import Progress
-from simsiam.recipes import RECIPES, USUAL_RECIPE, augmentation_of, view_flags
+from simsiam.recipes import RECIPES, USUAL_RECIPE, augmentation_of, for_channels, view_flags
 from simsiam.run import Run
 from simsiam.views import Augmentation, Views
 from utils import number
@@ -48,10 +48,7 @@ def make_flags() -> utils.Flags:
     add("data_root", utils.data_place, "of downloads, or of images of one's own", "data", **root)
     parts = "folders or lists in --data_root to train on and, if you like, to score with"
     add("split_names", str, parts, nargs="+", metavar="NAME")
-    add("exif", "two", "turn images as their EXIF orientation says", True)
-    background = "what transparent pixels show; none: the colours below"
-    add("background", BACKGROUNDS, background, "white")
-    add("exclude", str, utils.EXCLUDE, nargs="+", metavar="PATTERN")
+    reading_flags(add, pre_trained=False)
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
     add("image_size", number(int, 8, 1024), "side of the views, in pixels; None: as the images")
     sides = "sides of the views, each for a part of the epochs: pixels, or parts of --image_size"
@@ -114,10 +111,10 @@ def make_flags() -> utils.Flags:
 def fill(flags: dict, given: dict) -> dict:
     """The flags with the recipe's values and the run's name. Raises ValueError."""
     recipe = flags["recipe"] or USUAL_RECIPE.get(flags["data_name"], "cifar")
-    flags = flags | RECIPES[recipe] | given | {"recipe": recipe}
+    flags = for_channels(flags | RECIPES[recipe] | given | {"recipe": recipe}, given)
     if is_of_library(flags["arch"]):
         flags["stem"] = given.get("stem", "imagenet")
-    utils.check_exclude(flags["exclude"], flags["data_name"])
+    check_reading(flags, flags["data_name"])
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
     if "view_sizes" not in given:

@@ -289,15 +289,6 @@ class Places(argparse.Action):
         setattr(namespace, self.dest, os.pathsep.join(values))
 
 
-EXCLUDE = "names or paths, with * and ?, of files and folders in --data_root to leave out"
-
-
-def check_exclude(patterns: list[str] | None, name: str) -> None:
-    """Raises ValueError for an --exclude of a data set that has no files to leave out."""
-    if patterns and name not in ("folder", "imagenet"):
-        raise ValueError("--exclude: goes with --data_name folder or imagenet")
-
-
 TEXTURES_HAVE_NO_ROOT = (
     "--data_root: textures are made, not read: leave it out or, for images of your own, add "
     "--data_name folder"
@@ -333,13 +324,13 @@ def run_flags(flags: Flags, out: str | None = None) -> None:
     add("overwrite", "switch", "replace this run's files", False)
 
 
-THREE = {"nargs": 3, "metavar": ("R", "G", "B")}
+EACH = {"nargs": "+", "metavar": "N"}
 # What another project's file does not say of its encoder: name, kind, help, and more.
 OF_SOURCE = (
     ("stem", STEMS, "its first layers (what its layout suggests)", {}),
     ("image_size", number(int, 8, 1024), "side of the images that it sees (32 or 224)", {}),
-    ("mean", number(float, 0, 1), "of its images' channels, from 0 to 1 (its project's)", THREE),
-    ("std", number(float, 0.001, 1), "as --mean, their standard deviation", THREE),
+    ("mean", number(float, 0, 1), "of its images' channels, from 0 to 1 (its project's)", EACH),
+    ("std", number(float, 0.001, 1), "as --mean, their standard deviation", EACH),
 )
 
 

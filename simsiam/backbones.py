@@ -4,6 +4,7 @@
 `torchvision:NAME` are any classification model of these libraries, with random weights.
 """
 
+import contextlib
 import difflib
 import re
 
@@ -38,13 +39,13 @@ class CifarResNet(nn.Module):
     """The CIFAR ResNet of He et al. 2016, sec. 4.2, without its fc: depth 6n+2, three stages.
 
     The stages are `width`, 2 `width` and 4 `width` channels wide (the paper: 16, 32, 64).
-    Parameters carry torchvision's names. N x 3 x H x W -> N x 4 `width`.
+    Parameters carry torchvision's names. N x `channels` x H x W -> N x 4 `width`.
     """
 
-    def __init__(self, depth: int, width: int = 16):
+    def __init__(self, depth: int, width: int = 16, channels: int = 3):
         super().__init__()
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks)))
         self.layer2 = self._stage(width, 2 * width, blocks)
@@ -67,8 +68,12 @@ class CifarResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[nn.Module, int]:
+def backbone(
+    arch: str, stem: str = "cifar", width: int | None = None, channels: int = 3
+) -> tuple[nn.Module, int]:
     """A randomly initialised backbone that ends in its pooled features, and their number.
+
+    It takes images of so many `channels`.
 
     `arch` is one of torchvision's ResNets, `resnet18` to `resnet152`, with one of `STEMS`; or
     `resnet{6n+2}` (`resnet8`, `resnet14`, `resnet20`, ...) of He et al. 2016, sec. 4.2, `width`
@@ -89,16 +94,18 @@ def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[
         if stem != "imagenet":
             raise ValueError(f"--stem {stem}: {arch} has first layers of its own: leave it out")
         with torch.device("cpu"):  # buffers that no checkpoint has would stay on meta
-            return from_library(arch)
+            return from_library(arch, channels)
     if arch in IMAGENET_ARCHS:
         net = getattr(torchvision.models, arch)(zero_init_residual=True)
         features = net.fc.in_features
         net.fc = nn.Identity()
         if stem != "imagenet":
             padding = 2 if stem == "cifar_pad2" else 1
-            net.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
+            net.conv1 = nn.Conv2d(channels, 64, 3, padding=padding, bias=False)
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
+        elif channels != 3:
+            replace_first(net, channels)
         if stem == "cifar_no_relu":
             net.relu = nn.Identity()  # that of the stem: blocks have their own
         return net, features
@@ -110,7 +117,7 @@ def backbone(arch: str, stem: str = "cifar", width: int | None = None) -> tuple[
         )
     if stem != "cifar":
         raise ValueError(f"--stem {stem}: {arch} has the CIFAR stem only; use --stem cifar")
-    net = CifarResNet(int(depth[1]), width or 16)
+    net = CifarResNet(int(depth[1]), width or 16, channels)
     return net, 4 * net.conv1.out_channels
 
 
@@ -119,7 +126,7 @@ def is_of_library(arch: str) -> bool:
     return any(arch.startswith(f"{library}:") for library in LIBRARIES)
 
 
-def from_library(arch: str) -> tuple[nn.Module, int]:
+def from_library(arch: str, channels: int = 3) -> tuple[nn.Module, int]:
     """`timm:NAME` or `torchvision:NAME` with random weights and no classifier; its features.
 
     Parameters carry their library's names. BN's running statistics move by a tenth a step at least:
@@ -129,7 +136,7 @@ def from_library(arch: str) -> tuple[nn.Module, int]:
     timm's vision transformers take any size that their patches divide. Raises ValueError.
     """
     library, _, name = arch.partition(":")
-    net, features = (from_timm if library == "timm" else from_torchvision)(name)
+    net, features = (from_timm if library == "timm" else from_torchvision)(name, channels)
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd | torchvision.ops.StochasticDepth):
             module.p = 0.0
@@ -140,19 +147,19 @@ def from_library(arch: str) -> tuple[nn.Module, int]:
     return net, features
 
 
-def from_timm(name: str) -> tuple[nn.Module, int]:
+def from_timm(name: str, channels: int = 3) -> tuple[nn.Module, int]:
     """timm's model without its classifier, and its features. Raises ValueError."""
     import timm  # here: it takes a second
 
     check_known("timm", name, timm.list_models())
     try:
-        net = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+        net = timm.create_model(name, num_classes=0, in_chans=channels, dynamic_img_size=True)
     except TypeError:  # it is no transformer, and takes any size
-        net = timm.create_model(name, num_classes=0)
+        net = timm.create_model(name, num_classes=0, in_chans=channels)
     return net, getattr(net, "head_hidden_size", None) or net.num_features
 
 
-def from_torchvision(name: str) -> tuple[nn.Module, int]:
+def from_torchvision(name: str, channels: int = 3) -> tuple[nn.Module, int]:
     """torchvision's model, its last linear layer an Identity; its features. Raises ValueError."""
     check_known("torchvision", name, torchvision.models.list_models(torchvision.models))
     net = torchvision.models.get_model(name, weights=None) if name not in WITH_AUXILIARY else None
@@ -161,7 +168,38 @@ def from_torchvision(name: str) -> tuple[nn.Module, int]:
         raise ValueError(f"--arch torchvision:{name}: does not end in one linear layer")
     features = net.get_submodule(last).in_features
     net.set_submodule(last, nn.Identity())
+    if channels != 3:
+        replace_first(net, channels)
     return net, features
+
+
+def first_convolution(net: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The layer that sees the images, and its name. Raises ValueError where there is none."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    raise ValueError("it has no convolution")
+
+
+def channels_of(net: nn.Module) -> int:
+    """How many channels the images of a network have; 3 where no convolution tells."""
+    with contextlib.suppress(ValueError):
+        return first_convolution(net)[1].in_channels
+    return 3
+
+
+def replace_first(net: nn.Module, channels: int) -> None:
+    """Give torchvision's network a first convolution of so many `channels`, as He et al. start it.
+
+    (Delving Deep into Rectifiers, arXiv 1502.01852, Eq. 14, as torchvision does.)
+    """
+    name, old = first_convolution(net)
+    shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    new = nn.Conv2d(channels, old.out_channels, **shape, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    net.set_submodule(name, new)
 
 
 def classifier_of(net: nn.Module) -> str | None:

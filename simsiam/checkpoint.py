@@ -13,6 +13,7 @@ from simsiam import ranks, serialization
 from simsiam.backbones import backbone
 from simsiam.files import RunError, whole_file
 from simsiam.network import Classifier, SimSiam, simsiam
+from simsiam.planes import MOST_CHANNELS
 from simsiam.recipes import flags_of
 from simsiam.views import Augmentation
 
@@ -39,9 +40,9 @@ FORMAT = {
     "probe": (dict, "the tensors of main.py's online probe, by name; without one it is empty"),
 }
 # Flags that are newer than this version, with what was done before there were any.
-OF_READING = {"exif": False, "background": "none", "exclude": None}
+OF_READING = {"exif": False, "background": "none", "exclude": None, "levels": None}
 BEFORE = {
-    "main.py": OF_READING | {"probe": False, "optimizer": "sgd"},
+    "main.py": OF_READING | {"probe": False, "optimizer": "sgd", "channels": 3},
     "linear.py": OF_READING,
 }
 # What newer fields of the augmentation are in a checkpoint that has none.
@@ -218,12 +219,12 @@ def network(state: dict) -> SimSiam | Classifier:
     try:
         with torch.device("meta"):
             if state["command"] == "linear.py":
-                body, features = backbone(encoder["arch"], encoder["stem"], encoder["width"])
+                body, features = backbone(*of_backbone(encoder))
                 net = Classifier(body, features, len(state["classes"]))
             elif args["projector_layers"] not in range(1, 9):
                 raise ValueError(f"its arguments claim {args['projector_layers']} projector layers")
             else:
-                net = simsiam(args | encoder)
+                net = simsiam(args | encoder | {"channels": len(encoder["mean"])})
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"its arguments are not {state['command']}'s: {error}") from error
     load_strictly(net, state["model"])
@@ -231,6 +232,11 @@ def network(state: dict) -> SimSiam | Classifier:
 
 
 ENCODER = ("arch", "stem", "width", "image_size", "mean", "std")
+
+
+def of_backbone(encoder: dict) -> tuple[str, str, int | None, int]:
+    """The arguments of `backbone`: mean and std tell how many channels there are."""
+    return encoder["arch"], encoder["stem"], encoder["width"], len(encoder["mean"])
 
 
 def read_encoder(encoder: dict) -> dict:
@@ -241,14 +247,14 @@ def read_encoder(encoder: dict) -> dict:
     if encoder.keys() != set(ENCODER):
         raise ValueError("its encoder is not one of this program")
     size, mean, std = encoder["image_size"], encoder["mean"], encoder["std"]
-    triples = [
-        triple
-        for triple in (mean, std)
-        if isinstance(triple, list | tuple)
-        and len(triple) == 3
-        and all(type(value) is float and math.isfinite(value) for value in triple)
-    ]
-    if type(size) is not int or not 1 <= size <= 1024 or len(triples) < 2 or min(std) <= 0:
+    fits = all(
+        isinstance(several, list | tuple)
+        and 1 <= len(several) <= MOST_CHANNELS
+        and all(type(value) is float and math.isfinite(value) for value in several)
+        for several in (mean, std)
+    )
+    fits = fits and len(mean) == len(std) and min(std) > 0
+    if type(size) is not int or not 1 <= size <= 1024 or not fits:
         raise ValueError("its image size or normalisation is not one of this program")
     return encoder
 

@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor
 
 from simsiam import folders, ranks
-from simsiam.images import AS_SEEN, OR_SKIP, Reading, decode, imagenet_shorter, open_image
+from simsiam.images import AS_SEEN, OR_SKIP, OWN, Reading, decode, head_of, imagenet_shorter
 from simsiam.loader import Data, Files, readable
 from simsiam.shards import load_shards
 from simsiam.textures import TEXTURES, textures
@@ -66,7 +66,7 @@ def load(
 ) -> Data:
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
-    Images are uint8, N x 3 x H x W, `image_size` pixels a side where it is given; labels int64, N.
+    Images are uint8, N x C x H x W, `image_size` pixels a side where it is given; labels int64, N.
     `folder` takes the user's own images (see `load_folder`), of one root or several, decoded by
     `workers` threads; `imagenet` too, but keeps them as `Files`, which each epoch decodes again,
     and `webdataset` (see `load_shards`) as `Shards`. `reading` and `split_names` are for these.
@@ -74,6 +74,11 @@ def load(
     Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
     folder that cannot be used, ConnectionError where a download fails.
     """
+    if reading.channels != 3 and name not in OWN:
+        raise ValueError(
+            f"--data_name {name}: its images have 3 channels, not {reading.channels}: give "
+            f"{', '.join(OWN)} or another encoder"
+        )
     if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
         raise ValueError("--split_names: goes with --data_name folder or imagenet, and a folder")
     if name in DOWNLOADED and len(folders.several(root)) > 1:
@@ -185,7 +190,7 @@ def load_folder(
             if name not in number:
                 raise ValueError(f"{path}: its class {name} is not among the training classes")
     if image_size is None:
-        image_size = usual_size(files[:: max(1, len(files) // 100)], bad_images)
+        image_size = usual_size(files[:: max(1, len(files) // 100)], bad_images, reading)
     bad: list[str] = []
 
     def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | Files, Tensor]:
@@ -203,12 +208,12 @@ def load_folder(
     return Data(*trained, *tested, classes, bad, line, files if in_memory else ())
 
 
-def usual_size(files: list[Path], bad_images: str) -> int:
+def usual_size(files: list[Path], bad_images: str, reading: Reading) -> int:
     """The median shorter side of some images, at most 96."""
     sides = []
     for path in files:
         try:
-            sides.append(min(open_image(path).size))
+            sides.append(min(head_of(path, reading).size))
         except ValueError as error:
             if bad_images == "error":
                 raise ValueError(f"{error}{OR_SKIP}") from error

@@ -1,4 +1,4 @@
-"""Image files: open, decode, bring to RGB, cut the centre."""
+"""Image files: open, decode, bring to RGB or to other channels, cut the centre."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -19,7 +19,10 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif")
+from simsiam import planes
+from simsiam.planes import Head, Planes
+
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif", *planes.ARRAYS)
 # Pillow 11.3 has it. (To ask it would load all its decoders, and try them before JPEG's.)
 EXTENSIONS += (".avif",) if importlib.util.find_spec("PIL._avif") else ()
 BACKGROUNDS = ("white", "black", "none")
@@ -43,16 +46,20 @@ ImageFile = str | Path | Stored
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Which files are read, and what is made of a file's pixels besides RGB.
+    """Which files are read, and what is made of a file's pixels.
 
     `exif`: an image is turned as its EXIF orientation says. `background`, one of BACKGROUNDS, is
     what transparent pixels show; "none": the colours that the file has there, though nobody sees
     them. `exclude`: patterns of files and folders to leave out, as of `folders.excluded`.
+    `channels`: of 3 RGB is made, of 1 gray; of others a file must have so many. `levels`: the
+    values in a file that become 0 and 255; None: as `planes.as_bytes` takes them.
     """
 
     exif: bool = True
     background: str = "white"
     exclude: tuple[str, ...] = ()
+    channels: int = 3
+    levels: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, args: Mapping) -> "Reading":
@@ -63,10 +70,48 @@ class Reading:
             raise ValueError("its --exif or --background is none of ours")
         if not isinstance(exclude, list | tuple) or not all(type(x) is str for x in exclude):
             raise ValueError("its --exclude is none of ours")
-        return cls(exif, background, tuple(exclude))
+        channels, levels = args.get("channels", 3), args.get("levels")
+        if type(channels) is not int or not 1 <= channels <= planes.MOST_CHANNELS:
+            raise ValueError(f"--channels: must be from 1 to {planes.MOST_CHANNELS}")
+        if levels is not None:
+            numbers = isinstance(levels, list | tuple) and len(levels) == 2
+            if not numbers or not all(type(x) in (int, float) and abs(x) < 1e9 for x in levels):
+                raise ValueError("--levels: must be two numbers")
+            if not levels[0] < levels[1]:
+                raise ValueError("--levels: must rise: first what becomes black, then white")
+        return cls(exif, background, tuple(exclude), channels, levels and tuple(levels))
 
 
 AS_SEEN = Reading()  # as a viewer shows an image
+# Data sets that are files of the user's own.
+LISTED, OWN = ("folder", "imagenet"), ("folder", "imagenet", "webdataset")
+EXCLUDE = "names or paths, with * and ?, of files and folders in --data_root to leave out"
+
+
+def reading_flags(add: Callable[..., None], pre_trained: bool) -> None:
+    """The flags of a `Reading`; `add`: of utils.Flags.group. `pre_trained`: there was one before,
+    which says how many channels there are, and the other flags where they are silent.
+    """
+    usual, end = (None, " (as in pre-training)") if pre_trained else (AS_SEEN, "")
+    add("exif", "two", f"turn images as EXIF says{end}", usual and usual.exif)
+    background = f"what transparent pixels show{end}; none: the colours below"
+    add("background", BACKGROUNDS, background, usual and usual.background)
+    add("exclude", str, EXCLUDE + end, nargs="+", metavar="PATTERN")
+    if not pre_trained:
+        add("channels", int, "of the images; others than 1 and 3: as in TIFF or .npy", 3)
+    levels = f"values in files that become 0 and 255; None: the whole range of their type{end}"
+    add("levels", float, levels, nargs=2, metavar=("LOW", "HIGH"))
+
+
+def check_reading(flags: Mapping, name: str) -> None:
+    """Raises ValueError for flags of a `Reading` that cannot be, or not with --data_name `name`."""
+    for flag, names in (("exclude", LISTED), ("levels", OWN)):
+        if flags[flag] and name not in names:
+            last = f"{', '.join(names[:-1])} or {names[-1]}"
+            raise ValueError(f"--{flag}: goes with --data_name {last}")
+    told = {flag: flags[flag] for flag in ("channels", "levels") if flag in flags}
+    Reading.of(vars(AS_SEEN) | told)
+
 
 # Where PIL keeps what may tell an orientation; and what makes such an image upright.
 NOTES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
@@ -91,53 +136,89 @@ def ignore_pil_warnings() -> None:
     warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 
+def check_regular(path: str | Path) -> None:
+    """Raises ValueError for a FIFO, since to open it would be to wait for its writer; OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a file")
+
+
+@contextlib.contextmanager
+def naming(path: ImageFile, otherwise: str | None = None) -> Iterator[None]:
+    """Whatever goes wrong becomes a ValueError that names the file, and why, or `otherwise`."""
+    try:
+        yield
+    except Exception as error:  # a decoder fed with junk may raise anything
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        reason = {
+            FileNotFoundError: "it does not exist",
+            PermissionError: "no permission",
+            Image.DecompressionBombError: f"too large: {error}",
+            ValueError: str(error),
+        }.get(type(error), otherwise or str(error))
+        raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from error
+
+
 def open_image(path: ImageFile) -> Image.Image:
     """PIL's image, not decoded yet.
 
     Raises ValueError naming the file; also for one of so many pixels that PIL warns of a bomb.
     """
-    try:
+    tiff = str(path).lower().endswith(planes.TIFF)
+    with naming(path, "not an image" + ", or of other --channels than 1 and 3" * tiff):
         in_file = isinstance(path, str | Path)
-        if in_file and not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a file")  # to open a FIFO would be to wait for its writer
+        if in_file:
+            check_regular(path)
         image = Image.open(path if in_file else path.content())
         if image.format == "EPS":  # PIL would run Ghostscript on it
             raise ValueError("EPS is a program, not pixels")
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         return image
-    except Exception as error:  # a decoder fed with junk may raise anything
-        reason = {
-            FileNotFoundError: "it does not exist",
-            PermissionError: "no permission",
-            Image.DecompressionBombError: f"too large: {error}",
-            ValueError: str(error),
-        }.get(type(error), "not an image")
-        raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from error
 
 
 def to_rgb(image: Image.Image, reading: Reading = AS_SEEN) -> Image.Image:
-    """Any mode to RGB, upright, on a background, as `reading` says.
+    """Any mode to RGB, upright, on a background, with the levels that `reading` says.
 
-    16 bits a pixel become 8, where PIL's own conversion would clip. Floats from 0 to 1 become 0 to
-    255; those from 0 to 255 are taken as they are. Raises ValueError for other floats.
+    16 bits a pixel become 8, where PIL's own conversion would clip. Raises ValueError for floats of
+    a range that is not known.
     """
     image.load()  # PIL itself turns a TIFF, and then takes its orientation away
     turn = upright(image) if reading.exif else None
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((pixels // 256).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        image = of_floats(np.asarray(image))
-    elif reading.background != "none" and image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, reading.background)
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    image = image.convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        if image.mode != "F" and reading.levels is None:  # PIL has 16 bits in more, too
+            values = values.clip(0, 65535).astype(np.uint16)
+        image = Image.fromarray(planes.as_bytes(values, reading.levels)).convert("RGB")
+    else:
+        if reading.background != "none" and image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, reading.background)
+            canvas.alpha_composite(image.convert("RGBA"))
+            image = canvas
+        image = planes.stretched(image.convert("RGB"), reading.levels)
+    return turned(image, turn)
+
+
+def turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """An image as `upright` says; then it is upright, and does not say otherwise."""
     if turn is not None:
         image = image.transpose(turn)
-        image.info = {}  # it is upright now, and does not say otherwise
+        image.info = {}
     return image
+
+
+def in_channels(image: Image.Image, reading: Reading = AS_SEEN) -> Image.Image | Planes:
+    """An image of the channels of `reading`: RGB of three, else `Planes`.
+
+    Of one it is the gray that PIL makes of RGB. Raises ValueError where an image has others.
+    """
+    if reading.channels == 3:
+        return to_rgb(image, reading)
+    if reading.channels == 1:
+        return Planes([to_rgb(image, reading).convert("L")])
+    image.load()
+    image = turned(image, upright(image) if reading.exif else None)
+    return planes.of_bands(image, reading.channels, reading.levels)
 
 
 def upright(image: Image.Image) -> Image.Transpose | None:
@@ -149,27 +230,38 @@ def upright(image: Image.Image) -> Image.Transpose | None:
     return None
 
 
-def of_floats(pixels: np.ndarray) -> Image.Image:
-    """The gray image of floats, H x W. Raises ValueError for a range that is not known."""
-    low, high = pixels.min(), pixels.max()
-    if not (low >= 0 and high <= 255):  # nor NaN
-        raise ValueError(f"its floats are from {low:g} to {high:g}: make them 0 to 1, or 0 to 255")
-    return Image.fromarray((pixels * 255).round().astype(np.uint8) if high <= 1 else pixels)
+def array_of(path: ImageFile, reading: Reading, head: bool = False) -> np.ndarray | None:
+    """As `planes.read_array`; None for a file that PIL opens."""
+    in_file = isinstance(path, str | Path)
+    if not in_file:
+        return planes.read_array("", path.content(), reading.channels, head)
+    if planes.kind_of(str(path), None):
+        check_regular(path)
+        return planes.read_array(path, None, reading.channels, head)
+    return None
 
 
-def read_image(path: ImageFile, reading: Reading = AS_SEEN) -> Image.Image:
-    """A file's image in RGB, decoded. Raises ValueError naming the file."""
-    try:
-        return to_rgb(open_image(path), reading)
-    except Exception as error:  # a decoder fed with junk may raise anything
-        reason = str(error)
-        if not reason.startswith(str(path)):
-            reason = f"{path}: cannot be read ({reason}); mend or remove it"
-        raise ValueError(reason) from error
+def head_of(path: ImageFile, reading: Reading = AS_SEEN) -> Head:
+    """What a file says of its image, which is not decoded. Raises ValueError naming the file."""
+    with naming(path):
+        values = array_of(path, reading, head=True)
+    if values is not None:
+        return planes.head_of(values)
+    with open_image(path) as image:
+        return Head(image.size, image.mode)
 
 
-def centre(image: Image.Image, size: int, shorter: int) -> np.ndarray:
-    """Shorter side resized to `shorter`, then the centre cropped: uint8, size x size x 3."""
+def read_image(path: ImageFile, reading: Reading = AS_SEEN) -> Image.Image | Planes:
+    """A file's image, decoded: RGB of three channels. Raises ValueError naming the file."""
+    with naming(path):
+        values = array_of(path, reading)
+        if values is not None:
+            return planes.of_array(values, reading.channels, reading.levels)
+        return in_channels(open_image(path), reading)
+
+
+def centre(image: Image.Image | Planes, size: int, shorter: int) -> np.ndarray:
+    """Shorter side resized to `shorter`, then the centre cropped: uint8, size x size x channels."""
     width, height = image.size
     if min(width, height) != shorter:
         scale = shorter / min(width, height)
@@ -198,13 +290,13 @@ def decode(
     allow_none: bool = False,
     reading: Reading = AS_SEEN,
 ) -> tuple[Tensor, dict[int, str]]:
-    """Image files -> uint8, N x 3 x size x size, cut by `centre` (`shorter`: by default size).
+    """Image files -> uint8, N x channels x size x size, cut by `centre` (`shorter`: else size).
 
     If `bad_images` is "skip", a file that cannot be read is left out, and the second result names
     it: its place in `files`, and why. Else it raises ValueError naming it, and so it does where no
     file is left, unless `allow_none`.
     """
-    images = np.empty((len(files), size, size, 3), np.uint8)
+    images = np.empty((len(files), size, size, reading.channels), np.uint8)
 
     def one(i: int) -> str | None:
         try:
@@ -228,3 +320,54 @@ def decode(
     if bad:
         images = np.delete(images, list(bad), axis=0)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), bad
+
+
+# ---- images of any kind -------------------------------------------------------------------------
+
+
+def listed(images: object) -> Sequence:
+    """One image, as `opened` takes it, or many: those many, which a tensor or array may hold."""
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+        return images
+    return images if isinstance(images, list | tuple) else [images]
+
+
+def cut(images: object, reading: Reading, size: int, shorter: int) -> Tensor:
+    """What `opened` takes, or many of them, cut by `centre`: uint8, N x channels x size x size.
+
+    Raises ValueError for what is no image, naming a file.
+    """
+    many = listed(images)
+    pixels = np.empty((len(many), size, size, reading.channels), np.uint8)
+    for i, image in enumerate(many):
+        pixels[i] = centre(opened(image, reading), size, shorter)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def opened(image: object, reading: Reading) -> Image.Image | Planes:
+    """An image in the channels of `reading`, of PIL's, of a file's path, of an array or a tensor.
+
+    Arrays are H x W x channels, tensors channels x H x W, of bytes or of floats from 0 to 1. Raises
+    ValueError for all else.
+    """
+    if isinstance(image, Image.Image):
+        return in_channels(image, reading)
+    if isinstance(image, str | Path):
+        return read_image(image, reading)
+    pixels = image
+    if isinstance(image, Tensor) and image.ndim == 3:
+        pixels = image.detach().cpu().permute(1, 2, 0).numpy()
+    channels = reading.channels
+    fits = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == channels
+    if fits and pixels.dtype.kind == "f" and pixels.size:
+        fits = pixels.min() >= 0 and pixels.max() <= 1
+        pixels = (255 * pixels).round().astype(np.uint8) if fits else pixels
+    if not fits or pixels.dtype != np.uint8 or not pixels.size:
+        what = type(image).__name__
+        if isinstance(image, Tensor | np.ndarray):
+            what = f"{image.dtype} of shape {tuple(image.shape)}"
+        raise ValueError(
+            f"cannot take {what}: give a PIL image, a file's path, an array H x W x {channels} or "
+            f"a tensor {channels} x H x W, of bytes or of floats from 0 to 1"
+        )
+    return planes.of_array(pixels, channels, None)

@@ -246,6 +246,9 @@ def translated(
             notes.append(f"its second projector layer is left out: {reason}")
     usual = LAYOUTS[layout].normalisation
     mean, std = usual or NORMALISATION["imagenet" if stem == "imagenet" else "cifar"]
+    channels = found["backbone.conv1.weight"].shape[1]
+    if channels != len(mean):  # nobody knows theirs
+        mean, std = (0.5,) * channels, (0.25,) * channels
     encoder = {"arch": arch, "stem": stem, "width": width}
     encoder |= {"image_size": 32 if of_cifar else 224, "mean": mean, "std": std}
     return without_bn_biases(found), encoder, notes

@@ -1,6 +1,6 @@
 """Data sets in memory or in files, and the loader that deals out their batches.
 
-Images are bytes (uint8, N x 3 x H x W) held on the device, or files whose crops workers cut.
+Images are bytes (uint8, N x C x H x W) held on the device, or files whose crops workers cut.
 """
 
 import atexit
@@ -35,7 +35,7 @@ from simsiam.views import Augmentation, Batch, Views, crop_boxes
 
 @dataclasses.dataclass
 class Data:
-    """A data set. Images: uint8, N x 3 x H x W, or `Files`. Labels: int64, N; -1 is "no label".
+    """A data set. Images: uint8, N x C x H x W, or `Files`. Labels: int64, N; -1 is "no label".
 
     Without test images (or without labels) there is nothing to score: `test_images` is None.
     `bad`: the files that could not be read and were left out, each with the reason. `found`: a
@@ -99,7 +99,7 @@ SENT = 64
 
 
 class Cutter(torch.utils.data.Dataset):
-    """What a loader's worker makes of a file: uint8, views x size x size x 3, or why it cannot.
+    """What a loader's worker makes of a file: uint8, views x size x size x C, or why it cannot.
 
     An item is (epoch, i): `views` random crops of file i, decoded once; their boxes are a function
     of (seed, epoch, i). With no views: the centre, as the test transform has it.
@@ -163,7 +163,7 @@ def end_workers() -> None:
 
 @dataclasses.dataclass
 class Files:
-    """Image files in the place of a uint8 tensor of images, N x 3 x size x size.
+    """Image files in the place of a uint8 tensor of images, N x C x size x size.
 
     They are decoded when needed, by `workers` processes, and what those cut goes to the device.
     """
@@ -176,7 +176,7 @@ class Files:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self.paths), 3, self.size, self.size
+        return len(self.paths), self.reading.channels, self.size, self.size
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -192,7 +192,7 @@ class Files:
         return dataclasses.replace(self, device=device)
 
     def split(self, number: int) -> Iterator[Tensor]:
-        """As of a tensor: chunks under the test transform, uint8, `number` x 3 x size x size."""
+        """As of a tensor: chunks under the test transform, uint8, `number` x C x size x size."""
         chunks = [chunk.split(SENT) for chunk in torch.arange(len(self)).split(number)]
         crops = Crops(self, 0, Augmentation(), 0)
         found = crops(0, 0, list(itertools.chain(*chunks)))
@@ -223,7 +223,7 @@ class Files:
         )
 
     def read(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
-        """What the workers cut, on the device: uint8, n x views x 3 x size x size."""
+        """What the workers cut, on the device: uint8, n x views x C x size x size."""
         ranks.still()
         batches = iter(loader)  # forks the workers
         pinned = loader.pin_memory  # only then the copy has its memory until it is done
@@ -337,7 +337,7 @@ class Loader:
             rows = share(batch_size)
             # What waits there in an epoch, or while the kNN looks at the images.
             crops = max(views.number * (rows.stop - rows.start), SENT)
-            room_between_processes(crops * 3 * images.size**2, images.workers)
+            room_between_processes(crops * images.shape[1] * images.size**2, images.workers)
             self.crops = images.batches(views, seed, batch_size, rows, labels is not None)
 
     def __len__(self) -> int:

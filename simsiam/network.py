@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from simsiam.backbones import backbone
+from simsiam.backbones import backbone, channels_of
 
 
 def D(p: Tensor, z: Tensor) -> Tensor:
@@ -105,6 +105,8 @@ class SimSiam(nn.Module):
     `feature_dim` is d, the width of z and of the projector's hidden layers. The predictor is a
     bottleneck of d/4 (sec. 3). The paper has 3 projector layers on ImageNet, 2 on CIFAR (App. D).
 
+    `channels`: of the images.
+
     `projector_affine`: the projector's last BN is affine, as in some other projects' networks (the
     authors' is not).
 
@@ -154,6 +156,7 @@ class SimSiam(nn.Module):
         covariance: float = 0.0,
         target_momentum: float | None = None,
         local_views: int = 0,
+        channels: int = 3,
     ):
         super().__init__()
         if feature_dim < 4:
@@ -177,7 +180,8 @@ class SimSiam(nn.Module):
             )
         d = feature_dim
         hidden_bn, output_bn = bn != "none", bn in ("default", "all")
-        self.backbone, self.features = backbone(arch, stem, width)
+        self.backbone, self.features = backbone(arch, stem, width, channels)
+        self.channels = channels
         widths = [self.features] + [d] * projector_layers
         self.projector = mlp(widths, hidden_bn, output_bn, projector_affine)
 
@@ -217,7 +221,7 @@ class SimSiam(nn.Module):
         return [self.momentum_encoder(x) for x in views]
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All views, N x 3 x H x W each -> the loss (a scalar), z1, and f(x1), N x `features`.
+        """All views, N x C x H x W each -> the loss (a scalar), z1, and f(x1), N x `features`.
 
         The loss is Eq. 4's, (D(p1, sg(z2)) + D(p2, sg(z1))) / 2, or what flags make of it. z1
         (N x d) and the first view's pooled features are detached: no gradient comes back by them.
@@ -260,8 +264,8 @@ def simsiam(args: Mapping) -> SimSiam:
     """The network of main.py's flags. Raises ValueError as `SimSiam` does; KeyError."""
     more = {"stop_grad": args["stop_grad"] == "on"}
     # Checkpoints from before them lack these.
-    newer = ("projector_affine", *"target num_views covariance target_momentum local_views".split())
-    more |= {name: args[name] for name in newer if name in args}
+    newer = "projector_affine target num_views covariance target_momentum local_views channels"
+    more |= {name: args[name] for name in newer.split() if name in args}
     return SimSiam(**{name: args[name] for name in NETWORK}, **more)
 
 
@@ -274,11 +278,11 @@ def linear_head(features: int, classes: int) -> nn.Linear:
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on its pooled features: N x 3 x H x W -> N x classes."""
+    """A backbone and a linear head on its pooled features: N x C x H x W -> N x classes."""
 
     def __init__(self, backbone: nn.Module, features: int, classes: int):
         super().__init__()
-        self.backbone, self.features = backbone, features
+        self.backbone, self.features, self.channels = backbone, features, channels_of(backbone)
         self.fc = linear_head(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -295,7 +299,7 @@ def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, i
     """
     parts = [part for name, part in net.named_children() if name not in ONLY_IN_TRAINING]
     whole = copy.deepcopy(nn.Sequential(*parts)).cpu().float()
-    image = torch.zeros(1, 3, image_size, image_size)
+    image = torch.zeros(1, channels_of(net), image_size, image_size)
     try:
         flops, params = thop.profile(whole, inputs=(image,), verbose=False)
     except (AssertionError, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """What is done to the pixels of views: operations on batches, equal to torchvision's.
 
-Images are N x 3 x H x W, fp32 from 0 to 1, but for the bytes that `resample` takes too. What an
-operation does differs from image to image.
+Images are N x channels x H x W, fp32 from 0 to 1, but for the bytes that `resample` takes too.
+What an operation does differs from image to image. Saturation and hue are of three channels.
 """
 
 import torch
@@ -42,7 +42,7 @@ def blur_weights(sigma: Tensor, size: int, taps: int) -> Tensor:
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Two matrix products a channel: N x 3 x H x W, N x h x H, N x w x W -> N x 3 x h x w.
+    """Two matrix products a channel: N x C x H x W, N x h x H, N x w x W -> N x C x h x w.
 
     The result is fp32, and in memory channel by channel: each one's N x h x w numbers lie
     together, which the colour operations below run through several times faster.
@@ -56,17 +56,22 @@ def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def by_channel(images: Tensor) -> Tensor:
-    """N x 3 x H x W -> the same in fp32, laid out in memory as by `resample`; copied if need be."""
+    """N x C x H x W -> the same in fp32, laid out in memory as by `resample`; copied if need be."""
     planes = images.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
     return planes.contiguous().transpose(0, 1)
 
 
 def to_gray(x: Tensor) -> Tensor:
-    """ITU-R 601 luma as torchvision rounds it: N x 3 x H x W -> N x 1 x H x W."""
+    """ITU-R 601 luma as torchvision rounds it: N x 3 x H x W -> N x 1 x H x W.
+
+    Of other channels than three it is their mean.
+    """
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
     return (x[:, 0:1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
-# The colour operations: images in [0, 1], N x 3 x H x W, and a factor an image, N x 1 x 1 x 1.
+# The colour operations: images in [0, 1], N x C x H x W, and a factor an image, N x 1 x 1 x 1.
 # A factor of 1 (hue: 0) leaves an image as it is.
 
 

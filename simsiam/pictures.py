@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from simsiam import figures, metrics, ranks
+from simsiam import figures, metrics, planes, ranks
 from simsiam.files import whole_file
 from simsiam.lettering import printable
 from simsiam.loader import Loader
@@ -45,10 +45,11 @@ class Board:
     def features(
         self, rows: Tensor, names: list[str] | None, images: list[Tensor], epoch: int
     ) -> None:
-        """Features, M x d, with names of classes, and images: uint8, chunks of M x 3 x H x W."""
+        """Features, M x d, with names of classes, and images: uint8, chunks of M x C x H x W."""
         # TensorBoard shows all images as one of at most 8192 x 8192 pixels.
         small = min(64, images[0].shape[-1])
         thumbnails = torch.cat([F.adaptive_avg_pool2d(x / 255, small) for x in images])
+        thumbnails = thumbnails[:, planes.shown(thumbnails.shape[1])]
         lines = names and [printable(name) for name in names]
         self.writer.add_embedding(rows, lines, thumbnails, epoch)
 
@@ -58,8 +59,9 @@ class Board:
 
 
 def tiles(columns: list[Tensor]) -> np.ndarray:
-    """Columns of images, N x 3 x H x W of uint8 each -> N x columns x H x W x 3, for `figures`."""
-    return torch.stack(columns, 1).permute(0, 1, 3, 4, 2).cpu().numpy()
+    """Columns of images, N x C x H x W of uint8 each -> N x columns x H x W x 3, for `figures`."""
+    found = torch.stack(columns, 1).permute(0, 1, 3, 4, 2)
+    return found[..., planes.shown(found.shape[-1])].cpu().numpy()
 
 
 def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -> None:

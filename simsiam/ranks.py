@@ -273,7 +273,7 @@ def for_training(
         # The first backward pass tells DDP in which order to pack gradients for sending, and from
         # three ranks on their sums' last bits depend on it. So that a run that goes on packs them
         # like one that was never stopped, here is a pass before the first step; it changes nothing.
-        nothing = torch.zeros(2, 3, image_size, image_size, device=device)
+        nothing = torch.zeros(2, net.channels, image_size, image_size, device=device)
         with torch.compiler.set_stance("force_eager"):  # not to compile for this
             trained.eval()(*[nothing] * (net.num_views + net.local_views))[0].backward()
         net.zero_grad()

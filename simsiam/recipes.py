@@ -92,10 +92,13 @@ LEAST_STD = 1e-3  # by which pixels from 0 to 1 can be divided
 
 
 class Numbers(argparse.Action):
-    """A flag of so many numbers (a tuple; one: a number), looked through; or, of some, `auto`."""
+    """A flag of so many numbers (a tuple; one: a number), looked through; or, of some, `auto`.
 
-    def __init__(self, *args: object, count: int = 1, auto: bool = False, **more: object):
-        super().__init__(*args, nargs="+" if count > 1 else None, **more)
+    `count`: None where there may be any number.
+    """
+
+    def __init__(self, *args: object, count: int | None = 1, auto: bool = False, **more: object):
+        super().__init__(*args, nargs=None if count == 1 else "+", **more)
         self.count, self.auto = count, auto
 
     def __call__(
@@ -115,15 +118,16 @@ class Numbers(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
-def numbers(name: str, words: list[str], count: int) -> tuple[float, ...] | float:
+def numbers(name: str, words: list[str], count: int | None) -> tuple[float, ...] | float:
     """The value of the flag `name` of the views. Raises ValueError that says what it must be."""
     least, most = (LIMITS | {"std": (LEAST_STD, 1)}).get(name, (0, 1))
     try:
         found = tuple(map(float, words))
     except ValueError:
         found = (math.nan,)
-    if len(found) != count or not all(least <= value <= most for value in found):
-        what = "a number" if count == 1 else f"{count} numbers"
+    wrong = count is not None and len(found) != count
+    if wrong or not all(least <= value <= most for value in found):
+        what = "a number" if count == 1 else f"{count} numbers" if count else "numbers"
         raise ValueError(f"must be {what} from {least:g} to {most:g}, not {' '.join(words)}")
     if name in RANGES and found[0] > found[1]:
         raise ValueError(f"must rise, not fall from {words[0]} to {words[1]}")
@@ -150,7 +154,29 @@ def view_flags(add: Callable[..., None]) -> None:
     turn = "probability of a turn by 90, 180 or 270 degrees (microscopes, satellites)"
     add("rotate90_p", str, turn, **one)
     add("solarize_p", str, "probability of inverting what is brighter than half", **one)
-    three = {"action": Numbers, "count": 3, "auto": True, "metavar": "N"}
-    mean = "of red, green and blue, from 0 to 1; auto: measured on the training images"
-    add("mean", str, mean, **three)
-    add("std", str, "as --mean, their standard deviation", **three)
+    each = {"action": Numbers, "count": None, "auto": True, "metavar": "N"}
+    mean = "of each channel, from 0 to 1; auto (other --channels than 3): measured on the images"
+    add("mean", str, mean, **each)
+    add("std", str, "as --mean, their standard deviation", **each)
+
+
+def for_channels(flags: dict, given: dict) -> dict:
+    """The flags where there may be other --channels than three, which recipes and colours are for.
+
+    `given`: those that are no recipe's. Raises ValueError for what does not go with the number.
+    """
+    number = flags["channels"]
+    for name in ("mean", "std"):
+        if isinstance(given.get(name), tuple) and len(given[name]) != number:
+            raise ValueError(f"--{name}: must be auto, or {number} numbers, one a channel")
+    if number == 3:
+        return flags
+    brightness, contrast, *colour = flags["jitter"]
+    wrong = {"jitter": any(colour), "gray_p": bool(flags["gray_p"])}
+    for flag in (name for name, uses in wrong.items() if uses and name in given):
+        raise ValueError(
+            f"--{flag}: saturation, hue and grayscale need three channels, not {number}: --jitter "
+            f"{brightness:g} {contrast:g} 0 0 --gray_p 0"
+        )
+    measured = {name: given.get(name, "auto") for name in ("mean", "std")}
+    return flags | measured | {"jitter": (brightness, contrast, 0.0, 0.0), "gray_p": 0.0}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simsiam import ranks
-from simsiam.images import open_image
+from simsiam.images import AS_SEEN, Reading, head_of
 from simsiam.loader import Data, Files
 from simsiam.monitor import FLAT_IMAGES, spread
 from simsiam.recipes import LEAST_STD
@@ -19,6 +19,8 @@ SAMPLE = 1000  # images that a survey looks at, evenly apart
 MEASURED = 10000  # images in files that --mean auto decodes: to read all of ImageNet takes an hour
 GRAY = 8  # levels of 255 by which the channels of a gray image may differ: JPEG's rounding
 SMALLEST_CROP = 8  # pixels: of a smaller one a network sees little
+SIXTEEN_BITS = ("I;16", "uint16")  # modes of PIL and of arrays
+DARK = 128  # of 255: below it half of the levels of 16 bits, and more, are not used
 FAR = 0.15  # of a channel's mean from --mean, of the range from 0 to 1
 
 
@@ -34,7 +36,7 @@ def measured(images: Tensor | Files) -> tuple[tuple[float, ...], tuple[float, ..
     if isinstance(images, Files):
         images = images[spread(len(images), MEASURED)]
     levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.zeros(3, 256, dtype=torch.int64)
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for part in images.split(512):
         for channel, count in zip(part.unbind(1), counts, strict=True):
             count += torch.bincount(channel.flatten().cpu(), minlength=256)
@@ -56,7 +58,7 @@ def colours(args: Namespace, images: Tensor | Files) -> dict:
         mean, std = ranks.from_first(lambda: measured(images))
         if "std" in names and min(std) < LEAST_STD:
             raise ValueError(
-                "--std auto: a channel has one value in all training images: give three numbers"
+                "--std auto: a channel has one value in all training images: give numbers"
             )
         found |= {name: value for name, value in (("mean", mean), ("std", std)) if name in names}
         told = (f"{name} {' '.join(f'{x:.4f}' for x in found[name])}" for name in names)
@@ -74,7 +76,7 @@ class Seen(NamedTuple):
     it. `side`: of the images as they are trained on. `gray`: how many have no colour. `copies`:
     how many have the pixels of another before them. `varied`: the std of a pixel over the images,
     mean over all pixels, of 255. `classes`: images of each, of all. `mean`: of the channels, from
-    0 to 1.
+    0 to 1. `brightest`: the largest value of a pixel.
     """
 
     number: int
@@ -87,20 +89,21 @@ class Seen(NamedTuple):
     varied: float
     classes: dict[str, int]
     mean: tuple[float, ...]
+    brightest: int = 255
 
 
-def see(images: Data) -> Seen:
+def see(images: Data, reading: Reading = AS_SEEN) -> Seen:
     """Look at the heads of the training images' files, and at their pixels."""
     sizes, modes, files = [], Counter(), images.files
     for i in spread(len(files), SAMPLE).tolist() if files else ():
         try:
-            with open_image(files[i]) as image:
-                sizes.append(image.size)
-                modes[image.mode] += 1
+            head = head_of(files[i], reading)
+            sizes.append(head.size)
+            modes[head.mode] += 1
         except ValueError:  # the run has said what it makes of it
             continue
     some = images.train_images[spread(len(images.train_images), SAMPLE)]
-    channels = some.amax(1).short() - some.amin(1)  # M x H x W: how much colour a pixel has
+    colour = some.amax(1).short() - some.amin(1)  # M x H x W: how much of it a pixel has
     labels = images.train_labels[images.train_labels >= 0]
     counts = torch.bincount(labels, minlength=len(images.classes)).tolist()
     distinct = {hashlib.sha1(image.numpy().tobytes()).digest() for image in some}
@@ -110,11 +113,12 @@ def see(images: Data) -> Seen:
         sizes=sizes,
         modes=modes,
         side=some.shape[-1],
-        gray=int((channels.flatten(1).amax(1) <= GRAY).sum()),
+        gray=int((colour.flatten(1).amax(1) <= GRAY).sum()),
         copies=len(some) - len(distinct),
         varied=some.float().std(0).mean().item() if len(some) > 1 else math.inf,
         classes=dict(zip(images.classes, counts, strict=True)),
         mean=measured(some)[0],
+        brightest=int(some.max()),
     )
 
 
@@ -129,7 +133,7 @@ def described(seen: Seen) -> str:
         parts.append(f"{size} (median shorter side {shorter[len(shorter) // 2]})")
         parts.append(", ".join(f"{count:,} {mode}" for mode, count in seen.modes.most_common(4)))
     gray = {0: "none", seen.looked: "all"}.get(seen.gray, f"{seen.gray:,}")
-    parts.append(f"{gray} grayscale")
+    parts += [f"{gray} grayscale"] * (len(seen.mean) == 3)
     parts.append(f"{seen.copies or 'no'} exact " + ("copy" if seen.copies == 1 else "copies"))
     if sum(seen.classes.values()):
         few, many = (end(seen.classes, key=seen.classes.get) for end in (min, max))
@@ -143,7 +147,7 @@ def advice(seen: Seen, flags: dict) -> str:
     """Which other flags of main.py would suit, each with why, in a line; nothing if none would."""
     found = []
     brightness, contrast, *colour = flags["jitter"]
-    if seen.gray == seen.looked and (any(colour) or flags["gray_p"]):
+    if len(seen.mean) == 3 and seen.gray == seen.looked and (any(colour) or flags["gray_p"]):
         found.append(
             "all images are grayscale: colour jitter of saturation and hue does nothing: "
             f"--jitter {brightness:g} {contrast:g} 0 0 --gray_p 0"
@@ -161,6 +165,13 @@ def advice(seen: Seen, flags: dict) -> str:
     ):
         own = " ".join(f"{value:.2f}" for value in seen.mean)
         found.append(f"their mean, {own}, is far from --mean: --mean auto --std auto")
+    deep = any(mode.startswith(SIXTEEN_BITS) for mode in seen.modes)
+    if deep and not flags.get("levels") and seen.brightest < DARK:
+        found.append(
+            f"the values of 16 bits are below {256 * (seen.brightest + 1):,}, so that only "
+            f"{seen.brightest + 1} of 256 levels are used: --levels 0 "
+            f"{256 * (seen.brightest + 1) - 1}"
+        )
     if seen.varied < FLAT_IMAGES:
         found.append(
             f"the images hardly differ (by {seen.varied:.1f} of 255 levels): look at --show_views"
@@ -170,8 +181,11 @@ def advice(seen: Seen, flags: dict) -> str:
 
 def say(args: Namespace, images: Data) -> None:
     """What a folder's images are, and which flags would suit them, in at most two lines."""
+    if args.channels != 3:
+        number = "one channel" if args.channels == 1 else f"{args.channels} channels"
+        ranks.say(f"{number}: no saturation, hue and grayscale, which need three")
     if args.data_name == "folder" and ranks.rank() == 0:
-        seen = see(images)
+        seen = see(images, Reading.of(vars(args)))
         for line in (described(seen), advice(seen, vars(args))):
             if line:
                 ranks.say(line)

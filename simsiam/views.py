@@ -96,7 +96,7 @@ class Augmentation:
 class Batch(NamedTuple):
     """A rank's part of a global batch, and which one it is.
 
-    `images`: uint8, n x 3 x H x W; or n x views x 3 x size x size, crops that workers have cut.
+    `images`: uint8, n x C x H x W; or n x views x C x size x size, crops that workers have cut.
     `labels`: int64, of the whole global batch, or None. `size`: images in the global batch, of
     which `rows` are these.
     """
@@ -275,10 +275,16 @@ class Views:
         self.augmentation, self.number, self.seed = augmentation, number, seed
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """`number` views an image, then `local` ones: each normalised float32, n x 3 x side x side.
+        """`number` views an image, then `local` ones: each normalised float32, n x C x side x side.
 
         A function of the seed and the batch. The first of two views does not depend on `number`.
+        Raises ValueError where colours of other channels than three are to change.
         """
+        a = self.augmentation
+        if len(self.mean) != 3 and (a.gray_p or (a.jitter_p and any(a.jitter[2:]))):
+            raise ValueError(
+                "colours of other channels than three: say jitter=(0.4, 0.4, 0.0, 0.0), gray_p=0.0"
+            )
         side = self.sides[batch.epoch] if self.sides else self.size
         sides = [side] * self.number + [self.local_size] * self.local
         images = [batch.images] * len(sides)
@@ -301,7 +307,7 @@ class Views:
         return [Chance.draw(rng, later, batch.size, kind, whole) for kind in kinds]
 
     def view(self, images: Tensor, rows: slice, chance: Chance, side: int) -> Tensor:
-        """One view of `images`, n x 3 x H x W, which are `rows` of the global batch.
+        """One view of `images`, n x C x H x W, which are `rows` of the global batch.
 
         It is `side` pixels wide; of images that are crops already, as wide as they.
         """
@@ -346,7 +352,7 @@ class Views:
         return self.normalise(x)
 
     def plain(self, images: Tensor) -> Tensor:
-        """The test transform: no chance, the whole image; uint8, N x 3 x H x W -> as a view."""
+        """The test transform: no chance, the whole image; uint8, N x C x H x W -> as a view."""
         height, width = images.shape[2:]
         if (height, width) == (self.size, self.size):
             return self.normalise(images.float().div_(255))

@@ -9,15 +9,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from simsiam import checkpoint, metrics, serialization
 from simsiam.datasets import shorter_side
 from simsiam.files import about
-from simsiam.images import AS_SEEN, Reading, centre, read_image, to_rgb
+from simsiam.images import AS_SEEN, Reading, cut, listed
 from simsiam.layouts import translated
 from simsiam.loader import Files
 from simsiam.network import Classifier, SimSiam, kept_weights
@@ -73,7 +71,8 @@ def foreign(
     """
     weights, encoder, notes = translated(read_weights(path), stem)
     with torch.device("meta"):
-        net = SimSiam(encoder["arch"], encoder["stem"], 4, width=encoder["width"])
+        arch, stem, width, channels = checkpoint.of_backbone(encoder)
+        net = SimSiam(arch, stem, 4, width=width, channels=channels)
         net.projector, net.predictor = head(weights, "projector"), head(weights, "predictor")
         if "fc.weight" in weights:
             net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
@@ -167,9 +166,11 @@ def flags_of_head(part: str, given: dict[str, Tensor], encoder: dict) -> str | N
     if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
         return None
     d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
-    arch, stem, width = (encoder[name] for name in ("arch", "stem", "width"))
+    arch, stem, width, channels = checkpoint.of_backbone(encoder)
+    affine = last.affine
     with torch.device("meta"):
-        usual = SimSiam(arch, stem, d, number, width, projector_affine=last.affine).state_dict()
+        usual = SimSiam(arch, stem, d, number, width, projector_affine=affine, channels=channels)
+        usual = usual.state_dict()
     if differing(part_of(usual, part), part_of(given, part)):
         return None
     return f"--feature_dim {d} --projector_layers {number}" + " --projector_affine" * last.affine
@@ -220,8 +221,10 @@ class Source:
             except ValueError as other:
                 reason = f"{error}; nor one of another that is known: {other}"
                 raise ValueError(reason) from other
-            for name in told.keys() & {"mean", "std"}:
+            for name in sorted(told.keys() & {"mean", "std"}):
                 told[name] = tuple(map(float, told[name]))
+                if len(told[name]) != len(encoder[name]):
+                    raise ValueError(f"--{name}: must be {len(encoder[name])} numbers") from error
             encoder |= told
             size, *usual = (encoder[name] for name in ("image_size", "mean", "std"))
             mean, std = (", ".join(f"{value:g}" for value in three) for three in usual)
@@ -267,8 +270,9 @@ class Source:
 
     @property
     def reading(self) -> Reading:
-        """How the files of the training images were read."""
-        return Reading.of(self.state["args"]) if self.state else AS_SEEN
+        """How the files of the training images were read, in the encoder's channels."""
+        reading = Reading.of(self.state["args"]) if self.state else AS_SEEN
+        return dataclasses.replace(reading, channels=len(self.encoder["mean"]))
 
     @property
     def shorter(self) -> int:
@@ -285,14 +289,14 @@ class Source:
         return self.state["classes"]
 
     def cut(self, images: object) -> Tensor:
-        """Images as the encoder sees them: what `cut` takes -> uint8, N x 3 x size x size."""
+        """Images as the encoder sees them: what `cut` takes -> uint8, N x C x size x size."""
         return cut(images, self.reading, self.encoder["image_size"], self.shorter)
 
     def __call__(self, images: object, normalise: bool = False) -> Tensor:
         """Features of images of any size: fp32, N x features, on the encoder's device.
 
-        `images`: a PIL image, a file's path, an array H x W x 3 or a tensor 3 x H x W, of bytes or
-        of floats from 0 to 1; or many: a list, an array N x H x W x 3 or a tensor N x 3 x H x W.
+        `images`: a PIL image, a file's path, an array H x W x C or a tensor C x H x W, of bytes or
+        of floats from 0 to 1; or many: a list, an array N x H x W x C or a tensor N x C x H x W.
         One gives one row. Each is cut as the test transform does: the shorter side resized, then
         the centre cropped. `normalise`: to unit length, so that products are cosines. There is no
         gradient. Raises ValueError for what is no image, naming a file.
@@ -307,7 +311,7 @@ class Source:
     ) -> Tensor:
         """The encoder's features, on its device; as `metrics.features`, not normalised by default.
 
-        `images`: uint8, N x 3 x H x W -> fp32, N x features. Ranks share the work.
+        `images`: uint8, N x C x H x W -> fp32, N x features. Ranks share the work.
         """
         device = next(self.net.parameters()).device
         images = images.to(device)
@@ -337,14 +341,14 @@ class Predictor(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images, N x 3 x size x size -> logits, N x classes."""
+        """Normalised images, N x C x size x size -> logits, N x classes."""
         return self.net(x)
 
     @torch.no_grad()
     def scores(self, images: Tensor, amp: torch.autocast | None = None) -> Tensor:
         """The softmax of each image, fp32, N x classes, on the network's device.
 
-        `images`: uint8, N x 3 x size x size, as `images.decode` cuts them with `size` and
+        `images`: uint8, N x C x size x size, as `images.decode` cuts them with `size` and
         `shorter`. Each process scores its own. `amp`: for the backbone, if any.
         """
         device, rows = next(self.parameters()).device, []
@@ -366,52 +370,3 @@ class Predictor(nn.Module):
             every = dict(zip(self.classes, scores, strict=True))
             found.append({"class": self.classes[best], "score": scores[best], "scores": every})
         return found
-
-
-# ---- images of any kind -------------------------------------------------------------------------
-
-
-def listed(images: object) -> Sequence:
-    """One image, as `rgb` takes it, or many: those many, which a tensor or array may hold."""
-    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
-        return images
-    return images if isinstance(images, list | tuple) else [images]
-
-
-def cut(images: object, reading: Reading, size: int, shorter: int) -> Tensor:
-    """What `rgb` takes, or many of them, cut by `images.centre`: uint8, N x 3 x size x size.
-
-    Raises ValueError for what is no image, naming a file.
-    """
-    many = listed(images)
-    pixels = np.empty((len(many), size, size, 3), np.uint8)
-    for i, image in enumerate(many):
-        pixels[i] = centre(rgb(image, reading), size, shorter)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-def rgb(image: object, reading: Reading) -> Image.Image:
-    """PIL's image in RGB of one, of a file's path, of an array H x W x 3 or of a tensor 3 x H x W.
-
-    Arrays and tensors hold bytes, or floats from 0 to 1. Raises ValueError for all else.
-    """
-    if isinstance(image, Image.Image):
-        return to_rgb(image, reading)
-    if isinstance(image, str | Path):
-        return read_image(image, reading)
-    pixels = image
-    if isinstance(image, Tensor) and image.ndim == 3:
-        pixels = image.detach().cpu().permute(1, 2, 0).numpy()
-    fits = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3
-    if fits and pixels.dtype.kind == "f" and pixels.size:
-        fits = pixels.min() >= 0 and pixels.max() <= 1
-        pixels = (255 * pixels).round().astype(np.uint8) if fits else pixels
-    if not fits or pixels.dtype != np.uint8 or not pixels.size:
-        what = type(image).__name__
-        if isinstance(image, Tensor | np.ndarray):
-            what = f"{image.dtype} of shape {tuple(image.shape)}"
-        raise ValueError(
-            f"cannot take {what}: give a PIL image, a file's path, an array H x W x 3 or a "
-            "tensor 3 x H x W, of bytes or of floats from 0 to 1"
-        )
-    return Image.fromarray(np.ascontiguousarray(pixels))

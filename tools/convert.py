@@ -39,7 +39,7 @@ def metadata(state: dict | None) -> dict[str, str]:
 
 
 def onnx_bytes(source: Source, net: nn.Module, about: dict[str, str]) -> bytes:
-    """What `net` makes of the source's images: N x 3 x size x size -> features or logits.
+    """What `net` makes of the source's images: N x C x size x size -> features or logits.
 
     Raises ValueError where onnx is not installed, or its runtime finds other numbers.
     """
@@ -49,8 +49,8 @@ def onnx_bytes(source: Source, net: nn.Module, about: dict[str, str]) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("--to onnx: pip install onnx onnxruntime onnxscript") from error
-    size = source.encoder["image_size"]
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shape = source.net.channels, source.encoder["image_size"], source.encoder["image_size"]
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
         net,
         (images,),

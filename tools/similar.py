@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/similar.py`
 
 import utils
-from simsiam import devices, folders, metrics, ranks, sheets
+from simsiam import devices, folders, metrics, planes, ranks, sheets
 from simsiam.files import about, remove, whole_file, write_csv
 from simsiam.images import decode, ignore_pil_warnings
 from simsiam.weights import Source
@@ -135,7 +135,7 @@ def sheet(
     files = [tile.file for tile in tiles if tile.file is not None]
     images, _ = decode(files, TILE, args.num_workers, reading=source.reading)
     pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
-    pixels[there] = images.permute(0, 2, 3, 1)
+    pixels[there] = images[:, planes.shown(images.shape[1])].permute(0, 2, 3, 1)
     rows = range(0, len(tiles), columns)
     sheets.captioned(
         pixels.reshape(len(rows), columns, TILE, TILE, 3),
