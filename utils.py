@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import glob
 import math
 import os
 import re
@@ -277,7 +278,10 @@ def data_place(text: str) -> str:
 
 
 class Places(argparse.Action):
-    """A flag of one place or several, joined as in PATH; they are one data set."""
+    """A flag of one place or several, joined as in PATH; they are one data set.
+
+    A pattern with *, ? or [] that the shell has left as it is stands for what it matches, in order.
+    """
 
     def __call__(
         self,
@@ -286,7 +290,9 @@ class Places(argparse.Action):
         values: list[str],
         option: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, os.pathsep.join(values))
+        found = [[text] if os.path.exists(text) else sorted(glob.glob(text)) for text in values]
+        places = [one for text, some in zip(values, found, strict=True) for one in some or [text]]
+        setattr(namespace, self.dest, os.pathsep.join(places))
 
 
 TEXTURES_HAVE_NO_ROOT = (

@@ -71,6 +71,20 @@ def test_its_weights_load_strictly_there_and_give_the_same_features(run, tmp_pat
     assert torch.allclose(source.features(images, off), theirs, atol=1e-4)
 
 
+def test_it_comes_from_the_hub_and_goes_to_onnx(run, tmp_path):
+    """tools.convert compares onnxruntime's features with PyTorch's before it writes."""
+    arch, out = run
+    path, off = out / "a_model.pth", torch.autocast("cpu", enabled=False)
+    if arch == "timm:test_vit":  # an export takes seconds
+        convert.command([str(path), f"{tmp_path}/a.onnx", "--to", "onnx"])
+        assert (tmp_path / "a.onnx").stat().st_size > 1e5
+    encoder = torch.hub.load(str(helpers.ROOT), "encoder", source="local", checkpoint=str(path))
+    source, images = Source.open(path), textures(4, seed=3)[0]
+    with torch.no_grad():
+        found = encoder(source.views.plain(images))
+    assert torch.allclose(source.features(images, off), found, atol=1e-4)
+
+
 def test_a_head_is_fitted_exported_and_the_network_tuned(run, tmp_path):
     arch, out = run
     library, name = arch.split(":")

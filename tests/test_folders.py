@@ -326,6 +326,21 @@ def test_a_run_on_several_places_is_resumed_and_judged(tmp_path, capsys):
     assert "16 training images, 8 test images" in capsys.readouterr().out
 
 
+def test_a_pattern_that_the_shell_has_left_stands_for_what_it_matches(tmp_path):
+    for name in ("b", "a", "a[1]", "other/a"):
+        (tmp_path / name).mkdir(parents=True)
+    flags = main.make_flags()
+
+    def root(*words):
+        words = [f"{tmp_path}/{word}" for word in words]
+        args = flags.read(["--data_name", "folder", "--data_root", *words])[0]
+        return [os.path.relpath(place, tmp_path) for place in args.data_root.split(os.pathsep)]
+
+    assert root("[ab]", "other/*") == ["a", "b", "other/a"]
+    assert root("a[1]") == ["a[1]"]  # a folder's name, not a pattern
+    assert root("none*") == ["none*"]  # is refused, as it is written
+
+
 def test_several_places_that_cannot_be_are_refused(tmp_path, capsys):
     a = photos(tmp_path / "a")
     flags = f"{RUN} --out {tmp_path}/r --data_root".split()
