@@ -134,6 +134,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--data_root", help="as of main.py")
     add("--train_size", type=count, help="as of main.py")
     add("--epochs", type=count, default=6, help="of each run (6)")
+    add("--knn_every", type=count, default=1, help="as of main.py (1)")
     add("--seeds", type=utils.number(int, 0), nargs="+", default=[0, 1, 2], help="(0 1 2)")
     add("--jobs", type=count, help="runs at a time (a GPU: 1; else the cores)")
     add("--out", default="results", help="of table and picture, and a folder of the runs (results)")
@@ -142,6 +143,7 @@ def command(argv: list[str] | None = None) -> None:
     jobs = args.jobs or (1 if torch.accelerator.is_available() else cores)
     flags = ["--data_name", args.data_name, "--recipe", "short"]
     flags += ["--epochs", str(args.epochs), "--num_workers", "1"]
+    flags += ["--knn_every", str(args.knn_every)]
     if args.data_root:
         flags += ["--data_root", args.data_root]
     if args.train_size:
