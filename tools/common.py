@@ -2,10 +2,13 @@
 
 import argparse
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 import utils
 from simsiam import figures, ranks
+from simsiam.datasets import load
+from simsiam.loader import Data
 from simsiam.weights import Source
 
 
@@ -34,6 +37,19 @@ def open_source(args: Namespace) -> Source:
     for note in source.notes:
         ranks.say(f"{args.model_path}: {note}")
     return source
+
+
+def images_of_run(source: Source, args: Mapping, data_root: str | None = None) -> Data:
+    """The images that a run of main.py trained on; wherever they are now, if `data_root` says so.
+
+    `args`: num_workers and bad_images. Raises as `datasets.load`.
+    """
+    saved = source.state["args"]
+    place = saved["data_name"], data_root or saved["data_root"], source.encoder["image_size"]
+    how = {"reading": source.reading, "split_names": saved.get("split_names")}
+    images = load(*place, args["num_workers"], args["bad_images"], **how)
+    size = saved["train_size"]
+    return images if size is None else images.subset(size, saved["seed"])
 
 
 def picture_path(text: str) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/plot.py`
 
 import utils
-from simsiam import datasets, devices, figures, files, pictures, ranks
+from simsiam import devices, figures, files, pictures, ranks
 from simsiam.loader import crc
 from simsiam.monitor import Monitor
 from simsiam.weights import Source
-from tools.common import picture_format, picture_path
+from tools.common import images_of_run, picture_format, picture_path
 
 ENDS = ("_model.prev.pth", "_model.pth", "_statistics.csv", "_curves.png")
 
@@ -44,11 +44,7 @@ def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> N
     saved = source.state["args"]
     args = Namespace(**saved | {"data_root": data_root or saved["data_root"]})
     device = devices.pick_device(device_name)
-    place = (args.data_name, args.data_root, args.image_size, args.num_workers, args.bad_images)
-    how = {"reading": source.reading, "split_names": saved.get("split_names")}
-    images = datasets.load(*place, **how)
-    if args.train_size is not None:
-        images = images.subset(args.train_size, args.seed)
+    images = images_of_run(source, saved, data_root)
     if crc(images.train_images) != source.state["images_crc"]:
         raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
     if args.bank_size is not None:

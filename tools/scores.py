@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/scores.p
 
 import utils
 from simsiam import devices, scores
-from simsiam.datasets import load
 from simsiam.files import RunError, about, printable, read_csv, write_csv
 from simsiam.images import ignore_pil_warnings
 from simsiam.loader import Data
@@ -37,7 +36,7 @@ from simsiam.network import SimSiam
 from simsiam.ranks import say
 from simsiam.views import Augmentation, Views
 from simsiam.weights import Source
-from tools.common import running_flags
+from tools.common import images_of_run, running_flags
 
 # A score of a row of the table, turned so that larger is better. alpha-ReQ is best near 1.
 BETTER = {
@@ -85,16 +84,6 @@ def opened(path: str) -> Source:
     return source
 
 
-def images_of(source: Source, args: Namespace) -> Data:
-    """The training images of a run. Raises ValueError, or OSError."""
-    saved = source.state["args"]
-    place = (saved["data_name"], saved["data_root"], source.encoder["image_size"])
-    how = {"reading": source.reading, "split_names": saved["split_names"]}
-    images = load(*place, args.num_workers, args.bad_images, **how)
-    size = saved["train_size"]
-    return images if size is None else images.subset(size, saved["seed"])
-
-
 def rows_of(sources: list[Source], args: Namespace, amp: torch.autocast) -> Iterator[dict]:
     """A row for each run; the same images are read once."""
     key, images = None, None
@@ -104,7 +93,7 @@ def rows_of(sources: list[Source], args: Namespace, amp: torch.autocast) -> Iter
         new = [source.encoder["image_size"], *(saved[name] for name in names)]
         new += [saved["seed"]] * (saved["train_size"] is not None)
         if new != key:
-            key, images = new, images_of(source, args).to(args.device)
+            key, images = new, images_of_run(source, vars(args)).to(args.device)
         try:
             yield row_of(source.to(args.device), images, args, amp)
         except FloatingPointError as error:
