@@ -15,7 +15,7 @@ from PIL import Image
 
 import linear
 import main
-from simsiam import backbones, network, planes
+from simsiam import backbones, network, operations, planes
 from simsiam.images import Reading, centre, head_of, read_image
 from simsiam.views import Augmentation, Batch, Views
 from simsiam.weights import Source
@@ -185,17 +185,17 @@ def test_contrast_and_brightness_of_one_channel_equal_torchvision():
     for factor in (0.6, 1.3):
         factors = torch.full((8, 1, 1, 1), factor)
         for ours, theirs in (
-            (views_operation("adjust_contrast"), T.adjust_contrast),
-            (views_operation("adjust_brightness"), T.adjust_brightness),
+            (operations.adjust_contrast, T.adjust_contrast),
+            (operations.adjust_brightness, T.adjust_brightness),
         ):
             found, wanted = ours(images, factors), theirs(images, factor)
             assert torch.allclose(found, wanted, atol=1 / 255)
 
 
-def views_operation(name):
-    from simsiam import operations
-
-    return getattr(operations, name)
+def test_contrast_of_five_channels_goes_toward_the_mean_of_all():
+    image = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).view(1, 5, 1, 1)  # their mean is 0.3
+    found = operations.adjust_contrast(image, torch.full((1, 1, 1, 1), 0.5)).flatten()
+    assert torch.allclose(found, torch.tensor([0.2, 0.25, 0.3, 0.35, 0.4]))
 
 
 def test_what_is_done_to_one_channel_does_not_depend_on_the_others():
@@ -307,7 +307,11 @@ def test_classes_are_predicted_scored_and_tuned(run, tmp_path, capsys):
     wanted = [path.split("/")[-2] for path in table["file"]]
     right = (table["class"] == wanted).mean()
     linear.main(f"{model} --evaluate_only --no-pictures --out {tmp_path}".split())
-    assert f"top-1 {100 * right:.2f} %" in capsys.readouterr().out  # the same pixels
+    told = capsys.readouterr().out
+    assert f"top-1 {100 * right:.2f} %" in told  # the same pixels
+    darker = "--levels 0 65535 --evaluate_only --no-pictures"
+    linear.main(f"{model} {darker} --out {tmp_path}".split())
+    assert capsys.readouterr().out.split("loss")[1] != told.split("loss")[1]
     for how in ("--finetune", "--finetune --from_scratch"):
         flags = f"--model_path {out}/a_model.pth {how} --epochs 1 --out {tmp_path} --no-pictures"
         linear.main(flags.split())
