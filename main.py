@@ -33,7 +33,7 @@ from simsiam.views import Augmentation, Views
 from utils import number
 
 STATISTICS = tuple(
-    "epoch lr train_loss std rank alpha collapse test_acc@1 test_acc@5 probe_acc@1".split()
+    "epoch lr train_loss std rank alignment collapse test_acc@1 test_acc@5 probe_acc@1".split()
     + "images_per_sec seconds".split()
 )
 
@@ -349,7 +349,7 @@ def pretrain(run: Run, made: Prepared) -> None:
         ranks.say(
             f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} std {row['std']:.2f}"
             + (f" rank {row['rank']:.1f}" if "rank" in row else "")
-            + (f" alpha {row['alpha']:.2f}" if "alpha" in row else "")
+            + (f" alignment {row['alignment']:.3f}" if "alignment" in row else "")
             + (f" kNN top-1 {row['test_acc@1']:.1f} %" if "test_acc@1" in row else "")
             + (f" probe {row['probe_acc@1']:.1f} %" if "probe_acc@1" in row else "")
             + f" ({row['images_per_sec']:.0f} images/s, {row['seconds']:.0f} s)"
@@ -364,8 +364,8 @@ def pretrain(run: Run, made: Prepared) -> None:
                 + f"untrained encoder {start['test_acc@1']:.1f} %, raw pixels "
                 f"{start['raw_acc@1']:.1f} %"
             )
-        elif "alpha" in end:
-            ranks.say(scores.in_words(end["alpha"], start.get("alpha")))
+        elif "alignment" in end:
+            ranks.say(scores.in_words(end["alignment"], start.get("alignment")))
         if args.pictures:
             pictures.draw_run(run.path, args.name, run.history, monitor, board)
     if board:

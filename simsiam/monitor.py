@@ -6,7 +6,6 @@ from argparse import Namespace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam import metrics, ranks, scores
@@ -174,7 +173,7 @@ class Found(NamedTuple):
     bank: Tensor  # L2-normalised features of the training images, N x d
     queries: Tensor | None  # and of the test images, M x d
     ranking: Tensor | None  # of the classes, for each query: int64, M x (up to 5)
-    alpha: float | None  # without test images: alpha-ReQ of the bank's features, as they are
+    alignment: float | None  # without test images: of features of two views of some of the bank
 
 
 def spread(number: int, most: int) -> Tensor:
@@ -220,12 +219,14 @@ class Monitor:
         ranks.buffers_of_first(self.net)
         images, scored = self.images, self.images.test_images is not None
         of_bank = (self.net.backbone, self.views.plain, images.train_images, self.amp)
-        bank = metrics.features(*of_bank, normalise=scored)
+        bank = metrics.features(*of_bank)
         if not bank.isfinite().all():
             raise FloatingPointError("the features are not finite")
         if not scored:
-            alpha = scores.alpha_req(scores.sample(bank, scores.IMAGES, self.args.seed))
-            return Found(F.normalize(bank, dim=1, out=bank), None, None, alpha)
+            some = scores.sample(images.train_images, scores.VIEWED, self.args.seed)
+            how = (self.net.backbone, self.views, some, self.amp)
+            pairs = scores.view_features(*how, q=2, seed=self.args.seed)
+            return Found(bank, None, None, scores.alignment(*pairs.unbind(1)))
         queries = metrics.features(
             self.net.backbone, self.views.plain, images.test_images, self.amp
         )
@@ -241,7 +242,7 @@ class Monitor:
         return ranks.gathered(ranking, len(queries))
 
     def measure(self, keep: bool = False, probe: Probe | None = None) -> dict:
-        """Columns of the statistics: rank of the bank, and kNN accuracy or, without labels, alpha.
+        """Columns of the statistics: rank, and accuracy of the kNN or, without labels, alignment.
 
         `keep`: let `found` give these features again, for the pictures. `probe`: to be scored too.
         """
@@ -250,8 +251,8 @@ class Monitor:
         if found.ranking is not None:
             top1, top5 = metrics.accuracy(found.ranking, self.images.test_labels)
             row |= {"test_acc@1": top1, "test_acc@5": top5}
-        elif not math.isnan(found.alpha):  # as it is of a rank below 5
-            row["alpha"] = found.alpha
+        else:
+            row["alignment"] = found.alignment
         if probe is not None and found.queries is not None:
             row["probe_acc@1"] = probe.accuracy(found.queries, self.images.test_labels)
         self.kept = found if keep else None
@@ -269,7 +270,7 @@ class Monitor:
         except FloatingPointError as error:  # of weights that are finite, but huge
             raise RunError(f"--init {self.args.init}: {error}: choose other weights") from error
         if self.images.test_images is None:
-            ranks.say("no labelled test images: no kNN; std, rank and alpha-ReQ are watched")
+            ranks.say("no labelled test images: no kNN; std, rank and alignment are watched")
             return row
         pixels = metrics.raw_pixels(self.views.size)
         images = self.images.at_most(metrics.PIXELS_OF, self.args.seed)

@@ -17,7 +17,7 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam import checkpoint, metrics, network, pictures, scores
+from simsiam import checkpoint, metrics, network, pictures
 from simsiam.datasets import load
 from simsiam.files import RunError, read_csv
 from simsiam.images import Reading
@@ -111,7 +111,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     ]
     table = pandas.read_csv(tmp_path / "a_statistics.csv")
     assert " ".join(table.columns) == (
-        "epoch lr train_loss std rank alpha collapse test_acc@1 test_acc@5 probe_acc@1 "
+        "epoch lr train_loss std rank alignment collapse test_acc@1 test_acc@5 probe_acc@1 "
         "images_per_sec seconds"
     )
     assert table["epoch"].tolist() == [0, 1, 2, 3]
@@ -470,10 +470,15 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
     encoder = Source.open(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
     of_photos_alone = Reading(exclude=("r",))  # not of the pictures that the run has drawn
     images = load("folder", tmp_path, 16, reading=of_photos_alone).train_images
-    features = encoder.features(images, torch.autocast("cpu", torch.bfloat16, enabled=False))
-    assert table["alpha"][1] == pytest.approx(scores.alpha_req(features), rel=1e-3)
-    start, end = table["alpha"]
-    assert f"alpha-ReQ {end:.2f}, untrained encoder {start:.2f}: a score without labels" in out
+    augmentation, mean, std = VIEWS["imagenet"]
+    views, seen = Views(16, mean, std, augmentation, number=1), []
+    for epoch in range(2):  # two views of each image
+        with torch.no_grad():
+            features = encoder.net.backbone(views(Batch.alone(images, epoch))[0])
+        seen.append(F.normalize(features, dim=1))
+    start, end = table["alignment"]
+    assert end == pytest.approx((seen[0] - seen[1]).square().sum(1).mean().item(), rel=1e-3)
+    assert f"alignment {end:.3f}, untrained encoder {start:.3f}: a score without labels" in out
     assert table["rank"].notna().all()
     assert not (tmp_path / "r" / "results.csv").exists()
     state = torch.load(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")

@@ -244,9 +244,9 @@ def test_the_monitor_measures_the_bank_and_scores_the_test_images(watched, capsy
 def test_without_test_images_the_rank_is_watched(watched, capsys):
     images = Data(watched.train_images, watched.train_labels, None, None, [])
     watch = make_monitor(images)
-    assert watch.measure().keys() == {"rank", "alpha"}
+    assert watch.measure().keys() == {"rank", "alignment"}
     assert watch.found().queries is watch.found().ranking is None
-    assert watch.untrained().keys() == {"epoch", "rank", "alpha"}
+    assert watch.untrained().keys() == {"epoch", "rank", "alignment"}
     assert "no kNN" in capsys.readouterr().out
 
 

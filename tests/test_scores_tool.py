@@ -46,6 +46,13 @@ def test_rho_by_hand():
     assert found["a", "all", "loss"]["number"] == 5
 
 
+def test_a_run_that_was_made_twice_counts_once():
+    rows = [run(i, lidar=[1, 2, 4, 3, 5][i]) for i in range(5)]
+    found, twice = rho(rows), rho([*rows, *rows[2:], run(0, "b")])
+    assert str(twice) == str(found)  # nan is not nan
+    assert found["a", "all", "lidar"]["number"] == 5
+
+
 def test_alpha_is_best_near_one_and_no_number_is_worst():
     """From the worst: none, 3, 0, 1.5, 1."""
     alphas = [math.nan, 3.0, 0.0, 1.5, 1.0]

@@ -105,10 +105,12 @@ def correlations(rows: list[dict], seed: int = 0) -> list[dict]:
 
     For each data set with so many runs as `LEAST`: over all of them, and over those without a
     warning if others had one. A score that is no number counts as the worst; rho is nan where a
-    score is the same in all runs.
+    score is the same in all runs. Runs with the same numbers are one, made twice, and count once.
     """
     found = []
     scored = [row for row in rows if not math.isnan(row.get("knn", math.nan))]
+    names = ("data", *BETTER, "knn")
+    scored = list({tuple(str(row.get(name)) for name in names): row for row in scored}.values())
     for data in dict.fromkeys(row["data"] for row in scored):
         of_data = [row for row in scored if row["data"] == data]
         healthy = [row for row in of_data if not row["warned"]]
