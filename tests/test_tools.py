@@ -377,7 +377,8 @@ def test_profile_writes_a_trace_and_no_run(tmp_path, capsys, monkeypatch):
 
 
 def test_bench_start_gets_to_the_first_step(tmp_path):
-    command = [sys.executable, "-c", bench.STAGES, tmp_path]
+    small = "--train_size 128 --width 4 --batch_size 64".split()
+    command = [sys.executable, "-c", bench.STAGES, tmp_path, *small]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     stages = [line.split(maxsplit=2)[1:] for line in out.splitlines() if line[:6] == "STAGE "]
     when = [float(seconds) for seconds, _ in stages]
