@@ -1,5 +1,7 @@
 """Data sets by name: torchvision's, the user's own folders and lists, shards, textures."""
 
+import copy
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +86,7 @@ def load(
     if name in DOWNLOADED and len(folders.several(root)) > 1:
         raise ValueError(f"--data_root: {name} has one; several are for --data_name folder")
     if name == "textures":
-        return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
+        return copy.deepcopy(made_textures())  # what one run does to them is not another's
     if name in ("folder", "imagenet"):
         how = (image_size, workers, bad_images, test_only, name == "folder", reading, split_names)
         return load_folder(Path(root), *how)
@@ -93,6 +95,12 @@ def load(
     if name not in DATA_NAMES:
         raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
     return load_torchvision(name, Path(root))
+
+
+@functools.cache
+def made_textures() -> Data:
+    """The textures, made once a process: many runs of it may ask for them, and they are 15 MB."""
+    return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
 
 
 def load_torchvision(name: str, root: Path) -> Data:

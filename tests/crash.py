@@ -41,9 +41,9 @@ MOMENTS = tuple(
 IN_STEPS = mmap.mmap(-1, 1)
 
 
-def make_folder(root: Path) -> None:
-    """A folder of 240 textures, 40 of them to score with."""
-    for split, number, seed in [("train", 200, 1), ("test", 40, 2)]:
+def make_folder(root: Path, train: int = 200, test: int = 40) -> None:
+    """A folder of textures, to train on and to score with."""
+    for split, number, seed in [("train", train, 1), ("test", test, 2)]:
         images, labels = textures(number, seed)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             path = root / split / TEXTURES[label] / f"{i}.png"

@@ -150,6 +150,12 @@ def test_textures_need_no_files():
     assert found.train_labels.bincount().tolist() == [400] * 10
     assert found.classes == list(TEXTURES)
     assert not (found.train_images[:1000] == found.test_images).flatten(1).all(1).any()
+    before = found.test_images.clone()
+    found.test_images.zero_()  # what is done to them is not done to those of others
+    found.classes.clear()
+    again = load("textures", "/nowhere")
+    assert torch.equal(again.test_images, before)
+    assert again.classes == list(TEXTURES)
 
 
 # ---- torchvision's ------------------------------------------------------------------------------

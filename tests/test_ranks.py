@@ -45,7 +45,7 @@ def said(*command):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stdout
     return ended.stdout
@@ -109,23 +109,43 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def short(tiny, tmp_path_factory):
-    """What ranks say in several short commands, by name: one process, which imports once."""
-    place = tmp_path_factory.mktemp("short")
-    root = image_files(place / "images")
-    folder = f"--data_name folder --data_root {root} --recipe short --image_size 64 --width 4 "
-    folder += f"--feature_dim 16 --batch_size 64 --epochs 1 --no-pictures --out {place}"
+def place(tmp_path_factory):
+    """Where the commands of `done` write, each into a folder of its own."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def done(tiny, place):
+    """What ranks say in all commands, by name: one process, which imports once."""
+    folder = f"--data_name folder --data_root {image_files(place / 'images')} --recipe short "
+    folder += "--image_size 64 --width 4 --feature_dim 16 --batch_size 64 --epochs 1 --no-pictures"
     run = " ".join(("--ddp", *tiny, "--epochs", "2", "--out"))
+    image_files(place / "fewer", 128)
+    train, fit, judge, tune = from_end_to_end(place)
+    killed, compiled = " ".join(to_be_killed(tiny, place)), f"{COMPILED} --out {place}/compiled"
+    term = f"{int(signal.SIGTERM)} {run} {place}/signal --name"
+    goes_on = f"{run} {place}/signal --resume {place}/signal/a_model.pth"
     commands = {
         "gradients": ("2 gradients", "0 0"),
         "tuned": ("3 tuned", "0 0 0"),
         "probes": ("2 probes", "0 0"),
         "agree": ("3 agree", "0 0 0"),
         "first": (f"3 first {place}", "0 0 0"),
-        "sent": (f"2 sent --ddp {folder}", "0 0"),
+        "sent": (f"2 sent --ddp {folder} --out {place}/sent", "0 0"),
         "refused 32": (f"3 main {run} {place}/none --batch_size 32", "2 2 2"),
         "refused 3": (f"3 main {run} {place}/none --batch_size 3", "2 2 2"),
-        "fail": (f"2 fail 1 3 {run} {place}", "1 1"),
+        "fail": (f"2 fail 1 3 {run} {place}/fail", "1 1"),
+        "train": (f"2 main --ddp {train} --name pre", "0 0"),
+        "fit 2": (f"2 linear --ddp {fit}2", "0 0"),
+        "fit 3": (f"3 linear --ddp {fit}3", "0 0 0"),
+        "judge": (f"3 linear --ddp {judge}", "0 0 0"),
+        "tune": (f"2 linear --ddp {tune}", "0 0"),
+        "whole": (f"3 main --ddp {killed} --name whole", "0 0 0"),
+        "signal": (f"2 signal 1 3 {term} a", "143 143"),
+        "go on": (f"4 main {goes_on} --name b", "0 0 0 0"),
+        "last": (f"2 signal 1 6 {term} last", "143 143"),
+        "eager": (f"2 main {compiled} --name eager", "0 0"),
+        "compiled": (f"2 main {compiled} --name compiled --compile", "0 0"),
     }
     command = " then ".join(line for line, _ in commands.values())
     out = on_ranks(command, codes=", ".join(codes for _, codes in commands.values()))
@@ -175,8 +195,8 @@ def test_views_and_order_do_not_depend_on_ranks_and_workers(tmp_path, monkeypatc
     assert [len(x) for x in found[0]] == [16] * looks + [16] * looks + [2] * looks
 
 
-def test_gradients_of_two_ranks_are_one_process_s(short):
-    out = short["gradients"]
+def test_gradients_of_two_ranks_are_one_process_s(done):
+    out = done["gradients"]
     largest, difference, steps, equal = re.search(
         r"largest (\S+) difference (\S+) after (\d+) steps (\w+)", out
     ).groups()
@@ -186,42 +206,45 @@ def test_gradients_of_two_ranks_are_one_process_s(short):
     assert out.count("BN's statistics are of each rank's part") == 1
 
 
-def test_a_step_of_fine_tuning_is_one_process_s(short):
+def test_a_step_of_fine_tuning_is_one_process_s(done):
     """On three ranks, which have 3, 3 and 4 images."""
-    assert sorted(short["tuned"].splitlines()) == [f"rank {i}: True" for i in range(3)]
+    assert sorted(done["tuned"].splitlines()) == [f"rank {i}: True" for i in range(3)]
 
 
-def test_a_probe_is_one_process_s_on_every_rank_and_costs_the_encoder_no_bit(short):
+def test_a_probe_is_one_process_s_on_every_rank_and_costs_the_encoder_no_bit(done):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have
     args = main.make_flags().read(ranks_of_tests.FLAGS)[0]
     head = ranks_of_tests.head_of(lambda probe, x, y, i: probe.learn(x, y, i, 0.0), args)
     torch.set_num_threads(threads)
     for rank in range(2):
-        assert f"rank {rank}: equal True head {head}\n" in short["probes"], short["probes"]
+        assert f"rank {rank}: equal True head {head}\n" in done["probes"], done["probes"]
 
 
-def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
+def from_end_to_end(place):
+    """Flags: to train on image files, to fit a head (its name ends there), to judge, to tune."""
+    out = place / "whole"
+    train = f"--data_name imagenet --data_root {place}/fewer --arch resnet8 --stem cifar "
+    train += "--image_size 32 --epochs 1 --loss asymmetric_2x "  # four views
+    train += f"--feature_dim 64 --batch_size 24 --bank_size 100 --num_workers 1 --out {out}"
+    fit = f"--model_path {out}/pre_model.pth --optimizer lars --batch_size 50 --epochs 2 "
+    fit += f"--lr 0.1 1 --num_workers 1 --out {out} --name linear"
+    judge = f"--model_path {out}/linear2_model.pth --evaluate_only --out {out}"
+    tune = f"--model_path {out}/pre_model.pth --finetune --batch_size 24 --epochs 2 "
+    tune += f"--mixup 0.2 --num_workers 1 --out {out} --name tuned"
+    return train, fit, judge, tune
+
+
+def test_imagenet_from_end_to_end_by_any_number_of_ranks(done, place, capsys):
     """Accuracies, here of 61 test images, are those of one process; the linear head to the bit."""
-    root = image_files(tmp_path / "images", 128)
-    train = f"--data_name imagenet --data_root {root} --arch resnet8 --stem cifar --image_size 32 "
-    train += "--epochs 1 --loss asymmetric_2x "  # four views
-    train += f"--feature_dim 64 --batch_size 24 --bank_size 100 --num_workers 1 --out {tmp_path}"
-    fit = f"--model_path {tmp_path}/pre_model.pth --optimizer lars --batch_size 50 --epochs 2 "
-    fit += f"--lr 0.1 1 --num_workers 1 --out {tmp_path} --name linear"
-    judge = f"--model_path {tmp_path}/linear2_model.pth --evaluate_only --out {tmp_path}"
-    tune = f"--model_path {tmp_path}/pre_model.pth --finetune --batch_size 24 --epochs 2 "
-    tune += f"--mixup 0.2 --num_workers 1 --out {tmp_path} --name tuned"
-    out = on_ranks(
-        f"2 main --ddp {train} --name pre then 2 linear --ddp {fit}2 then 3 linear --ddp {fit}3 "
-        f"then 3 linear --ddp {judge} then 2 linear --ddp {tune}",
-        codes="0 0, 0 0, 0 0 0, 0 0 0, 0 0",
-    )
+    _, fit, judge, _ = from_end_to_end(place)
+    out = "".join(done[name] for name in ("train", "fit 2", "fit 3", "judge", "tune"))
+    root, place = place / "fewer", place / "whole"
     assert "ranks: 2, 12 images each a step; whatever their number, lr is 0.05 x 24 / 256" in out
     assert out.count("Fine-tuned: top-1") == 1
     assert "Warning" not in out
     assert out.count("epoch 1/1") == 1  # one rank speaks
-    state = torch.load(tmp_path / "pre_model.pth")
+    state = torch.load(place / "pre_model.pth")
     last = state["history"][-1]
     assert abs(last["std"] - 1) < 0.2
     assert -1 < last["train_loss"] < 0.5
@@ -241,12 +264,12 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     torch.set_num_threads(1)  # as the ranks have
     linear.main(f"{fit}1".split())
     torch.set_num_threads(threads)
-    one, *others = (torch.load(tmp_path / f"linear{count}_model.pth") for count in (1, 2, 3))
+    one, *others = (torch.load(place / f"linear{count}_model.pth") for count in (1, 2, 3))
     for other in others:
         assert all(torch.equal(value, one["model"][key]) for key, value in other["model"].items())
         for row, same in zip(other["history"], one["history"], strict=True):
             assert row | {"seconds": 0} == same | {"seconds": 0}
-    results = pandas.read_csv(tmp_path / "results.csv").set_index("run")
+    results = pandas.read_csv(place / "results.csv").set_index("run")
     assert set(results["protocol"]) == {"KNN, bank of 100", "Linear", "Fine-tuned"}
     capsys.readouterr()
     linear.main(judge.split())
@@ -254,7 +277,7 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(tmp_path, capsys):
     assert f"top-1 {results['top1']['linear2']:.2f} %" in alone
     assert sum(int(n) for n in re.findall(r"% of (\d+)$", alone, re.M)) == 61
     assert out.count(alone) == 1  # of the three ranks
-    assert not list(tmp_path.glob(".*"))
+    assert not list(place.glob(".*"))
 
 
 def test_a_rank_forks_when_its_other_threads_sleep(monkeypatch):
@@ -273,7 +296,7 @@ def test_a_rank_forks_when_its_other_threads_sleep(monkeypatch):
 # ---- what ranks tell one another ----------------------------------------------------------------
 
 
-def test_ranks_agree_a_step_later(short):
+def test_ranks_agree_a_step_later(done):
     expected = [
         [0, 0],  # nothing was said before
         [7, 12],  # what the third rank said in the call before: 7, and 10 + its number
@@ -287,7 +310,7 @@ def test_ranks_agree_a_step_later(short):
         [0, 0],
     ]
     for rank in range(3):
-        assert f"rank {rank}: {expected}\n" in short["agree"], short["agree"]
+        assert f"rank {rank}: {expected}\n" in done["agree"], done["agree"]
 
 
 def test_without_ranks_an_agreement_is_one_s_own_and_new():
@@ -295,16 +318,16 @@ def test_without_ranks_an_agreement_is_one_s_own_and_new():
     assert [agree(7, True), agree(0, 0), agree(3, 0, wait=True)] == [[7, 1], [0, 0], [3, 0]]
 
 
-def test_the_first_rank_goes_first(short):
+def test_the_first_rank_goes_first(done):
     """It makes a file that the others read; an error of its own is everyone's."""
     for rank in range(3):
-        assert f"rank {rank}: a file of the first's\n" in short["first"], short["first"]
-        assert f"rank {rank}: no room on rank 0\n" in short["first"], short["first"]
+        assert f"rank {rank}: a file of the first's\n" in done["first"], done["first"]
+        assert f"rank {rank}: no room on rank 0\n" in done["first"], done["first"]
 
 
-def test_images_are_not_sent_between_ranks(short):
+def test_images_are_not_sent_between_ranks(done):
     """2.9 MB of training images, which each rank decodes for itself."""
-    out = short["sent"]
+    out = done["sent"]
     assert "folder: 240 training images, 61 test images, 10 classes, 64 pixels" in out
     times, most = map(int, re.search(r"(\d+) times, (\d+) bytes at most", out).groups())
     assert times > 10
@@ -314,15 +337,20 @@ def test_images_are_not_sent_between_ranks(short):
 # ---- ranks that are lost ------------------------------------------------------------------------
 
 
-def test_a_killed_rank_costs_no_bit(tiny, tmp_path):
+def to_be_killed(tiny, place):
+    """Flags of the run whose rank is killed, and of the one that is left alone."""
+    flags = [*tiny, "--batch_size", 48, "--epochs", 2, "--out", place / "killed"]
+    flags += ["--checkpoint_minutes", 0, "--target_momentum", 0.9]
+    return list(map(str, flags))
+
+
+def test_a_killed_rank_costs_no_bit(tiny, done, place):
     """The second is killed in the second epoch's third step; torchrun starts them again.
 
     Three: the sums of two ranks would not depend on the order in which DDP packs gradients. They
     agree a step later, so that there is a checkpoint every second step.
     """
-    flags = [*tiny, "--batch_size", 48, "--epochs", 2, "--out", tmp_path, "--checkpoint_minutes", 0]
-    flags += ["--target_momentum", 0.9]
-    on_ranks(3, "main", "--ddp", *flags, "--name", "whole", codes="0 0 0")
+    flags, place = to_be_killed(tiny, place), place / "killed"
     out = said(
         *("torch.distributed.run", "--standalone", "--nproc_per_node", 3, "--max_restarts", 3),
         *("-m", "tests.ranks", 3, "signal", 1, 7, int(signal.SIGKILL)),
@@ -331,40 +359,34 @@ def test_a_killed_rank_costs_no_bit(tiny, tmp_path):
     assert "started again by torchrun (restart 1)" in out
     assert "resumed after epoch 1 of 2 and step 2 of 4" in out
     assert "[rank" not in out  # no traceback of those that lost it
-    assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []
+    assert crash.differences(place / "whole", place / "cut") == []
     # And the accuracies of the same, untrained weights are those of one process.
-    main.main([str(word) for word in (*flags, "--name", "alone", "--epochs", 1)])
-    rows = [torch.load(tmp_path / f"{name}_model.pth")["history"][0] for name in ("whole", "alone")]
+    main.main([*flags, "--name", "alone", "--epochs", "1"])
+    rows = [torch.load(place / f"{name}_model.pth")["history"][0] for name in ("whole", "alone")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-6)
     assert len({(row["test_acc@1"], row["test_acc@5"], row["raw_acc@1"]) for row in rows}) == 1
 
 
-def test_a_signal_to_one_rank_ends_all_and_others_go_on(tiny, tmp_path, capsys):
+def test_a_signal_to_one_rank_ends_all_and_others_go_on(tiny, done, place, capsys):
     """All act on it a step later, or in the same step where that is the epoch's last."""
-    flags = [*tiny, "--epochs", 2, "--out", tmp_path, "--name", "a"]
-    on = [*flags[:-1], "b", "--resume", tmp_path / "a_model.pth"]
-    number = int(signal.SIGTERM)
-    out = on_ranks(
-        *(2, "signal", 1, 3, number, "--ddp", *flags, "then", 4, "main", "--ddp", *on, "then"),
-        *(2, "signal", 1, 6, number, "--ddp", *flags[:-1], "last"),
-        codes="143 143, 0 0 0 0, 143 143",
-    )
+    out, place = "".join(done[name] for name in ("signal", "go on", "last")), place / "signal"
     assert out.count("--resume go on after this step") == 2
     for name, step in (("a", 4), ("last", 6)):
-        state = checkpoint.load(tmp_path / f"{name}_model.pth")
+        state = checkpoint.load(place / f"{name}_model.pth")
         assert (state["epoch"], state["step"]) == (0, step)
     assert "ranks: 4, 8 images each a step" in out
     assert "resumed after epoch 0 of 2 and step 4 of 6" in out
     assert "epoch 2/2" in out
-    main.main([str(word) for word in (*flags, "--resume")])
+    flags = [*tiny, "--epochs", "2", "--out", str(place), "--name", "a"]
+    main.main([*flags, "--resume"])
     out = capsys.readouterr().out
     assert "resumed after epoch 0 of 2 and step 4 of 6" in out
     assert "'ranks': 2" in out  # where the checkpoint was made
 
 
-def test_an_error_on_one_rank_ends_all_with_its_message(short):
-    assert "ZeroDivisionError: a mistake of ours" in short["fail"]
-    assert "rank 0: another rank is gone" in short["fail"]
+def test_an_error_on_one_rank_ends_all_with_its_message(done):
+    assert "ZeroDivisionError: a mistake of ours" in done["fail"]
+    assert "rank 0: another rank is gone" in done["fail"]
 
 
 # ---- what cannot be -----------------------------------------------------------------------------
@@ -389,18 +411,19 @@ def test_ddp_and_torchrun_need_each_other(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [32, 3])
-def test_a_batch_that_the_ranks_cannot_share_is_refused(short, size):
-    (line,) = short[f"refused {size}"].splitlines()  # all meet it, the first says it
+def test_a_batch_that_the_ranks_cannot_share_is_refused(done, size):
+    (line,) = done[f"refused {size}"].splitlines()  # all meet it, the first says it
     assert line.startswith(f"main.py: rank 0: --batch_size {size}: is cut among 3 ranks: give a")
 
 
-def test_ranks_train_compiled(tmp_path):
+COMPILED = "--ddp --device cpu --data_name textures --train_size 128 --batch_size 32 --width 4 "
+COMPILED += "--feature_dim 16 --k 5 --epochs 1 --no-pictures --amp off"
+
+
+def test_ranks_train_compiled(done, place):
     """DDP is compiled with the network, so that gradients are sent while others are computed."""
-    flags = "--ddp --device cpu --data_name textures --train_size 128 --batch_size 32 --width 4 "
-    flags += "--feature_dim 16 --k 5 --epochs 1 --no-pictures --amp off --name"
-    main_of = lambda *more: ("2", "main", *flags.split(), *more, "--out", tmp_path)  # noqa: E731
-    on_ranks(*main_of("eager"), "then", *main_of("compiled", "--compile"), codes="0 0, 0 0")
-    a, b = (torch.load(tmp_path / f"{name}_model.pth")["model"] for name in ("eager", "compiled"))
+    place = place / "compiled"
+    a, b = (torch.load(place / f"{name}_model.pth")["model"] for name in ("eager", "compiled"))
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], atol=1e-2, rtol=1e-2)

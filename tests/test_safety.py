@@ -724,10 +724,10 @@ def no_way_on(whole: bytes):
 def runs(tmp_path_factory):
     """A folder with images, and with a run of main.py and of linear.py, both cut off in epoch 2."""
     out = tmp_path_factory.mktemp("runs")
-    crash.make_folder(out / "images")
+    crash.make_folder(out / "images", 100, 20)  # few: many commands read them all
     flags = [*FOLDER, "--data_root", out / "images", "--name", "pre"]
     model = ["--model_path", out / "pre_model.pth", "--cached", "--name", "lin"]
-    for command, words in ((main, flags), (linear, [*model, "--batch_size", 50])):
+    for command, words in ((main, flags), (linear, [*model, "--batch_size", 25])):
         argv = [str(word) for word in (*words, "--epochs", 2, "--out", out)]
         with pytest.MonkeyPatch.context() as patch:
             at_step(patch, command, 1, 1, end_by_signal)

@@ -333,7 +333,7 @@ def first_step(*a):
     for name, when in stages: print(f"STAGE {when} {name}")
     sys.exit()
 main.load, main.prepare, main.train = timed_load, timed_prepare, first_step
-main.main(["--data_name", "textures", "--out", sys.argv[1]])
+main.main(["--data_name", "textures", "--out", *sys.argv[1:]])
 """
 
 

@@ -117,7 +117,7 @@ def convert(source: Source, to: str, encoder_only: bool = False) -> bytes:
 
 def command(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = utils.Parser(prog="tools.convert", description=__doc__.split("\n")[0])
+    parser = utils.Parser(prog="tools.convert", description=__doc__)
     add = parser.add_argument
     add("source", metavar="IN", help="a checkpoint")
     add("target", metavar="OUT", help="a file that is not there yet")
