@@ -150,7 +150,7 @@ def advice(seen: Seen, flags: dict) -> str:
     if len(seen.mean) == 3 and seen.gray == seen.looked and (any(colour) or flags["gray_p"]):
         found.append(
             "all images are grayscale: colour jitter of saturation and hue does nothing: "
-            f"--jitter {brightness:g} {contrast:g} 0 0 --gray_p 0"
+            f"--jitter {brightness:g} {contrast:g} 0 0 --gray_p 0, or --channels 1"
         )
     least, most = flags["crop_scale"]
     smallest = seen.side * math.sqrt(least)

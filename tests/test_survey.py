@@ -123,7 +123,7 @@ def test_what_is_described():
             {"gray": 20},
             {},
             "all images are grayscale: colour jitter of saturation and hue does nothing: "
-            "--jitter 0.4 0.4 0 0 --gray_p 0",
+            "--jitter 0.4 0.4 0 0 --gray_p 0, or --channels 1",
         ),
         ({"gray": 20}, {"jitter": (0.4, 0.4, 0.0, 0.0), "gray_p": 0.0}, ""),
         (
@@ -138,6 +138,15 @@ def test_what_is_described():
             "their mean, 0.50 0.50 0.90, is far from --mean: --mean auto --std auto",
         ),
         ({"mean": (0.5, 0.5, 0.9)}, {"mean": "auto"}, ""),
+        ({"mean": (0.5,), "gray": 20}, {"mean": "auto"}, ""),  # one channel
+        (
+            {"modes": Counter({"I;16": 20}), "brightest": 15},  # 12 bits: 4095 // 256
+            {},
+            "the values of 16 bits are below 4,096, so that only 16 of 256 levels are used: "
+            "--levels 0 4095",
+        ),
+        ({"modes": Counter({"I;16": 20}), "brightest": 15}, {"levels": (0, 4095)}, ""),
+        ({"brightest": 15}, {}, ""),  # 8 bits
         (
             {"varied": 3.04},
             {},
