@@ -236,9 +236,10 @@ def test_functions_are_not_called(tmp_path, function, monkeypatch, capsys):
 def test_there_is_one_reader(tmp_path):
     """Nothing in the tree unpickles, or calls torch's loaders, but this one reader of its own."""
     loads = r"(torch|jit|pickle|np|numpy)\.loads?\(|weights_only=False|Unpickler"
+    harmless = r"np\.load\([^()]*allow_pickle=False\)"  # an image's array: NumPy refuses objects
     for folder in (ROOT, ROOT / "simsiam", ROOT / "tools"):
         for path in folder.glob("*.py"):
-            assert not re.search(loads, path.read_text()), path
+            assert not re.search(loads, re.sub(harmless, "", path.read_text())), path
     torch.save({"version": 2}, tmp_path / "a.pth")
     for reader in (checkpoint.load, weights.read_weights):
         with pytest.raises(ValueError, match="is damaged, or not a checkpoint|has no weights"):
