@@ -4,7 +4,6 @@
 `torchvision:NAME` are any classification model of these libraries, with random weights.
 """
 
-import contextlib
 import difflib
 import re
 
@@ -173,19 +172,10 @@ def from_torchvision(name: str, channels: int = 3) -> tuple[nn.Module, int]:
     return net, features
 
 
-def first_convolution(net: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The layer that sees the images, and its name. Raises ValueError where there is none."""
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
-            return name, module
-    raise ValueError("it has no convolution")
-
-
 def channels_of(net: nn.Module) -> int:
     """How many channels the images of a network have; 3 where no convolution tells."""
-    with contextlib.suppress(ValueError):
-        return first_convolution(net)[1].in_channels
-    return 3
+    found = (module.in_channels for module in net.modules() if isinstance(module, nn.Conv2d))
+    return next(found, 3)
 
 
 def replace_first(net: nn.Module, channels: int) -> None:
@@ -193,7 +183,8 @@ def replace_first(net: nn.Module, channels: int) -> None:
 
     (Delving Deep into Rectifiers, arXiv 1502.01852, Eq. 14, as torchvision does.)
     """
-    name, old = first_convolution(net)
+    named = net.named_modules()
+    name, old = next((name, layer) for name, layer in named if isinstance(layer, nn.Conv2d))
     shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
     new = nn.Conv2d(channels, old.out_channels, **shape, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")

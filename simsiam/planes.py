@@ -48,7 +48,7 @@ def as_bytes(values: np.ndarray, levels: tuple[float, float] | None = None) -> n
         raise ValueError(f"its values are {values.dtype} of shape {values.shape}")
     if levels is not None:
         low, high = levels
-        values = (values.astype(np.float32) - low) * (255 / (high - low))
+        values = (values.astype(np.float64) - low) / (high - low) * 255
         if not np.isfinite(values).all():
             raise ValueError("it has values that are not finite")
         return values.clip(0, 255).round().astype(np.uint8)
@@ -161,7 +161,7 @@ def of_array(
     values: np.ndarray, channels: int, levels: tuple[float, float] | None
 ) -> Image.Image | Planes:
     """The image of an array H x W x channels: RGB of three, else `Planes`."""
-    pixels = np.ascontiguousarray(as_bytes(values, levels))
+    pixels = as_bytes(values, levels)
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, 2, 0)]
     if channels == 3:
         return Image.merge("RGB", planes if len(planes) == 3 else planes * 3)

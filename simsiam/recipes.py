@@ -173,10 +173,11 @@ def for_channels(flags: dict, given: dict) -> dict:
         return flags
     brightness, contrast, *colour = flags["jitter"]
     wrong = {"jitter": any(colour), "gray_p": bool(flags["gray_p"])}
-    for flag in (name for name, uses in wrong.items() if uses and name in given):
+    told = [name for name, uses in wrong.items() if uses and name in given]
+    if told:
         raise ValueError(
-            f"--{flag}: saturation, hue and grayscale need three channels, not {number}: --jitter "
-            f"{brightness:g} {contrast:g} 0 0 --gray_p 0"
+            f"--{told[0]}: saturation, hue and grayscale need three channels, not {number}: "
+            f"--jitter {brightness:g} {contrast:g} 0 0 --gray_p 0"
         )
     measured = {name: given.get(name, "auto") for name in ("mean", "std")}
     return flags | measured | {"jitter": (brightness, contrast, 0.0, 0.0), "gray_p": 0.0}

@@ -12,7 +12,7 @@ from simsiam import scores as library
 from simsiam.datasets import load
 from simsiam.views import Augmentation, Views
 from simsiam.weights import Source
-from tests import helpers
+from tests import crash, helpers
 from tools import scores
 
 DOOR = types.SimpleNamespace(main=scores.command)
@@ -106,6 +106,22 @@ def test_a_table_of_runs_is_the_library_s_and_is_gone_on_with(runs, tmp_path, ca
     found = pandas.read_csv(tmp_path / "found_rho.csv")
     assert set(found["runs"]) == {"all"}
     assert set(found["number"]) == {5}
+
+
+def test_images_that_are_read_otherwise_are_read_again(tmp_path):
+    """Two runs on one folder, with other levels: the second's scores are of its own images."""
+    crash.make_folder(tmp_path / "images", 40, 10)
+    flags = f"--data_name folder --data_root {tmp_path}/images --width 4 --epochs 1"
+    for name, levels in (("a", "0 255"), ("b", "0 60")):
+        more = (
+            f"--recipe short --feature_dim 16 --batch_size 20 --k 5 --levels {levels} --name {name}"
+        )
+        main.main(f"{flags} {more} --no-pictures --out {tmp_path}".split())
+    models = [f"{tmp_path}/{name}_model.pth" for name in "ab"]
+    scores.command([*models, "--out", f"{tmp_path}/both.csv"])
+    scores.command([models[1], "--out", f"{tmp_path}/alone.csv"])
+    both, alone = (pandas.read_csv(tmp_path / f"{name}.csv") for name in ("both", "alone"))
+    assert both.iloc[1].equals(alone.iloc[0])
 
 
 def test_bad_input_is_one_line(runs, tmp_path, capsys):
