@@ -189,6 +189,12 @@ def test_the_readme_is_short_and_ci_finds_its_test_command():
     assert "python main.py --data_name textures" in text
 
 
+def test_the_readme_names_each_room():
+    tree = (ROOT / "README.md").read_text().partition("\nsimsiam/ ")[2].partition("\ntools/")[0]
+    named = set(re.findall(r"(?:^  |; )(\w+)(?=  |[:;\n])", tree, re.M))
+    assert named == {*ROOMS}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="stdlib differs")
 def test_the_kept_requirements_are_the_ones_imported():
     """No dependency that nothing imports, none imported that is not required."""

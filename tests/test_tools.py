@@ -178,8 +178,10 @@ def test_speedrun_trains_each_for_its_minutes_and_tables_it(tmp_path, capsys, mo
     flags = "--train_size 200 --width 4 --budget 0.02 --points 2 --out".split()
     own = "fast --feature_dim 16 --batch_size 32"
     speedrun.command([own, "plain", *flags, str(tmp_path)])
-    rows = read_csv(tmp_path / "speedrun.csv")
+    rows, out = read_csv(tmp_path / "speedrun.csv"), capsys.readouterr().out
     assert [row["recipe"] for row in rows] == [own, "plain"]
+    for row in rows:  # so that who waits knows how long
+        assert f"{row['recipe']}, seed 0: {row['epochs']} epochs fit into 0.02 minutes\n" in out
     for row, batch in zip(rows, (32, 128), strict=True):
         curve = json.loads(row["curve"])
         assert curve[-1][1] == pytest.approx(row["knn"], abs=0.01)
@@ -202,9 +204,11 @@ def test_speedrun_trains_each_for_its_minutes_and_tables_it(tmp_path, capsys, mo
     assert f"--epochs {rows[0]['epochs']}" in rows[0]["command"]
     assert Image.open(tmp_path / "speedrun.png").size[0] > 800
     capsys.readouterr()
+    (tmp_path / "speedrun.png").unlink()
     speedrun.command([own, *flags, str(tmp_path)])
     assert "is in the table" in capsys.readouterr().out
     assert read_csv(tmp_path / "speedrun.csv") == rows
+    assert Image.open(tmp_path / "speedrun.png").size[0] > 800  # with a table put together by hand
     runner = types.SimpleNamespace(main=speedrun.command)
     for wrong, word in (("slow", "slow"), ("plain --lr 1", "plain"), ("fast --lr x", "--lr")):
         assert word in refused(capsys, runner, wrong, *flags, tmp_path)

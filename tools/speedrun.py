@@ -110,6 +110,7 @@ class Contender:
         """Train for `budget` minutes: columns of the table."""
         images, batch = len(self.images.train_images), self.args.batch_size
         epochs = max(self.sizes, round(60 * budget / self.seconds_of_epoch()))
+        say(f"{self.text}, seed {self.args.seed}: {epochs} epochs fit into {budget:g} minutes")
         every, spent, curve, found = max(1, epochs // points), 0.0, [], {}
         if self.is_peer:
             with self.peer(self.images, epochs) as run:
@@ -118,6 +119,7 @@ class Contender:
                     spent += took
                     if knn is not None:
                         curve.append((spent / 60, knn))
+                        say(f"{self.text}: {spent / 60:.1f} minutes, kNN {knn:.1f} %")
         else:
             name = re.sub(r"\W+", "_", f"{self.text} {self.args.seed} {budget:g}")
             for row in self.train(place, name, ["--epochs", epochs, "--knn_every", every])[1:]:
@@ -179,24 +181,25 @@ class Race:
         for old in self.rows():
             if all(old.get(name) == row[name] for name in KEY):
                 say(f"{contender.text}, seed {args.seed}, {budget:g} minutes: is in the table")
+                self.draw(row)
                 return old["knn"]
         row |= contender.run(budget, self.table.with_suffix(""), self.points)
         with self.lock:
-            rows = [*self.rows(), row]
-            write_csv(self.table, rows, COLUMNS)
-            self.draw([old for old in rows if all(old.get(k) == row[k] for k in PICTURE)])
+            write_csv(self.table, [*self.rows(), row], COLUMNS)
+        self.draw(row)
         linear = f", linear {row['linear']:.1f} %" if "linear" in row else ""
         took = f"{row['seconds'] / 60:.1f} minutes, {row['epochs']} epochs"
         say(f"{contender.text}, seed {args.seed}: {took}, kNN {row['knn']:.1f} %{linear}")
         return row["knn"]
 
-    def draw(self, rows: list[dict]) -> None:
-        """The picture of rows with the same data and network."""
+    def draw(self, like: dict) -> None:
+        """The picture of the table's rows with this one's data and network."""
         runs: dict[str, list] = {}
-        for row in rows:
-            runs.setdefault(row["recipe"], []).append(json.loads(row["curve"]))
-        with whole_file(self.table.with_suffix(".png")) as file:
-            title = f"{rows[0]['data']}, {rows[0]['train_size']} images, {rows[0]['network']}"
+        title = f"{like['data']}, {like['train_size']} images, {like['network']}"
+        with self.lock, whole_file(self.table.with_suffix(".png")) as file:
+            for row in self.rows():
+                if all(row.get(name) == like[name] for name in PICTURE):
+                    runs.setdefault(row["recipe"], []).append(json.loads(row["curve"]))
             figures.learning(runs, title, file)
 
 
