@@ -110,7 +110,7 @@ class Contender:
         """Train for `budget` minutes: columns of the table."""
         images, batch = len(self.images.train_images), self.args.batch_size
         epochs = max(self.sizes, round(60 * budget / self.seconds_of_epoch()))
-        say(f"{self.text}, seed {self.args.seed}: {epochs} epochs fit into {budget:g} minutes")
+        say(f"{self.text}, seed {self.args.seed}: {epochs} epochs, for {budget:g} minutes")
         every, spent, curve, found = max(1, epochs // points), 0.0, [], {}
         if self.is_peer:
             with self.peer(self.images, epochs) as run:
