@@ -387,7 +387,7 @@ def learning(runs: dict[str, list[list[list[float]]]], title: str, file: IO[byte
                 (line,) = axes.plot(*zip(*points, strict=True), **look)
             lines.append(line)
         axes.set(xlabel="minutes of training", ylabel="kNN top-1 on test images (%)")
-        axes.set_xscale("log", subs=(2, 5))  # the first minutes matter as the hours do
+        axes.set_xscale("log", subs=(2, 3, 5))  # the first minutes matter as the hours do
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
         bare(axes)

@@ -182,6 +182,7 @@ def test_speedrun_trains_each_for_its_minutes_and_tables_it(tmp_path, capsys, mo
     assert [row["recipe"] for row in rows] == [own, "plain"]
     for row in rows:  # so that who waits knows how long
         assert f"{row['recipe']}, seed 0: {row['epochs']} epochs, for 0.02 minutes\n" in out
+    assert f"plain, seed 0: {rows[1]['seconds'] / 60:.1f} minutes so far, kNN " in out
     for row, batch in zip(rows, (32, 128), strict=True):
         curve = json.loads(row["curve"])
         assert curve[-1][1] == pytest.approx(row["knn"], abs=0.01)

@@ -110,7 +110,8 @@ class Contender:
         """Train for `budget` minutes: columns of the table."""
         images, batch = len(self.images.train_images), self.args.batch_size
         epochs = max(self.sizes, round(60 * budget / self.seconds_of_epoch()))
-        say(f"{self.text}, seed {self.args.seed}: {epochs} epochs, for {budget:g} minutes")
+        who = f"{self.text}, seed {self.args.seed}"
+        say(f"{who}: {epochs} epochs, for {budget:g} minutes")
         every, spent, curve, found = max(1, epochs // points), 0.0, [], {}
         if self.is_peer:
             with self.peer(self.images, epochs) as run:
@@ -119,7 +120,7 @@ class Contender:
                     spent += took
                     if knn is not None:
                         curve.append((spent / 60, knn))
-                        say(f"{self.text}: {spent / 60:.1f} minutes, kNN {knn:.1f} %")
+                        say(f"{who}: {spent / 60:.1f} minutes so far, kNN {knn:.1f} %")
         else:
             name = re.sub(r"\W+", "_", f"{self.text} {self.args.seed} {budget:g}")
             for row in self.train(place, name, ["--epochs", epochs, "--knn_every", every])[1:]:
