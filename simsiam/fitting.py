@@ -109,8 +109,8 @@ class Tuned(Encoder):
     def augmented(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features of one view an image, on every rank, with a gradient for this rank's rows.
 
-        So each rank has the gradient of the head whole, and a part of the backbone's: `share_of`
-        adds them up.
+        So each rank has the gradient of the head whole, and a part of the backbone's:
+        `sum_gradients` adds them up.
         """
         self.backbone.train()
         (x,) = self.views(batch)

@@ -1,4 +1,4 @@
-"""The optimizer of pre-training: SGD, its groups of parameters, and its learning rate."""
+"""The optimizer of pre-training: SGD or Muon, groups of parameters, and the learning rate."""
 
 from argparse import Namespace
 

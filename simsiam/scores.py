@@ -68,7 +68,7 @@ def alpha_req(features: Tensor) -> float:
     The spectrum is that of the covariance of `features`, as they are, its largest number first.
     alpha is the negated slope of log eigenvalue over log i, by least squares with weights 1/i, for
     i from 4 to 100 (`FITTED`) or to the last one that is no rounding error. The paper asks for a
-    line in log-log; range and weights are its authors' code's (`fastssl`, where the range varies).
+    line in log-log; range and weights are its authors' code's (fastssl, where the range varies).
     The first few are left out since they stand for a few coarse directions and would tilt the line;
     the last, since few images tell little of them; and the weights keep the many large i, which lie
     close together on a log scale, from outweighing the rest. In fp64; nan where fewer than two are

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,19 @@ def test_the_checkpoint_s_format_is_in_one_place():
     table = (ROOT / "docs" / "checkpoints.md").read_text()
     keys = re.findall(r"^\| `(\w+)` \|", table, re.M)
     assert [key for key in keys if key in checkpoint.FORMAT] == list(checkpoint.FORMAT)
+
+
+def test_the_names_in_docstrings_and_comments_exist():
+    told, known = set(), set()
+    for path in [*CODE, *ROOT.glob("tests/*.py")]:
+        with tokenize.open(path) as file:
+            for token in tokenize.generate_tokens(file.readline):
+                text = token.type == tokenize.COMMENT or token.string.startswith('"""')
+                names = re.findall(r"`(\w+)`" if text else r"\w+", token.string)
+                (told if text else known).update(names)
+    assert len(told) > 300
+    ends = {name for name in told if name[0] == "_"}  # of names: `_p`
+    assert not told - known - {end for end in ends for name in known if name.endswith(end)}
 
 
 # ---- documents and requirements -----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What others do, for tools/bench.py to time: their functions in a plain loop, as users write it.
+"""What others do, for bench and speedrun: their functions in a plain loop, as users write it.
 
 Each peer has a process of its own, so that no setting of ours reaches it. A peer is a function
 that prepares what its users keep, and returns the function to be timed.
