@@ -323,9 +323,11 @@ def pretrain(run: Run, made: Prepared) -> None:
     smaller = f"python main.py --data_name {args.data_name} --data_root {args.data_root}"
     smaller += " --recipe short --epochs 5"
     shown = {"loss": "loss", "std": "std"}
+    pixels = [sum(side**2 for side in made.views.sides_in(i)) for i in range(args.epochs)]
     for epoch in run.epochs():
         stop_on_collapse(run)
-        with Progress(epoch, args, steps, shown, smaller, run.step) as progress:
+        rest = sum(pixels[epoch + 1 :]) / pixels[epoch]  # views may grow
+        with Progress(epoch, args, steps, shown, smaller, run.step, rest=rest) as progress:
             for step in train(*made[:5], epoch, run.step, args, *made[5:8]):
                 seen = progress(step, tally)
                 collapsed = monitor.look(epoch, step, steps, tally, start_rank)

@@ -15,8 +15,9 @@ class Progress:
 
     Called after each step with its number and the sums so far, which it reads from the device at
     most once a second; it returns whether it did. `shown`: which of the sums, and their labels;
-    `unit`: by how much a step counts in them. `smaller`: a command that takes less time. Ranks
-    other than the first show nothing.
+    `unit`: by how much a step counts in them. `smaller`: a command that takes less time.
+    `rest`: the work of the epochs after this one, over this one's; by default each is as this one.
+    Ranks other than the first show nothing.
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class Progress:
         smaller: str,
         start: int = 0,
         unit: int = 1,
+        rest: float | None = None,
     ):
+        self.rest = args.epochs - epoch - 1 if rest is None else rest
         self.epoch, self.args, self.steps, self.start = epoch, args, steps, start
         self.shown, self.smaller, self.unit = shown, smaller, unit
         self.terminal = sys.stderr.isatty() and ranks.rank() == 0
@@ -58,7 +61,7 @@ class Progress:
         now = self.read = time.perf_counter()  # after the device has caught up
         seconds = (now - self.first_step) / done  # a step
         epoch_left = seconds * (self.steps - step - 1)
-        run_left = epoch_left + seconds * self.steps * (self.args.epochs - self.epoch - 1)
+        run_left = epoch_left + seconds * self.steps * self.rest
         if done == 1 and self.epoch == 0 and run_left > 86400:
             ranks.say(
                 f"note: at this speed the run takes {run_left / 86400:.0f} days on this machine. "

@@ -285,14 +285,18 @@ class Views:
             raise ValueError(
                 "colours of other channels than three: say jitter=(0.4, 0.4, 0.0, 0.0), gray_p=0.0"
             )
-        side = self.sides[batch.epoch] if self.sides else self.size
-        sides = [side] * self.number + [self.local_size] * self.local
+        sides = self.sides_in(batch.epoch)
         images = [batch.images] * len(sides)
         if batch.images.dim() == 5:  # the workers have cut the crops of each view
             images = batch.images.unbind(1)
             sides = [self.size] * len(images)
         parts = zip(images, self.chance(batch), sides, strict=True)
         return [self.view(some, batch.rows, chance, side) for some, chance, side in parts]
+
+    def sides_in(self, epoch: int) -> list[int]:
+        """The side of each view of an image in an epoch, in pixels."""
+        side = self.sides[epoch] if self.sides else self.size
+        return [side] * self.number + [self.local_size] * self.local
 
     def chance(self, batch: Batch) -> list[Chance]:
         """What is drawn for each view of a batch."""

@@ -1,9 +1,11 @@
 """main.py: what a run writes, how it goes on, what it draws, says and refuses."""
 
 import copy
+import itertools
 import os
 import socket
 import sys
+import time
 import types
 
 import matplotlib.figure
@@ -264,7 +266,8 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
     images = types.SimpleNamespace(train_images=torch.empty(1, 3, 64, 64))
     for size, sides in ((32, [16, 16, 20, 20, 24]), (64, [32, 32, 40, 40, 48])):
         args = read("--recipe fast --epochs 5" + " --image_size 32" * (size == 32))
-        assert main.views_of(args, *main.described(args, images), 2).sides == sides
+        views = main.views_of(args, *main.described(args, images), 2)
+        assert [views.sides_in(epoch) for epoch in range(5)] == [[side] * 2 for side in sides]
     for wrong in ("0.05", "7", "20.5", "2000"):
         assert "--view_sizes" in refused(capsys, "--view_sizes", wrong)
     err = refused(capsys, *TINY.split(), "--epochs", "2", *"--view_sizes 8 16 32".split())
@@ -856,6 +859,14 @@ def test_a_month_on_the_cpu_is_said(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "days" in out
     assert "--recipe short" in out
+
+
+def test_larger_views_to_come_count_in_what_a_run_takes(tmp_path, capsys, monkeypatch):
+    """By a clock that goes on by 36 minutes whenever it is read."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2160).__next__)
+    for sizes, told in (("8 8", False), ("8 32", True)):  # the second epoch: 16 times the pixels
+        run(tmp_path, f"--epochs 2 --view_sizes {sizes} --name {told}")
+        assert ("the run takes" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn", "fashion_mnist"])

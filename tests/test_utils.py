@@ -480,6 +480,15 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock, capsys):
     assert lines[-1].endswith("left 00:00, run 05:00 (step 600 of 600)")
 
 
+def test_progress_counts_larger_epochs_to_come(clock, capsys):
+    with Progress(1, ARGS, 600, {"loss": "loss"}, "a smaller one", rest=2.25) as progress:
+        for step in range(122):
+            clock.now += 0.5
+            progress(step, Sums(CPU))
+    # An epoch is 5 minutes: 4 are left of this one, and the next takes 2.25 times as long.
+    assert "left 04:00, run 15:15 (step 120 of 600)" in capsys.readouterr().out
+
+
 def test_progress_after_a_resume_counts_its_own_steps(clock, capsys):
     """From step 400 of 600 on: the speed is of what was done here, the mean of the epoch."""
     tally = Counted(CPU, "top1")

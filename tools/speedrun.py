@@ -147,11 +147,10 @@ class Contender:
         Of a peer those of our network with as many views.
         """
         args = Namespace(**vars(self.args) | {"epochs": epochs})
-        views = main.views_of(args, *main.described(args, self.images), 2)
         net = network.simsiam(vars(args))
         number = 4 if self.text == "lightly:FastSiam" else net.num_views
-        sides = [side for side in views.sides or [views.size] * epochs for _ in range(number)]
-        sides += [views.local_size] * epochs * views.local
+        views = main.views_of(args, *main.described(args, self.images), number)
+        sides = [side for epoch in range(epochs) for side in views.sides_in(epoch)]
         return sum(network.params_and_flops(net, one)[1] * sides.count(one) for one in set(sides))
 
 
