@@ -188,7 +188,7 @@ def train(
             scaler.step(optimizer)
             scaler.update()
         if probe is not None:  # after the step, of which it changes nothing
-            probe.learn(features, batch.labels, epoch * len(loader) + batch.step, progress)
+            probe.learn(features, batch.labels, progress)
         yield batch.step
 
 

@@ -254,7 +254,8 @@ class Monitor:
         else:
             row["alignment"] = found.alignment
         if probe is not None and found.queries is not None:
-            row["probe_acc@1"] = probe.accuracy(found.queries, self.images.test_labels)
+            of_test = (found.queries, self.images.test_labels)
+            row["probe_acc@1"] = probe.accuracy(*of_test, found.bank)
         self.kept = found if keep else None
         return row
 

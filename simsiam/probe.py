@@ -16,8 +16,8 @@ from simsiam.shards import Shards
 # (a random layer on these) within two points; after 20 epochs of 4,000 within a tenth.
 LR = 640.0
 MOMENTUM = 0.9  # of SGD
-BN_MOMENTUM = 0.1  # of the running statistics, as PyTorch's
 NO_LABEL = -1  # in `Data`
+OLDER = {"mean", "var"}  # what checkpoints had besides: running statistics of the BN
 
 
 def wanted(asked: bool | None, images: Data) -> bool:
@@ -44,7 +44,7 @@ class Probe:
     kNN, and that through a BN without weights (as in MAE's linear probing: He et al. 2022, arXiv
     2111.06377, App. A.1): directions of ReLU's outputs have most of their length in common, and SGD
     learns slowly from what little they differ in. In training the BN's statistics are of the
-    batch, in `accuracy` they are running ones.
+    batch, in `accuracy` of the bank.
 
     All is zero at the start, also the head (its loss is convex): nothing is drawn at random, so
     that a run draws what it would draw without. Under --ddp each rank learns from the features of
@@ -63,18 +63,15 @@ class Probe:
             for shape in ((classes, features), (classes,))
         ]
         self.momentum = [torch.zeros_like(part) for part in self.head]
-        self.mean, self.var = (torch.zeros(features, device=device) for _ in range(2))
 
-    def learn(self, features: Tensor, labels: Tensor, step: int, progress: float) -> None:
-        """A step by the cross-entropy of a batch; the host does not wait for the device.
+    def learn(self, features: Tensor, labels: Tensor, progress: float) -> None:
+        """A step by the cross-entropy of a batch, `progress` epochs into the run; no wait.
 
         `features`: N x `features`, of this rank's images; `labels`: int64, of the whole global
-        batch, where -1 counts for nothing; `step`: of the run, from 0 on, `progress` epochs into
-        it.
+        batch, where -1 counts for nothing.
         """
         rows = ranks.gathered(features.detach().float(), len(labels))
-        # In the first steps all of them count alike, and not what the statistics began with.
-        x = self.seen(F.normalize(rows, dim=1), max(BN_MOMENTUM, 1 / (step + 1)))
+        x = F.batch_norm(F.normalize(rows, dim=1), None, None, training=True, eps=self.eps)
         loss = F.cross_entropy(
             F.linear(x, *self.head), labels, ignore_index=NO_LABEL, reduction="sum"
         )
@@ -86,19 +83,18 @@ class Probe:
                 momentum.mul_(MOMENTUM).add_(gradient)
                 part.sub_(momentum, alpha=self.peak * schedule)
 
-    def seen(self, x: Tensor, momentum: float | None = None) -> Tensor:
-        """What the head sees of L2-normalised features, N x `features`.
-
-        With a `momentum` their own statistics count, and the running ones move toward them.
-        """
-        train = momentum is not None
-        return F.batch_norm(x, self.mean, self.var, None, None, train, momentum or 0.0, self.eps)
-
     @torch.no_grad()
-    def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Top-1 in percent on L2-normalised features, M x `features`, and M labels; ranks share."""
-        mine = features[ranks.share(len(features))]
-        parts = [F.linear(self.seen(part), *self.head).argmax(1) for part in mine.split(10_000)]
+    def accuracy(self, features: Tensor, labels: Tensor, bank: Tensor) -> float:
+        """Top-1 in percent on L2-normalised features, M x `features`, and M labels; ranks share.
+
+        `bank`: those of training images, likewise under the test transform, for the BN. Its views
+        are crops, with --view_sizes smaller ones, whose features have another mean.
+        """
+        var, mean = torch.var_mean(bank, dim=0, correction=0)
+        mine, parts = features[ranks.share(len(features))], []
+        for part in mine.split(10_000):
+            x = F.batch_norm(part, mean, var, eps=self.eps)
+            parts.append(F.linear(x, *self.head).argmax(1))
         predicted = ranks.gathered(torch.cat(parts), len(features))
         return 100 * (predicted == labels).float().mean().item()
 
@@ -106,18 +102,17 @@ class Probe:
         """What a checkpoint holds of it: its own tensors, by name."""
         weight, bias = self.head
         found = {"weight": weight.detach(), "bias": bias.detach()}
-        found |= {f"{name} momentum": x for name, x in zip(found, self.momentum, strict=True)}
-        return found | {"mean": self.mean, "var": self.var}
+        return found | {f"{name} momentum": x for name, x in zip(found, self.momentum, strict=True)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's. Raises ValueError where it does not fit, or is not finite."""
         ours = self.state()
-        fits = state.keys() == ours.keys()
+        fits = state.keys() - OLDER == ours.keys()
         for name, mine in ours.items() if fits else ():
             saved = state[name]
             fits = fits and (saved.shape, saved.dtype) == (mine.shape, mine.dtype)
             fits = fits and bool(saved.isfinite().all())
-        if not fits or bool((state["var"] < 0).any()):
+        if not fits:
             raise ValueError("its probe does not fit its network")
         for name, mine in ours.items():
             mine.copy_(state[name])

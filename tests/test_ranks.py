@@ -215,7 +215,7 @@ def test_a_probe_is_one_process_s_on_every_rank_and_costs_the_encoder_no_bit(don
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have
     args = main.make_flags().read(ranks_of_tests.FLAGS)[0]
-    head = ranks_of_tests.head_of(lambda probe, x, y, i: probe.learn(x, y, i, 0.0), args)
+    head = ranks_of_tests.head_of(lambda probe, x, y: probe.learn(x, y, 0.0), args)
     torch.set_num_threads(threads)
     for rank in range(2):
         assert f"rank {rank}: equal True head {head}\n" in done["probes"], done["probes"]
