@@ -196,6 +196,16 @@ def test_the_documents_links_lead_somewhere():
             assert not anchor or anchor in anchors(place), f"{path.name}: {target}"
 
 
+def test_a_document_s_contents_name_its_sections():
+    found = 0
+    for path in DOCUMENTS:
+        text = path.read_text()
+        contents = re.findall(r"^- \[(.+?)\]\(#", text.partition("\n## ")[0], re.M)
+        assert contents in ([], re.findall(r"^## (.+)$", text, re.M)), path.name
+        found += bool(contents)
+    assert found == 4
+
+
 def test_the_readme_is_short_and_ci_finds_its_test_command():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 230
