@@ -36,6 +36,7 @@ STATISTICS = tuple(
     "epoch lr train_loss std rank alignment collapse test_acc@1 test_acc@5 probe_acc@1".split()
     + "images_per_sec seconds".split()
 )
+SHOWN = {"loss": "loss", "std": "std"}  # what the progress of an epoch tells, and its labels
 
 
 def make_flags() -> utils.Flags:
@@ -322,12 +323,10 @@ def pretrain(run: Run, made: Prepared) -> None:
     start_rank = run.history[0].get("rank", 0.0)
     smaller = f"python main.py --data_name {args.data_name} --data_root {args.data_root}"
     smaller += " --recipe short --epochs 5"
-    shown = {"loss": "loss", "std": "std"}
-    pixels = [sum(side**2 for side in made.views.sides_in(i)) for i in range(args.epochs)]
     for epoch in run.epochs():
         stop_on_collapse(run)
-        rest = sum(pixels[epoch + 1 :]) / pixels[epoch]  # views may grow
-        with Progress(epoch, args, steps, shown, smaller, run.step, rest=rest) as progress:
+        rest = made.views.rest(epoch, args.epochs)
+        with Progress(epoch, args, steps, SHOWN, smaller, run.step, rest=rest) as progress:
             for step in train(*made[:5], epoch, run.step, args, *made[5:8]):
                 seen = progress(step, tally)
                 collapsed = monitor.look(epoch, step, steps, tally, start_rank)

@@ -298,6 +298,11 @@ class Views:
         side = self.sides[epoch] if self.sides else self.size
         return [side] * self.number + [self.local_size] * self.local
 
+    def rest(self, epoch: int, epochs: int) -> float:
+        """The pixels of all views in the epochs after this one of `epochs`, over this one's."""
+        pixels = [sum(side**2 for side in self.sides_in(i)) for i in range(epoch, epochs)]
+        return sum(pixels[1:]) / pixels[0]
+
     def chance(self, batch: Batch) -> list[Chance]:
         """What is drawn for each view of a batch."""
         start, a = [self.seed, batch.epoch, batch.step], self.augmentation
