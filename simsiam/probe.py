@@ -87,8 +87,8 @@ class Probe:
     def accuracy(self, features: Tensor, labels: Tensor, bank: Tensor) -> float:
         """Top-1 in percent on L2-normalised features, M x `features`, and M labels; ranks share.
 
-        `bank`: those of training images, likewise under the test transform, for the BN. Its views
-        are crops, with --view_sizes smaller ones, whose features have another mean.
+        `bank`: those of training images, likewise under the test transform, for the BN. The views
+        that the head learned from are crops, whose features have another mean.
         """
         var, mean = torch.var_mean(bank, dim=0, correction=0)
         mine, parts = features[ranks.share(len(features))], []
