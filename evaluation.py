@@ -13,21 +13,26 @@ import pandas
 import torch
 
 import utils
-from simsiam import devices, figures, folders, metrics, ranks
-from simsiam.datasets import DATA_NAMES, DOWNLOADED, check_root, check_scored, load
-from simsiam.files import printable, whole_file, write_csv
-from simsiam.fitting import evaluate
-from simsiam.images import Reading, check_reading, decode
-from simsiam.loader import Data
-from simsiam.run import run_of
-from simsiam.weights import Predictor, Source
+from simsiam.data import folders
+from simsiam.data.datasets import DATA_NAMES, DOWNLOADED, check_root, check_scored, load
+from simsiam.data.decode import DecodeOptions, check_reading, decode
+from simsiam.data.loader import Data
+from simsiam.evaluation import metrics
+from simsiam.evaluation.linear import evaluate
+from simsiam.interop.weights import LoadedCheckpoint, Predictor
+from simsiam.plots import curves as figures
+from simsiam.runtime import devices, distributed
+from simsiam.runtime.files import atomic_write, printable, write_csv
+from simsiam.training.run import run_of
 
 
-def open_source(args: Namespace, linear: bool) -> Source:
+def open_source(args: Namespace, linear: bool) -> LoadedCheckpoint:
     """The checkpoint of --model_path. Raises ValueError if it is not, or is, a linear model."""
     path = f"--model_path {args.model_path}"
     more = {} if linear else utils.of_source(args)
-    source = ranks.from_first(lambda: Source.open(args.model_path, **more))
+    source = distributed.broadcast_from_rank0(
+        lambda: LoadedCheckpoint.open(args.model_path, **more)
+    )
     if linear and (source.state is None or not source.is_linear):
         raise ValueError(f"{path}: is not a linear model; make one with python linear.py {path}")
     if source.state is None and not args.data_name:
@@ -45,14 +50,14 @@ def open_source(args: Namespace, linear: bool) -> Source:
     return source
 
 
-def split_names(args: Namespace, source: Source) -> list[str] | None:
+def split_names(args: Namespace, source: LoadedCheckpoint) -> list[str] | None:
     """Those of the flags or, where they are silent and of the same data set, of a checkpoint."""
     saved = source.state["args"] if source.state else {}
     same = args.data_name in (None, saved.get("data_name"))
     return args.split_names or (saved.get("split_names") if same else None)
 
 
-def reading(args: Namespace, source: Source) -> Reading:
+def reading(args: Namespace, source: LoadedCheckpoint) -> DecodeOptions:
     """How image files are read: as the flags say or, where they are silent, as in pre-training."""
     told = {"exif": args.exif, "background": args.background}
     told |= {name: vars(args)[name] and tuple(vars(args)[name]) for name in ("exclude", "levels")}
@@ -61,7 +66,9 @@ def reading(args: Namespace, source: Source) -> Reading:
     )
 
 
-def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple[Data, str, str]:
+def images_of(
+    args: Namespace, source: LoadedCheckpoint, test_only: bool = False
+) -> tuple[Data, str, str]:
     """The data set of the flags or, where they are silent, of a checkpoint; its name and root.
 
     Without its training images if `test_only`, where they can be left alone.
@@ -95,12 +102,12 @@ def images_of(args: Namespace, source: Source, test_only: bool = False) -> tuple
 
 def draw_confusion(path: str, name: str, matrix: list[list[int]], classes: list[str]) -> None:
     """The picture of a confusion matrix, on the first rank."""
-    if ranks.rank() == 0:
-        with whole_file(path) as file:
+    if distributed.rank() == 0:
+        with atomic_write(path) as file:
             figures.confusion(matrix, classes, name, file)
 
 
-def confusion_file(args: Namespace, source: Source, data_name: str, root: str) -> str:
+def confusion_file(args: Namespace, source: LoadedCheckpoint, data_name: str, root: str) -> str:
     """Where --evaluate_only draws: over the run's own picture, if it is of the run's own data.
 
     Raises ValueError where a picture of other data would be replaced unasked.
@@ -132,7 +139,7 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
         os.makedirs(args.out, exist_ok=True)
         path = confusion_file(args, source, data_name, root)
     for line in filter(None, (images.found, *images.bad)):
-        ranks.say(line)
+        distributed.log(line)
     order = torch.tensor([classes.index(name) for name in images.classes])
     labels = order[images.test_labels].to(device)  # numbered as in training
     net = source.to(device).net
@@ -141,13 +148,13 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
     matrix = metrics.confusion_matrix(labels, net.fc(features).argmax(1), len(classes))
     for i, (name, row) in enumerate(zip(classes, matrix, strict=True)):
         if sum(row):
-            ranks.say(f"{name}: {100 * row[i] / sum(row):.1f} % of {sum(row)}")
+            distributed.log(f"{name}: {100 * row[i] / sum(row):.1f} % of {sum(row)}")
     line = f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}"
     if args.pictures:
         title = os.path.basename(path).removesuffix("_confusion.png")
         draw_confusion(path, title, matrix, classes)
         line += f"; wrote {path}"
-    ranks.say(line)
+    distributed.log(line)
 
 
 def predict(args: Namespace, flags: utils.Flags) -> None:
@@ -177,7 +184,7 @@ def predict(args: Namespace, flags: utils.Flags) -> None:
             row |= {f"class{place}": predictor.classes[label], f"score{place}": score}
         rows.append(row)
     table = pandas.DataFrame(rows)
-    ranks.say(table.to_string(index=False, float_format="{:.3f}".format))
+    distributed.log(table.to_string(index=False, float_format="{:.3f}".format))
     if args.out_csv:
         with flags.bad_input():
             write_csv(args.out_csv, rows, tuple(table.columns))

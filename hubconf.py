@@ -7,10 +7,11 @@ classes are numbers. Of the latter `stem`, `image_size`, `mean` and `std` can be
 
 from torch import nn
 
+from simsiam.interop import weights as _weights
+
 # An entry's name hides the package's, and torch.hub lists what has no underscore. Nothing else of
 # this directory is imported: whoever calls may have a `utils` or `model` of their own.
-from simsiam import network as _network
-from simsiam import weights as _weights
+from simsiam.models import simsiam as _network
 
 dependencies = ["torch", "torchvision", "thop", "pandas", "tqdm", "filelock"]
 
@@ -22,7 +23,7 @@ def simsiam(checkpoint: str | None = None, **settings: object) -> _network.SimSi
     """
     if checkpoint is None:
         return _network.SimSiam(**settings)
-    source = _weights.Source.open(checkpoint, **settings)
+    source = _weights.LoadedCheckpoint.open(checkpoint, **settings)
     if source.is_linear:
         raise ValueError(f"{checkpoint}: is a linear model: choose classifier or encoder")
     return source.net
@@ -30,9 +31,9 @@ def simsiam(checkpoint: str | None = None, **settings: object) -> _network.SimSi
 
 def encoder(checkpoint: str, **told: object) -> nn.Module:
     """A checkpoint's backbone: N x C x H x W, normalised -> N x features. Raises as `simsiam`."""
-    return _weights.Source.open(checkpoint, **told).net.backbone
+    return _weights.LoadedCheckpoint.open(checkpoint, **told).net.backbone
 
 
 def classifier(checkpoint: str, **told: object) -> _weights.Predictor:
     """A linear model of linear.py, with its own transform. Raises as `simsiam`."""
-    return _weights.Predictor(_weights.Source.open(checkpoint, **told))
+    return _weights.Predictor(_weights.LoadedCheckpoint.open(checkpoint, **told))

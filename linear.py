@@ -32,18 +32,31 @@ from evaluation import (
     reading,
     split_names,
 )
-from simsiam import checkpoint, devices, figures, metrics, network, ranks
-from simsiam.backbones import backbone
-from simsiam.datasets import DATA_NAMES
-from simsiam.files import about, whole_file
-from simsiam.fitting import Embed, Encoder, Task, Tuned, at_hand, evaluate, hits, make_optimizer
-from simsiam.images import LISTED, reading_flags
-from simsiam.loader import Data, Files, Loader, crc, subset
-from simsiam.monitor import Sums, spread
-from simsiam.progress import Progress
-from simsiam.run import Run, run_of
-from simsiam.views import Augmentation, Views
-from simsiam.weights import Source
+from simsiam.data.datasets import DATA_NAMES
+from simsiam.data.decode import FOLDER_DATA, reading_flags
+from simsiam.data.loader import Data, Files, Loader, evenly_spaced, images_checksum, subset
+from simsiam.evaluation import metrics
+from simsiam.evaluation.linear import (
+    FeatureFn,
+    FinetunedEncoder,
+    FrozenEncoder,
+    Task,
+    evaluate,
+    identity_features,
+    make_optimizer,
+    topk_correct,
+)
+from simsiam.interop import checkpoint
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.models import simsiam as network
+from simsiam.models.backbones import backbone
+from simsiam.plots import curves as figures
+from simsiam.runtime import devices, distributed
+from simsiam.runtime.files import atomic_write, error_prefix
+from simsiam.training.collapse import Meters
+from simsiam.training.progress import Progress
+from simsiam.training.run import Run, run_of
+from simsiam.views.augment import Augmentation, Views
 from utils import number
 
 # lr is per 256 images. sgd: MoCo's protocol, which the paper "also tried" (App. A), and the usual
@@ -158,8 +171,8 @@ def train(
     heads: nn.ModuleList,
     optimizer: Optimizer,
     loader: Loader,
-    embed: Embed,
-    tally: Sums,
+    embed: FeatureFn,
+    tally: Meters,
     epoch: int,
     start: int,
     epochs: int,
@@ -181,7 +194,7 @@ def train(
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
-        top1, top5 = hits(logits[0].detach(), batch.labels)
+        top1, top5 = topk_correct(logits[0].detach(), batch.labels)
         n = batch.size
         tally.count(loss=n * losses[0].detach(), top1=n * top1, top5=n * top5)
         yield batch.step
@@ -203,7 +216,7 @@ def fit(
     """A copy of `head` for each lr, trained from the start to the end; a `backbone` with one."""
     heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
     optimizer, loader = make_optimizer(args, heads, lrs, backbone), task.loader(args)
-    tally = Sums(task.labels.device, "top1", "top5")
+    tally = Meters(task.labels.device, "top1", "top5")
     last = (args.epochs, args.label_smoothing)
     for epoch in range(args.epochs):
         tally.clear()
@@ -226,11 +239,13 @@ def usual_lrs(run: Run, made: "Prepared") -> list[float]:
     args, images = run.args, made.images.train_images
     if args.finetune or args.optimizer != "sgd" or "lr" in run.given or len(images) < 10:
         return args.lr
-    norm = made.encoder.plain(images[spread(len(images), 1000)]).square().sum(1).mean().item()
+    norm = (
+        made.encoder.plain(images[evenly_spaced(len(images), 1000)]).square().sum(1).mean().item()
+    )
     if norm <= LARGE_NORM:
         return args.lr
     lrs = [args.lr[0] * part for part in PARTS_OF_LR]
-    ranks.say(
+    distributed.log(
         f"the features are large (a mean squared norm of {norm:.0f}; --lr {args.lr[0]:g} is for "
         f"{LARGE_NORM:g} at most): the best of --lr {' '.join(f'{lr:g}' for lr in lrs)} is taken"
     )
@@ -256,7 +271,7 @@ def best_on_held_out(
 
 
 def best_of_tuned(
-    net: network.Classifier, encoder: Tuned, task: Task, args: Namespace, classes: int
+    net: network.Classifier, encoder: FinetunedEncoder, task: Task, args: Namespace, classes: int
 ) -> float:
     """As `best_on_held_out`, with a copy of the whole network trained for each lr."""
     kept, out = held_out(task.labels, args.seed)
@@ -264,7 +279,7 @@ def best_of_tuned(
     for lr in args.lr:
         copied = copy.deepcopy(net)
         how = (encoder.views, encoder.amp, args.compile, classes, args.mixup)
-        tuned = Tuned(copied.backbone, *how)
+        tuned = FinetunedEncoder(copied.backbone, *how)
         some = task.chosen(kept)._replace(embed=tuned.augmented)
         (head,) = fit(copied.fc, [lr], some, args, copied.backbone)
         scores.append(evaluate(head, tuned.plain(task.inputs[out]), task.labels[out])[1])
@@ -274,7 +289,7 @@ def best_of_tuned(
 def the_best(lrs: list[float], scores: list[float]) -> float:
     """The lr with the best score; says all."""
     for lr, score in zip(lrs, scores, strict=True):
-        ranks.say(f"--lr {lr:g}: {score:.2f} % of the held-out tenth of the training set")
+        distributed.log(f"--lr {lr:g}: {score:.2f} % of the held-out tenth of the training set")
     return lrs[scores.index(max(scores))]
 
 
@@ -291,7 +306,7 @@ def pixels_baseline(images: Data, views: Views, amp: torch.autocast, args: Names
     )
     lrs = [args.lr[0] * part for part in PARTS_OF_LR]
     head = network.linear_head(inputs.shape[1], len(images.classes)).to(inputs.device)
-    heads = fit(head, lrs, Task(inputs, images.train_labels, at_hand), args)
+    heads = fit(head, lrs, Task(inputs, images.train_labels, identity_features), args)
     return max(evaluate(head, test, images.test_labels)[1] for head in heads)
 
 
@@ -303,7 +318,7 @@ def mode(args: Namespace) -> str:
     return ("scratch" if args.from_scratch else "finetune") if args.finetune else "linear"
 
 
-def run_name(args: Namespace, source: Source) -> str:
+def run_name(args: Namespace, source: LoadedCheckpoint) -> str:
     """The name of a run: that of its --model_path's file, and what is not the default."""
     saved = source.state["args"] if source.state else {}
     begin = run_of(args.model_path)[1] if saved else Path(args.model_path).stem
@@ -320,13 +335,13 @@ class Prepared(NamedTuple):
     """What a run fits with, and what it reports."""
 
     net: network.Classifier
-    encoder: Encoder
+    encoder: FrozenEncoder
     task: Task
     images: Data
     test_features: Tensor | None  # of a frozen encoder: the same in all epochs
     optimizer: Optimizer
     loader: Loader
-    tally: Sums
+    tally: Meters
     extraction: float  # seconds, of the training images' features
     seen: int  # images an epoch
     knn: float | None  # top-1 at the end of pre-training
@@ -348,7 +363,7 @@ def rate(run: Run, progress: float) -> float:
 def resumed_encoder(run: Run, net: network.Classifier) -> None:
     """Load a checkpoint's weights into `net`. Raises ValueError if its backbone's are others."""
     before = net.backbone.state_dict(prefix="backbone.")
-    with about(run.from_path):
+    with error_prefix(run.from_path):
         checkpoint.load_strictly(net, run.state["model"])
         if run.facts.get("lr", 0) <= 0 or not (run.args.finetune or "baseline" in run.facts):
             raise ValueError("is damaged, or not a checkpoint of linear.py")
@@ -360,20 +375,22 @@ def resumed_encoder(run: Run, net: network.Classifier) -> None:
 
 def fitted_to(
     args: Namespace, net: network.Classifier, images: Data, views: Views, amp: torch.autocast
-) -> tuple[Encoder, Task, Tensor | None, float]:
+) -> tuple[FrozenEncoder, Task, Tensor | None, float]:
     """The encoder, what the head is fitted to, and what it is judged by; seconds of extraction."""
     how = (net.backbone, views, amp, args.compile)
     if args.finetune:
-        tuned = Tuned(*how, len(images.classes), args.mixup)
-        ranks.say("the whole network is trained, with BN in train mode; it is scored in eval mode")
+        tuned = FinetunedEncoder(*how, len(images.classes), args.mixup)
+        distributed.log(
+            "the whole network is trained, with BN in train mode; it is scored in eval mode"
+        )
         task = Task(images.train_images, images.train_labels, tuned.augmented, views, False)
         return tuned, task, None, 0.0
-    encoder = Encoder(*how)
+    encoder = FrozenEncoder(*how)
     test_features = encoder.plain(images.test_images)  # the same in all epochs
     task = Task(images.train_images, images.train_labels, encoder.augmented, views)
     begun = time.perf_counter()
     if args.cached:
-        task = Task(encoder.plain(images.train_images), images.train_labels, at_hand)
+        task = Task(encoder.plain(images.train_images), images.train_labels, identity_features)
     return encoder, task, test_features, time.perf_counter() - begun
 
 
@@ -384,7 +401,7 @@ def prepare(run: Run) -> Prepared:
         device, amp = devices.set_up(args)
     source = open_source(args, linear=False)
     for note in source.notes:
-        ranks.say(f"{args.model_path}: {note}")
+        distributed.log(f"{args.model_path}: {note}")
     images, name, root = images_of(args, source)
     if args.label_fraction < 1:
         number = max(1, round(args.label_fraction * len(images.train_labels)))
@@ -395,20 +412,20 @@ def prepare(run: Run) -> Prepared:
             f"{len(images.train_labels)}: give one"
         )
     if run.state:
-        with about(run.from_path):
+        with error_prefix(run.from_path):
             augmentation = Augmentation.read(run.state["augmentation"])
     place = None if name == "textures" else utils.data_place(root)
     run.settle(data_name=name, data_root=place, split_names=split_names(args, source))
     how = vars(reading(args, source)).copy()
     del how["channels"]  # the encoder says how many
-    run.settle(**how | {"exclude": (name in LISTED and how["exclude"]) or None})
-    of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
+    run.settle(**how | {"exclude": (name in FOLDER_DATA and how["exclude"]) or None})
+    of_images = {"images_crc": images_checksum(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=source.encoder, augmentation=vars(augmentation).copy())
     arch, size = source.encoder["arch"], source.encoder["image_size"]
     torch.manual_seed(args.seed)
     body = source.net.backbone
     if args.from_scratch:
-        body = backbone(*checkpoint.of_backbone(source.encoder))[0]
+        body = backbone(*checkpoint.backbone_args(source.encoder))[0]
     net = network.Classifier(body, source.net.features, len(images.classes))
     if run.state:
         resumed_encoder(run, net)
@@ -420,7 +437,7 @@ def prepare(run: Run) -> Prepared:
     if args.finetune:
         amp = devices.precision_of_training(device, args.amp, amp, counts[1])
     run.settle(amp=amp)
-    result = utils.introduce(what, net, counts, images, name, size, device, amp)
+    result = utils.print_summary(what, net, counts, images, name, size, device, amp)
     result |= {"protocol": protocol, "data": utils.data_label(name, root), "arch": arch}
     net.to(device, memory_format=torch.channels_last)
     images = images.to(device)
@@ -430,7 +447,7 @@ def prepare(run: Run) -> Prepared:
     heads = nn.ModuleList([net.fc])
     learning = net.backbone if args.finetune else None
     optimizer = make_optimizer(args, heads, [run.facts.get("lr", args.lr[0])], learning)
-    loader, tally = task.loader(args), Sums(device, "top1", "top5")
+    loader, tally = task.loader(args), Meters(device, "top1", "top5")
     run.keep(net, optimizer, tally, len(loader), functools.partial(rate, run))
     history = source.state["history"] if source.state else [{}]
     knn = history[-1].get("test_acc@1")
@@ -445,7 +462,7 @@ def begin(run: Run, made: Prepared) -> None:
     run.facts |= {"lr": args.lr[0]}
     if not args.finetune:
         baseline = pixels_baseline(made.images, encoder.views, encoder.amp, args)
-        ranks.say(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
+        distributed.log(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
         run.facts |= {"baseline": baseline}
     lrs = usual_lrs(run, made)
     if len(lrs) > 1:
@@ -459,7 +476,7 @@ def begin(run: Run, made: Prepared) -> None:
         made.optimizer.param_groups[0]["peak"] = rate(run, 0)
         if args.finetune and args.encoder_lr is None:
             made.optimizer.param_groups[1]["peak"] = rate(run, 0)
-        ranks.say(f"chosen: --lr {lr:g}; fitted again on the whole training set")
+        distributed.log(f"chosen: --lr {lr:g}; fitted again on the whole training set")
     run.begin([], made.extraction)
 
 
@@ -498,7 +515,7 @@ def judge(run: Run, made: Prepared) -> None:
         # Cached epochs take a blink: not all of them are said.
         if epoch + 1 == args.epochs or time.perf_counter() - said > 1:
             said = time.perf_counter()
-            ranks.say(
+            distributed.log(
                 f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} "
                 f"train {row['train_acc@1']:.2f} %"
                 + (f" test {row['test_acc@1']:.2f} %" if "test_acc@1" in row else "")
@@ -512,10 +529,10 @@ def judge(run: Run, made: Prepared) -> None:
             labels = made.images.test_labels
             matrix = metrics.confusion_matrix(labels, predicted, len(classes))
             draw_confusion(f"{run.path}_confusion.png", args.name, matrix, classes)
-            with whole_file(f"{run.path}_curves.png") as file:
+            with atomic_write(f"{run.path}_curves.png") as file:
                 start = [{"epoch": 0, "raw_acc@1": baseline}] if baseline is not None else []
                 figures.curves({args.name: [*start, *run.history]}, file)
-    ranks.say(
+    distributed.log(
         f"{made.result['protocol']}: top-1 {last['test_acc@1']:.2f} % (best epoch {best:.2f} %), "
         f"top-5 {last['test_acc@5']:.2f} %"
         + (f"; raw pixels {baseline:.2f} %" if baseline is not None else "")

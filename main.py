@@ -17,19 +17,30 @@ import torch
 from torch import nn
 
 import utils
-from simsiam import checkpoint, devices, metrics, network, pictures, ranks, scores, survey, weights
-from simsiam.backbones import IMAGENET_ARCHS, STEMS, has_bn, is_of_library
-from simsiam.datasets import DATA_NAMES, check_root, load
-from simsiam.files import RunError, about
-from simsiam.images import Reading, check_reading, reading_flags
-from simsiam.loader import Data, Loader, crc
-from simsiam.monitor import Monitor, Tally
-from simsiam.optimizer import OPTIMIZERS, make_optimizer, rate
-from simsiam.probe import Probe, wanted
-from simsiam.progress import Progress
-from simsiam.recipes import RECIPES, USUAL_RECIPE, augmentation_of, for_channels, view_flags
-from simsiam.run import Run
-from simsiam.views import Augmentation, Views
+from simsiam.data import survey
+from simsiam.data.datasets import DATA_NAMES, check_root, load
+from simsiam.data.decode import DecodeOptions, check_reading, reading_flags
+from simsiam.data.loader import Data, Loader, images_checksum
+from simsiam.evaluation import metrics, scores
+from simsiam.interop import checkpoint, weights
+from simsiam.models import simsiam as network
+from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, has_bn, is_of_library
+from simsiam.plots import run as pictures
+from simsiam.runtime import devices, distributed
+from simsiam.runtime.files import RunError, error_prefix
+from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.optim import OPTIMIZERS, lr_at, make_optimizer
+from simsiam.training.probe import Probe, wanted
+from simsiam.training.progress import Progress
+from simsiam.training.recipes import (
+    RECIPES,
+    USUAL_RECIPE,
+    augmentation_of,
+    for_channels,
+    view_flags,
+)
+from simsiam.training.run import Run
+from simsiam.views.augment import Augmentation, Views
 from utils import number
 
 STATISTICS = tuple(
@@ -158,7 +169,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     views: Views,
-    tally: Tally,
+    tally: TrainMeters,
     epoch: int,
     start: int,
     args: Namespace,
@@ -173,7 +184,7 @@ def train(
     net.train()
     for batch in loader.epoch(epoch, start):
         x = views(batch)  # x1, x2: the same images, augmented twice
-        lr = rate(args, progress := epoch + batch.step / len(loader))
+        lr = lr_at(args, progress := epoch + batch.step / len(loader))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.batch_size / 256 if group["fix_lr"] else lr
         with amp:
@@ -203,7 +214,7 @@ class Prepared(NamedTuple):
     optimizer: torch.optim.Optimizer
     loader: Loader
     views: Views
-    tally: Tally
+    tally: TrainMeters
     amp: torch.autocast
     scaler: torch.amp.GradScaler
     probe: Probe | None
@@ -214,7 +225,7 @@ class Prepared(NamedTuple):
 def images_of(args: Namespace) -> Data:
     """The data set of the flags. Raises as `datasets.load`."""
     place = (args.data_name, args.data_root)
-    how = {"reading": Reading.of(vars(args)), "split_names": args.split_names}
+    how = {"reading": DecodeOptions.of(vars(args)), "split_names": args.split_names}
     images = load(*place, args.image_size, args.num_workers, args.bad_images, **how)
     return images if args.train_size is None else images.subset(args.train_size, args.seed)
 
@@ -224,11 +235,13 @@ def initial_network(args: Namespace) -> network.SimSiam:
     torch.manual_seed(args.seed)
     net = network.simsiam(vars(args))
     if not has_bn(net.backbone):
-        ranks.say("the backbone has no BN: a collapse is more likely (paper, sec. 4.4); see std")
+        distributed.log(
+            "the backbone has no BN: a collapse is more likely (paper, sec. 4.4); see std"
+        )
     if args.init:
-        with about(f"--init {args.init}"):
+        with error_prefix(f"--init {args.init}"):
             for note in weights.initialise(net, args.init, args.init_parts):
-                ranks.say(f"{args.init}: {note}")
+                distributed.log(f"{args.init}: {note}")
     return net
 
 
@@ -251,7 +264,7 @@ def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number:
 
 def prepare(run: Run) -> Prepared:
     """All that a run needs, new or from its checkpoint. Raises ValueError and OSError."""
-    args, state, each = run.args, run.state, ranks.images_each(run.args.batch_size)
+    args, state, each = run.args, run.state, distributed.batch_size_per_rank(run.args.batch_size)
     if args.data_name == "textures" and "data_root" in run.given:
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     with run.flags.bad_input():  # one rank alone may lack its device
@@ -261,7 +274,7 @@ def prepare(run: Run) -> Prepared:
     images = images_of(args)
     if state:
         encoder, augmentation = state["encoder"], Augmentation.read(state["augmentation"])
-        with about(run.from_path):
+        with error_prefix(run.from_path):
             net = checkpoint.network(state)
             if any(encoder[name] != getattr(args, name) for name in ("arch", "stem", "width")):
                 raise ValueError("its encoder is not that of its arguments")
@@ -274,7 +287,7 @@ def prepare(run: Run) -> Prepared:
     run.settle(amp=amp, image_size=size, probe=has_probe)
     if args.data_name != "textures":
         run.settle(data_root=utils.data_place(args.data_root))
-    of_images = {"images_crc": crc(images.train_images), "classes": images.classes}
+    of_images = {"images_crc": images_checksum(images.train_images), "classes": images.classes}
     run.same(**of_images, encoder=encoder, augmentation=vars(augmentation).copy())
     baselines = {"raw_acc@1", "test_acc@1"}
     if state and images.test_images is not None and not baselines <= run.history[0].keys():
@@ -283,13 +296,13 @@ def prepare(run: Run) -> Prepared:
         )
     run.list_bad_images(images.bad)
     what = f"{run.path}: SimSiam {args.arch}, d = {args.feature_dim}"
-    result = utils.introduce(what, net, counts, images, args.data_name, size, device, amp)
+    result = utils.print_summary(what, net, counts, images, args.data_name, size, device, amp)
     if not state:
         survey.say(args, images)
     if args.ddp:
-        ranks.say(
-            f"ranks: {ranks.count()}, {each} images each a step; whatever their number, lr is "
-            f"{args.lr:g} x {args.batch_size} / 256 = {rate(args, args.warmup_epochs):g}"
+        distributed.log(
+            f"ranks: {distributed.world_size()}, {each} images each a step; whatever their number, "
+            f"lr is {args.lr:g} x {args.batch_size} / 256 = {lr_at(args, args.warmup_epochs):g}"
         )
     result |= {"data": utils.data_label(args.data_name, args.data_root), "arch": args.arch}
     result |= {"feature_dim": args.feature_dim, "k": args.k, "protocol": "KNN"}
@@ -303,9 +316,9 @@ def prepare(run: Run) -> Prepared:
         images = images.subset(args.bank_size, args.seed, "--bank_size")
         result["protocol"] += f", bank of {args.bank_size}"
     net.to(device, memory_format=torch.channels_last)
-    optimizer, tally = make_optimizer(net, args), Tally(device)
-    trained = ranks.for_training(net, size, args.compile, args.cuda_graphs)
-    run.keep(net, optimizer, tally, len(loader), functools.partial(rate, args), scaler, probe)
+    optimizer, tally = make_optimizer(net, args), TrainMeters(device)
+    trained = distributed.prepare_for_training(net, size, args.compile, args.cuda_graphs)
+    run.keep(net, optimizer, tally, len(loader), functools.partial(lr_at, args), scaler, probe)
     warned = "collapse" in run.facts
     monitor = Monitor(net, views, images, args, RECIPES[args.recipe]["lr"], autocast, warned)
     steps = (trained, optimizer, loader, views, tally, autocast, scaler, probe)
@@ -318,7 +331,7 @@ def pretrain(run: Run, made: Prepared) -> None:
     if run.state is None:
         run.begin([monitor.untrained()])
     board = None
-    if args.tensorboard and ranks.rank() == 0:
+    if args.tensorboard and distributed.rank() == 0:
         board = pictures.Board(f"{run.path}_tensorboard", run.history, STATISTICS)
     start_rank = run.history[0].get("rank", 0.0)
     smaller = f"python main.py --data_name {args.data_name} --data_root {args.data_root}"
@@ -347,7 +360,7 @@ def pretrain(run: Run, made: Prepared) -> None:
         row = run.after_epoch(row)
         if board:
             board.row(row)
-        ranks.say(
+        distributed.log(
             f"epoch {epoch + 1}/{args.epochs} loss {row['train_loss']:.3f} std {row['std']:.2f}"
             + (f" rank {row['rank']:.1f}" if "rank" in row else "")
             + (f" alignment {row['alignment']:.3f}" if "alignment" in row else "")
@@ -359,20 +372,20 @@ def pretrain(run: Run, made: Prepared) -> None:
     with run.finishing():
         if "test_acc@1" in end:
             best = run.report(**made.result)
-            ranks.say(
+            distributed.log(
                 f"kNN top-1 {end['test_acc@1']:.1f} % (best {best:.1f} %), "
                 + (f"linear probe {end['probe_acc@1']:.1f} %, " if "probe_acc@1" in end else "")
                 + f"untrained encoder {start['test_acc@1']:.1f} %, raw pixels "
                 f"{start['raw_acc@1']:.1f} %"
             )
         elif "alignment" in end:
-            ranks.say(scores.in_words(end["alignment"], start.get("alignment")))
+            distributed.log(scores.in_words(end["alignment"], start.get("alignment")))
         if args.pictures:
             pictures.draw_run(run.path, args.name, run.history, monitor, board)
     if board:
         board.close()
     drawn = " and pictures" if args.pictures else ""
-    ranks.say(f"wrote {run.path}_model.pth, {run.path}_statistics.csv{drawn}")
+    distributed.log(f"wrote {run.path}_model.pth, {run.path}_statistics.csv{drawn}")
 
 
 def stop_on_collapse(run: Run) -> None:
@@ -393,7 +406,7 @@ def show_views(args: Namespace) -> None:
     os.makedirs(args.out, exist_ok=True)
     survey.say(args, images)
     pictures.draw_views(path, label, images.train_images, views, args.seed)
-    ranks.say(f"wrote {path}")
+    distributed.log(f"wrote {path}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,9 +6,9 @@ python model.py --arch resnet50 --stem imagenet --projector_layers 3 --image_siz
 from torch import nn
 
 import utils
-from simsiam.backbones import IMAGENET_ARCHS, STEMS, is_of_library
-from simsiam.network import *  # noqa: F403, a door
-from simsiam.network import Classifier, SimSiam, params_and_flops
+from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_of_library
+from simsiam.models.simsiam import *  # noqa: F403, a door
+from simsiam.models.simsiam import Classifier, SimSiam, params_and_flops
 
 
 def command(argv: list[str] | None = None) -> None:

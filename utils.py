@@ -16,14 +16,14 @@ from typing import NoReturn
 
 import torch
 
-from simsiam import ranks
-from simsiam.backbones import STEMS
-from simsiam.files import RunError
-from simsiam.folders import several
-from simsiam.images import BadImage, ignore_pil_warnings
-from simsiam.loader import Data
-from simsiam.network import Classifier, SimSiam
-from simsiam.run import run_of
+from simsiam.data.decode import BadImage, ignore_pil_warnings
+from simsiam.data.folders import split_roots
+from simsiam.data.loader import Data
+from simsiam.models.backbones import STEMS
+from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.runtime import distributed
+from simsiam.runtime.files import RunError
+from simsiam.training.run import run_of
 
 # ---- errors in one line -------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Of what all ranks meet alike, the first speaks."""
-        first = not ranks.under_torchrun() or os.environ["RANK"] == "0"
+        first = not distributed.launched_by_torchrun() or os.environ["RANK"] == "0"
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n" if first else None)
 
     @contextlib.contextmanager
@@ -55,10 +55,10 @@ class Parser(argparse.ArgumentParser):
             yield
         except (ValueError, OSError) as error:
             found = " ".join(str(error).split())
-        for i, error in enumerate(ranks.gathered_objects(found)):
+        for i, error in enumerate(distributed.all_gather_objects(found)):
             if error is not None:
-                line = f"{self.prog}: {ranks.label(i)}{error}\n"
-                self.exit(2, line if i == ranks.rank() else None)
+                line = f"{self.prog}: {distributed.rank_prefix(i)}{error}\n"
+                self.exit(2, line if i == distributed.rank() else None)
 
 
 def is_memory(error: Exception) -> bool:
@@ -79,21 +79,21 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except RunError as error:
-        if ranks.rank() == 0:  # all ranks meet it alike, or the first alone does
+        if distributed.rank() == 0:  # all ranks meet it alike, or the first alone does
             print(f"{command}: {error}", file=sys.stderr)
         sys.exit(1)
     except BadImage as error:
-        print(f"{command}: {ranks.label(ranks.rank())}{error}", file=sys.stderr)
+        print(f"{command}: {distributed.rank_prefix(distributed.rank())}{error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        first = ranks.label(ranks.rank())
+        first = distributed.rank_prefix(distributed.rank())
         if is_memory(error):
             line = f"{command}: {first}there is too little memory for this run: give a smaller "
             line += (
                 "--batch_size or --bank_size, or --amp bf16; a checkpoint that is there is intact"
             )
             print(line, file=sys.stderr)
-        elif ranks.lost(error):
+        elif distributed.is_peer_failure(error):
             print(f"{first}another rank is gone", file=sys.stderr)
         else:
             raise
@@ -111,8 +111,8 @@ def joined(args: Namespace, parser: Parser) -> Iterator[None]:
         ignore_pil_warnings()
         with parser.bad_input():
             if args.ddp:
-                stack.enter_context(ranks.joined(args.overwrite))
-            elif ranks.under_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
+                stack.enter_context(distributed.process_group(args.overwrite))
+            elif distributed.launched_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
                 raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} of it: add --ddp")
         yield
 
@@ -380,11 +380,11 @@ def data_label(name: str, root: str) -> str:
     """The data set's name in the results; for the user's own with whose images they are."""
     if name not in ("folder", "webdataset"):
         return name
-    places = several(root) if name == "folder" else [root]
+    places = split_roots(root) if name == "folder" else [root]
     return f"{name}:{'+'.join(Path(place).resolve().name for place in places)}"
 
 
-def introduce(
+def print_summary(
     what: str,
     net: SimSiam | Classifier,
     counts: tuple[int, int],
@@ -402,7 +402,7 @@ def introduce(
     params, flops = counts
     found = f"{images.found}\n" if images.found else ""
     tests = 0 if images.test_images is None else len(images.test_images)
-    ranks.say(
+    distributed.log(
         f"{what}: {params / 1e6:.2f}M parameters, {flops / 1e6:.2f}M multiply-adds an image "
         f"(thop's FLOPs), on {on}\n{found}{name}: {len(images.train_images)} training images, "
         f"{tests} test images, {len(images.classes)} classes, {size} pixels"

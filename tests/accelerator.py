@@ -23,13 +23,15 @@ from torch.utils import cpp_extension
 import linear
 import main
 import utils
-from simsiam import batchnorm, devices, metrics, network, ranks
-from simsiam.loader import Loader
-from simsiam.monitor import Tally
-from simsiam.probe import Probe
-from simsiam.recipes import VIEWS
-from simsiam.textures import textures
-from simsiam.views import Batch, Views
+from simsiam.data.loader import Loader
+from simsiam.data.textures import textures
+from simsiam.evaluation import metrics
+from simsiam.models import simsiam as network
+from simsiam.runtime import batchnorm, devices, distributed
+from simsiam.training.collapse import TrainMeters
+from simsiam.training.probe import Probe
+from simsiam.training.recipes import VIEWS
+from simsiam.views.augment import Batch, Views
 from tests import ranks as tests_ranks
 from tools import bench, features
 
@@ -141,7 +143,7 @@ def trained(
     torch.manual_seed(0)
     net = network.simsiam(vars(args)).to(device, memory_format=torch.channels_last)
     convert(net)
-    optimizer, tally = main.make_optimizer(net, args), Tally(device)
+    optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
     images, labels = (part.to(device) for part in textures(96, seed=1))
     augment = Views(32, *VIEWS["short"][1:])
     loader = Loader(images, args.batch_size, 0, labels, views=augment)
@@ -152,7 +154,7 @@ def trained(
         fault(x[0])
         return x
 
-    wrapped = ranks.distributed(net) if ranks.grouped() else net
+    wrapped = distributed.wrap_ddp(net) if distributed.is_distributed() else net
     off = devices.autocast(device, "off")
     rest = (views, tally, 0, 0, args, off, main.UNSCALED, probe)
     return net, waits(native, lambda: list(main.train(wrapped, optimizer, loader, *rest)))
@@ -193,8 +195,8 @@ def synced(native: types.ModuleType) -> None:
         "PyTorch's": nn.SyncBatchNorm.convert_sync_batchnorm,
         "apart": lambda net: None,
     }
-    with ranks.joined():
-        device, found, weights = ranks.own_device("pretend"), {}, {}
+    with distributed.process_group():
+        device, found, weights = distributed.local_device("pretend"), {}, {}
         for name, convert in converts.items():
             net, found[name] = trained(native, device, convert)
             weights[name] = {key: value.cpu() for key, value in net.state_dict().items()}
@@ -203,7 +205,7 @@ def synced(native: types.ModuleType) -> None:
             )
             found[name]["equal"] = all(same)
         found["patience"] = native.patience
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             tests_ranks.tell(json.dumps(found))
 
 

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 import main
-from simsiam.textures import TEXTURES, textures
+from simsiam.data.textures import TEXTURES, textures
 
 TIMES = ["images_per_sec", "seconds"]
 MOMENTS = tuple(

@@ -37,8 +37,8 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam.network import Classifier, SimSiam
-from simsiam.textures import textures
+from simsiam.data.textures import textures
+from simsiam.models.simsiam import Classifier, SimSiam
 from tests.test_serialization import Call, as_bytes
 from tools import features
 

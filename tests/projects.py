@@ -13,9 +13,9 @@ from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from torch import nn
 from torchvision.models import resnet18
 
-from simsiam import checkpoint
-from simsiam.network import Classifier, SimSiam
-from simsiam.views import NORMALISATION, Augmentation
+from simsiam.interop import checkpoint
+from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.views.augment import NORMALISATION, Augmentation
 
 
 def shaken(module):

@@ -34,13 +34,15 @@ import torch.distributed as dist
 import linear
 import main
 import utils
-from simsiam import devices, fitting, network, ranks
-from simsiam.loader import Loader, end_workers
-from simsiam.monitor import Sums, Tally
-from simsiam.probe import Probe
-from simsiam.recipes import VIEWS
-from simsiam.textures import textures
-from simsiam.views import Views
+from simsiam.data.loader import Loader, end_workers
+from simsiam.data.textures import textures
+from simsiam.evaluation import linear as fitting
+from simsiam.models import simsiam as network
+from simsiam.runtime import devices, distributed
+from simsiam.training.collapse import Meters, TrainMeters
+from simsiam.training.probe import Probe
+from simsiam.training.recipes import VIEWS
+from simsiam.views.augment import Views
 
 FLAGS = "--ddp --data_name textures --width 8 --feature_dim 64 --batch_size 32 --device cpu".split()
 
@@ -53,11 +55,11 @@ def gradients() -> None:
         device, amp = devices.set_up(args)
         torch.manual_seed(0)
         net = network.simsiam(vars(args))
-        trained = ranks.for_training(net, 32)
+        trained = distributed.prepare_for_training(net, 32)
         images = textures(640, seed=1)[0]
         views = Views(32, *VIEWS[args.recipe][1:])
         found = []
-        for one, share in ((net, fitting.whole), (trained, ranks.share)):
+        for one, share in ((net, fitting.whole), (trained, distributed.local_slice)):
             loader = Loader(images, args.batch_size, views=views, share=share)
             batch = next(loader.epoch(0))
             assert len(batch.images) == len(range(32)[share(32)])
@@ -67,15 +69,17 @@ def gradients() -> None:
             found.append([parameter.grad.clone() for parameter in net.parameters()])
         difference = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
         largest = max(gradient.abs().max().item() for gradient in found[0])
-        optimizer, tally = main.make_optimizer(net, args), Tally(device)
+        optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
         rest = (views, tally, 0, 0, args, devices.autocast(device, amp))
         for _ in main.train(trained, optimizer, loader, *rest):
             pass
         weights = torch.cat([tally.values, *(p.detach().flatten() for p in net.parameters())])
-        everyones = [torch.empty_like(weights) for _ in range(ranks.count())]
+        everyones = [torch.empty_like(weights) for _ in range(distributed.world_size())]
         dist.all_gather(everyones, weights)
         equal = all(torch.equal(weights, others) for others in everyones)
-        ranks.say(f"largest {largest} difference {difference} after {len(loader)} steps {equal}")
+        distributed.log(
+            f"largest {largest} difference {difference} after {len(loader)} steps {equal}"
+        )
 
 
 def plainly(backbone, views, batch):
@@ -92,14 +96,14 @@ def tuned() -> None:
     args, _ = flags.read("--ddp --finetune --lr 1 --batch_size 10 --device cpu".split())
     with utils.joined(args, flags):
         found, (images, labels) = [], textures(10, seed=1)
-        for share in (fitting.whole, ranks.share):
+        for share in (fitting.whole, distributed.local_slice):
             torch.manual_seed(0)
             pixels = [torch.nn.Flatten(), torch.nn.Linear(3 * 32**2, 6), torch.nn.ReLU()]
             net = network.Classifier(torch.nn.Sequential(*pixels), 6, 10)
             views = Views(32, *VIEWS["cifar"][1:], linear.AUGMENTATION, 1)
             off = torch.autocast("cpu", enabled=False)
             alone = share is fitting.whole
-            embed = fitting.Tuned(net.backbone, views, off, False, 10).augmented
+            embed = fitting.FinetunedEncoder(net.backbone, views, off, False, 10).augmented
             if alone:
                 embed = functools.partial(plainly, net.backbone, views)
             loader = Loader(images, 10, 0, labels, views=views, share=share)
@@ -107,7 +111,7 @@ def tuned() -> None:
             optimizer = fitting.make_optimizer(args, heads, [1.0], None if alone else net.backbone)
             if alone:
                 optimizer.add_param_group({"params": net.backbone.parameters(), "peak": 10 / 256})
-            tally = Sums(torch.device("cpu"), "top1", "top5")
+            tally = Meters(torch.device("cpu"), "top1", "top5")
             list(linear.train(heads, optimizer, loader, embed, tally, 0, 0, 2))
             found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
         tell((found[0] - found[1]).abs().max().item() < 1e-7)
@@ -139,16 +143,19 @@ def probes() -> None:
         for one in (probe, None):
             torch.manual_seed(0)
             net = network.simsiam(vars(args))
-            trained, optimizer = ranks.for_training(net, 32), main.make_optimizer(net, args)
+            trained, optimizer = (
+                distributed.prepare_for_training(net, 32),
+                main.make_optimizer(net, args),
+            )
             loader = Loader(images, args.batch_size, 0, labels if one else None, views=views)
-            rest = (views, Tally(device), 0, 0, args, devices.autocast(device, amp))
+            rest = (views, TrainMeters(device), 0, 0, args, devices.autocast(device, amp))
             for _ in main.train(trained, optimizer, loader, *rest, main.UNSCALED, one):
                 pass
             found.append(net.state_dict())
         equal = all(torch.equal(value, found[1][name]) for name, value in found[0].items())
         sums = [part.abs().sum().item() for part in probe.state().values()]
-        equal = equal and ranks.gathered_objects(sums) == [sums] * 2 and sums[0] > 0.1
-        mine = ranks.share(33)
+        equal = equal and distributed.all_gather_objects(sums) == [sums] * 2 and sums[0] > 0.1
+        mine = distributed.local_slice(33)
         head = head_of(lambda probe, x, y: probe.learn(x[mine], y, 0.0), args)
         tell(f"equal {equal} head {head}")
 
@@ -198,8 +205,8 @@ def sent(flags: list[str]) -> None:
 
 def agree() -> None:
     """Prints what an `Agreement` answers: two numbers a call, the second call's a call later."""
-    with ranks.joined():
-        agree, me = ranks.Agreement(), ranks.rank()
+    with distributed.process_group():
+        agree, me = distributed.AsyncMax(), distributed.rank()
         found = [agree(7 * (me == 2), 10 + me), agree(0, 0), agree(0, 0)]
         found += [agree(5 * (me == 1), 0, wait=True), agree(0, 0)]
         found += [agree(0, 3 * (me == 2)), agree(4 * (me == 1), 0, wait=True), agree(0, 0)]
@@ -211,8 +218,8 @@ def agree() -> None:
 
 def first(folder: str) -> None:
     """Prints what `first_then_all` gives and raises on each rank."""
-    with ranks.joined():
-        me, file = ranks.rank(), Path(folder, "made")
+    with distributed.process_group():
+        me, file = distributed.rank(), Path(folder, "made")
 
         def make() -> str:
             if me == 0:
@@ -223,9 +230,9 @@ def first(folder: str) -> None:
         def cannot() -> None:
             raise OSError(f"no room on rank {me}")
 
-        tell(ranks.first_then_all(make))
+        tell(distributed.rank0_first(make))
         try:
-            ranks.first_then_all(cannot)
+            distributed.rank0_first(cannot)
         except OSError as error:
             tell(error)
 
@@ -278,7 +285,7 @@ def launch(number: int, work: Callable[[], None]) -> list[int]:
 
 
 if __name__ == "__main__":
-    if ranks.under_torchrun():
+    if distributed.launched_by_torchrun():
         work(sys.argv[2], sys.argv[3:])
         sys.exit()
     torch.set_num_threads(1)  # a forked process has no threads of its parent's

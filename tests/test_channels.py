@@ -15,14 +15,17 @@ from PIL import Image
 
 import linear
 import main
-from simsiam import backbones, network, operations, planes
-from simsiam.images import Reading, centre, head_of, read_image
-from simsiam.views import Augmentation, Batch, Views
-from simsiam.weights import Source
+from simsiam.data import arrays
+from simsiam.data.decode import DecodeOptions, head_of, read_image, resize_center_crop
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.models import backbones
+from simsiam.models import simsiam as network
+from simsiam.views import ops
+from simsiam.views.augment import Augmentation, Batch, Views
 from tests import helpers
 from tools import convert, features, similar
 
-FIVE = Reading(channels=5)
+FIVE = DecodeOptions(channels=5)
 MAIN = types.SimpleNamespace(main=main.main)
 
 
@@ -48,7 +51,7 @@ def noise(*shape, seed=0, high=256, dtype=np.uint8):
     ],
 )
 def test_bytes_by_hand(values, levels, expected):
-    found = planes.as_bytes(values, levels)
+    found = arrays.as_bytes(values, levels)
     assert (found.dtype, found.tolist()) == (np.uint8, expected)
 
 
@@ -65,7 +68,7 @@ def test_bytes_by_hand(values, levels, expected):
 )
 def test_values_that_nobody_can_know(values, levels, reason):
     with pytest.raises(ValueError, match=reason):
-        planes.as_bytes(values, levels)
+        arrays.as_bytes(values, levels)
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def test_gray_and_colour_become_each_other(tmp_path):
     np.save(tmp_path / "gray.npy", np.asarray(image.convert("L")))
     luma = np.asarray(image.convert("L"))[..., None]
     for name in ("a.png", "a.npy", "gray.png", "gray.npy"):
-        found = np.asarray(read_image(tmp_path / name, Reading(channels=1)))
+        found = np.asarray(read_image(tmp_path / name, DecodeOptions(channels=1)))
         assert found.shape == (20, 24, 1), name
         assert (found == luma).all(), name
     assert (np.asarray(read_image(tmp_path / "a.npy")) == pixels).all()
@@ -105,24 +108,26 @@ def test_gray_and_colour_become_each_other(tmp_path):
 def test_bands_as_they_are_and_16_bits_by_their_levels(tmp_path):
     pixels = noise(20, 24, 4)
     Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
-    assert (np.asarray(read_image(tmp_path / "a.png", Reading(channels=4))) == pixels).all()
+    assert (np.asarray(read_image(tmp_path / "a.png", DecodeOptions(channels=4))) == pixels).all()
     deep = noise(20, 24, high=4096, dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     expected = (deep / 4095 * 255).round()
-    reading = Reading(channels=1, levels=(0, 4095))
+    reading = DecodeOptions(channels=1, levels=(0, 4095))
     found = np.asarray(read_image(tmp_path / "deep.png", reading))[..., 0]
     assert np.abs(found - expected).max() <= 1
     assert len(np.unique(found)) > 200
-    lost = np.asarray(read_image(tmp_path / "deep.png", Reading(channels=1)))[..., 0]
+    lost = np.asarray(read_image(tmp_path / "deep.png", DecodeOptions(channels=1)))[..., 0]
     assert (lost == deep // 256).all()
 
 
 def test_the_centre_is_that_of_each_channel():
     pixels = noise(40, 33, 5)
-    whole = planes.of_array(pixels, 5, None)
+    whole = arrays.image_from_array(pixels, 5, None)
     for i in range(5):
         plane = Image.fromarray(np.ascontiguousarray(pixels[..., i]))
-        assert (centre(whole, 20, 24)[..., i] == centre(plane, 20, 24)).all()
+        assert (
+            resize_center_crop(whole, 20, 24)[..., i] == resize_center_crop(plane, 20, 24)
+        ).all()
 
 
 class InMemory:
@@ -163,7 +168,7 @@ def test_what_is_no_such_image_is_named(tmp_path, name, values, channels, reason
     else:
         np.save(path, values, allow_pickle=True)
     with pytest.raises(ValueError, match=f"{path}: cannot be read .*{reason}"):
-        read_image(path, Reading(channels=channels))
+        read_image(path, DecodeOptions(channels=channels))
 
 
 def test_an_array_that_claims_more_than_its_file_has(tmp_path):
@@ -185,8 +190,8 @@ def test_contrast_and_brightness_of_one_channel_equal_torchvision():
     for factor in (0.6, 1.3):
         factors = torch.full((8, 1, 1, 1), factor)
         for ours, theirs in (
-            (operations.adjust_contrast, T.adjust_contrast),
-            (operations.adjust_brightness, T.adjust_brightness),
+            (ops.adjust_contrast, T.adjust_contrast),
+            (ops.adjust_brightness, T.adjust_brightness),
         ):
             found, wanted = ours(images, factors), theirs(images, factor)
             assert torch.allclose(found, wanted, atol=1 / 255)
@@ -194,7 +199,7 @@ def test_contrast_and_brightness_of_one_channel_equal_torchvision():
 
 def test_contrast_of_five_channels_goes_toward_the_mean_of_all():
     image = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]).view(1, 5, 1, 1)  # their mean is 0.3
-    found = operations.adjust_contrast(image, torch.full((1, 1, 1, 1), 0.5)).flatten()
+    found = ops.adjust_contrast(image, torch.full((1, 1, 1, 1), 0.5)).flatten()
     assert torch.allclose(found, torch.tensor([0.2, 0.25, 0.3, 0.35, 0.4]))
 
 
@@ -310,7 +315,9 @@ def test_classes_are_predicted_scored_and_tuned(run, tmp_path, capsys):
     assert f"top-1 {100 * right:.2f} %" in capsys.readouterr().out  # the same pixels
     darker = f"--model_path {out}/a_model.pth --cached --epochs 1 --levels 0 65535 --name dark"
     linear.main(f"{darker} --out {tmp_path} --no-pictures".split())
-    dark, usual = (Source.open(path) for path in (tmp_path / "dark_model.pth", out / "a_model.pth"))
+    dark, usual = (
+        LoadedCheckpoint.open(path) for path in (tmp_path / "dark_model.pth", out / "a_model.pth")
+    )
     file = place / "test" / "a" / "1.npy"
     file = file if file.exists() else file.with_suffix(".png")
     assert dark.cut(file).max() < 20 < usual.cut(file).max()  # 12 bits of 16
@@ -323,7 +330,7 @@ def test_classes_are_predicted_scored_and_tuned(run, tmp_path, capsys):
 
 def test_exports_and_tools_carry_the_channels(run, tmp_path):
     channels, place, out, _ = run
-    source = Source.open(out / "a_model.pth")
+    source = LoadedCheckpoint.open(out / "a_model.pth")
     convert.command([f"{out}/a_model.pth", f"{tmp_path}/a.onnx", "--to", "onnx"])
     session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
     assert session.get_inputs()[0].shape[1] == channels
@@ -356,13 +363,13 @@ def test_crops_of_files_have_the_channels(run, tmp_path):
 def test_another_project_s_file_of_five_channels_takes_five_means(tmp_path):
     net = network.SimSiam("resnet8", "cifar", 8, width=4, channels=5).eval()
     torch.save(net.backbone.state_dict(), tmp_path / "theirs.pth")
-    source = Source.open(tmp_path / "theirs.pth", mean=[0.1] * 5, std=[0.2] * 5)
+    source = LoadedCheckpoint.open(tmp_path / "theirs.pth", mean=[0.1] * 5, std=[0.2] * 5)
     image = noise(32, 32, 5)
     x = (torch.from_numpy(image).permute(2, 0, 1)[None] / 255 - 0.1) / 0.2
     with torch.no_grad():
         assert torch.allclose(source(image), net.backbone(x), atol=1e-4)
     with pytest.raises(ValueError, match="--mean: must be 5 numbers"):
-        Source.open(tmp_path / "theirs.pth", mean=[0.1] * 3, std=[0.2] * 3)
+        LoadedCheckpoint.open(tmp_path / "theirs.pth", mean=[0.1] * 3, std=[0.2] * 3)
 
 
 # ---- bad input ----------------------------------------------------------------------------------

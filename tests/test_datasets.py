@@ -14,18 +14,18 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
-from simsiam.datasets import DATA_NAMES, load, load_torchvision, shorter_side
-from simsiam.images import (
+from simsiam.data.datasets import DATA_NAMES, load, load_torchvision, shorter_side
+from simsiam.data.decode import (
     BadImage,
-    centre,
     decode,
     ignore_pil_warnings,
     open_image,
     read_image,
+    resize_center_crop,
     to_rgb,
 )
-from simsiam.loader import crc
-from simsiam.textures import SINE, TEXTURES, textures
+from simsiam.data.loader import images_checksum
+from simsiam.data.textures import SINE, TEXTURES, textures
 from tests.helpers import ROOT
 
 
@@ -84,7 +84,9 @@ def test_every_mode_becomes_rgb():
 def test_the_centre_equals_torchvision(width, height):
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    found = centre(image, 28, 32)  # the longer side becomes 48 or 90: margins are whole pixels
+    found = resize_center_crop(
+        image, 28, 32
+    )  # the longer side becomes 48 or 90: margins are whole pixels
     theirs = T.center_crop(T.resize(image, [32]), [28])
     assert np.abs(found - np.asarray(theirs).astype(int)).max() <= 1
 
@@ -354,7 +356,7 @@ def test_imagenet_is_a_folder_left_in_its_files(tmp_path):
     assert len(next(iter(found.train_images.split(9)))) == 5
     assert len(found.bad) == 1
     other = load("imagenet", tmp_path, 8)
-    assert crc(other.train_images) != crc(found.train_images)
+    assert images_checksum(other.train_images) != images_checksum(found.train_images)
 
 
 def test_tests_alone_decode_no_training_image(tmp_path):

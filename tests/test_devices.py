@@ -17,13 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linear
 import main
 import utils
-from simsiam import backbones, checkpoint, devices, metrics, network, ranks
-from simsiam.loader import Loader
-from simsiam.monitor import Sums, Tally
-from simsiam.probe import Probe
-from simsiam.recipes import VIEWS
-from simsiam.textures import textures
-from simsiam.views import Batch, Views
+from simsiam.data.loader import Loader
+from simsiam.data.textures import textures
+from simsiam.evaluation import metrics
+from simsiam.interop import checkpoint
+from simsiam.models import backbones
+from simsiam.models import simsiam as network
+from simsiam.runtime import devices, distributed
+from simsiam.training.collapse import Meters, TrainMeters
+from simsiam.training.probe import Probe
+from simsiam.training.recipes import VIEWS
+from simsiam.views.augment import Batch, Views
 from tests.helpers import refused
 
 STATS = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -88,7 +92,7 @@ def steps_on_fakes(flags, amp, fault=lambda x: None):
             crops = torch.empty(4, net.num_views, 3, 32, 32, **BYTES)
             batches = [Batch(0, step, crops, labels[:4], 4, slice(0, 4)) for step in range(3)]
             loader.epoch = lambda *when: iter(batches)
-        tally, optimizer = Tally(CUDA), main.make_optimizer(net, args)
+        tally, optimizer = TrainMeters(CUDA), main.make_optimizer(net, args)
         rest = (views, tally, 0, 0, args, amp, main.UNSCALED, Probe(512, 10, args, CUDA))
         watch.waits = []
         assert list(main.train(net, optimizer, loader, *rest)) == [0, 1, 2]
@@ -139,7 +143,7 @@ def test_linear_evaluation_on_cuda_mixes_no_devices_and_never_waits(kind, on_fak
         if kind == "cached":
             task = linear.Task(encoder.plain(inputs), labels, linear.at_hand)
         heads = torch.nn.ModuleList([net.fc])
-        rest = (task.loader(args), task.embed, Sums(CUDA, "top1", "top5"), 0, 0, 1)
+        rest = (task.loader(args), task.embed, Meters(CUDA, "top1", "top5"), 0, 0, 1)
         optimizer = linear.make_optimizer(args, heads, [1.0])
         watch.waits = []
         assert list(linear.train(heads, optimizer, *rest)) == [0, 1, 2]
@@ -161,7 +165,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight(fused):
         for group in optimizer.param_groups:
             group["fused"] = False
     images, views = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8), Views(32, *STATS)
-    weight, tally, seen = net.backbone.conv1.weight, Tally(torch.device("cpu")), []
+    weight, tally, seen = net.backbone.conv1.weight, TrainMeters(torch.device("cpu")), []
     seen.append(weight.detach().clone())
     for step in main.train(net, optimizer, Loader(images, 4), views, tally, 0, 0, args, off):
         seen.append(weight.detach().clone())
@@ -204,7 +208,7 @@ def halved(scale):
     net, device = network.simsiam(vars(args)), torch.device("cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     images, views = textures(12, seed=1)[0], Views(32, *STATS)
-    optimizer, tally = main.make_optimizer(net, args), Tally(device)
+    optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
     amp, weight = devices.autocast(device, "fp16"), net.backbone.conv1.weight
     seen = [weight.detach().clone()]
     rest = (Loader(images, 4), views, tally, 0, 0, args, amp, scaler)
@@ -261,7 +265,7 @@ def test_a_captured_step_is_a_compiled_one(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda net, mode, **more: modes.append(mode) or net)
     net = torch.nn.Linear(2, 2)
     for flags in ((), (True,), (True, True)):
-        assert ranks.for_training(net, 32, *flags) is net
+        assert distributed.prepare_for_training(net, 32, *flags) is net
     assert modes == [None, "reduce-overhead"]
     assert "--cuda_graphs: goes with --compile" in refused(capsys, main, "--cuda_graphs")
 
@@ -273,10 +277,10 @@ def test_a_checkpoint_says_on_which_gpu_it_was_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device}")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90100)
     net = torch.nn.Linear(2, 2)
-    assert checkpoint.machine(net).keys() == {"device", "threads", "torch"}
+    assert checkpoint.environment(net).keys() == {"device", "threads", "torch"}
     with FakeTensorMode(allow_non_fake_inputs=True):
         move(net)
-        found = checkpoint.machine(net)
+        found = checkpoint.environment(net)
     assert (found["gpu"], found["cudnn"]) == ("a GPU, cuda:0", 90100)
 
 

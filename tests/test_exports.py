@@ -19,9 +19,9 @@ from torchvision.models import resnet18
 import linear
 import main
 import utils
-from simsiam import exports, layouts
-from simsiam.network import Classifier, SimSiam
-from simsiam.weights import Predictor, Source
+from simsiam.interop import export, layouts
+from simsiam.interop.weights import LoadedCheckpoint, Predictor
+from simsiam.models.simsiam import Classifier, SimSiam
 from tests import projects
 from tests.helpers import refused
 from tests.projects import mlp, ours, same_weights, write
@@ -126,7 +126,9 @@ def test_mmpretrain_s_neck_of_two_layers(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "num_layers=2, with_last_bn_affine=False" in out
     assert "ResNet_CIFAR" in out
-    same_weights(Source.open(path.with_suffix(".mmpretrain")).net.state_dict(), net.state_dict())
+    same_weights(
+        LoadedCheckpoint.open(path.with_suffix(".mmpretrain")).net.state_dict(), net.state_dict()
+    )
 
 
 @pytest.mark.parametrize("stem", ["cifar_pad2", "cifar_no_relu", "cifar"])
@@ -174,7 +176,7 @@ def test_the_encoder_alone_goes_out(tmp_path):
     assert session.run(None, {"images": x.numpy()})[0].shape == (2, 512)
 
 
-@pytest.mark.parametrize("to", exports.EXPORTS)
+@pytest.mark.parametrize("to", export.EXPORTS)
 def test_every_format_comes_in_under_the_names_it_left_with(to):
     encoder = {"arch": "resnet50", "stem": "imagenet"}
     with torch.device("meta"):
@@ -184,9 +186,9 @@ def test_every_format_comes_in_under_the_names_it_left_with(to):
         heads = ("projector.", "predictor.") if isinstance(net, SimSiam) else ("fc.",)
         if to == "lightly" and isinstance(net, Classifier):
             with pytest.raises(ValueError, match="no names for a linear classifier"):
-                exports.exported(net, encoder, to)
+                export.exported(net, encoder, to)
             continue
-        out = exports.exported(net, encoder, to)
+        out = export.exported(net, encoder, to)
         kept = ("backbone.",)
         if to == "detectron2":
             found, *_ = layouts.renamed(out, layouts.LAYOUTS[to])
@@ -205,7 +207,7 @@ def test_every_format_comes_in_under_the_names_it_left_with(to):
 @pytest.mark.parametrize("to", ["torchvision", "timm", "authors", "lightly", "mmpretrain"])
 def test_there_and_back_is_the_same_to_the_bit(tmp_path, to):
     net, path = ours(tmp_path, d=512)
-    source = Source.open(converted(path, to))
+    source = LoadedCheckpoint.open(converted(path, to))
     assert [source.encoder[name] for name in ("arch", "stem")] == ["resnet18", "imagenet"]
     mine = net.state_dict()
     heads = () if to in ("torchvision", "timm") else ("projector", "predictor")
@@ -297,7 +299,7 @@ def test_onnx_and_safetensors_have_the_numbers_and_the_source(tmp_path):
 
 def test_a_linear_model_goes_out_with_its_classes(tmp_path):
     net, path = ours(tmp_path, classes=7)
-    assert "python linear.py" in convert.metadata(Source.open(path).state)["command"]
+    assert "python linear.py" in convert.metadata(LoadedCheckpoint.open(path).state)["command"]
     theirs = resnet18(num_classes=7)
     theirs.load_state_dict(torch.load(converted(path, "torchvision")))
     x = torch.randn(2, 3, 48, 48)
@@ -305,8 +307,8 @@ def test_a_linear_model_goes_out_with_its_classes(tmp_path):
     assert "module.fc.bias" in torch.load(converted(path, "authors"))["state_dict"]
     assert "head.fc.bias" in torch.load(converted(path, "mmpretrain"))["state_dict"]
     for to in ("torchvision", "authors", "mmpretrain"):
-        same_weights(Source.open(converted(path, to)).net.state_dict(), net.state_dict())
-    predictor = Predictor(Source.open(converted(path, "torchvision")))
+        same_weights(LoadedCheckpoint.open(converted(path, to)).net.state_dict(), net.state_dict())
+    predictor = Predictor(LoadedCheckpoint.open(converted(path, "torchvision")))
     assert (predictor.size, predictor.shorter) == (224, 256)
     assert predictor.predict(torch.rand(3, 300, 200))[0]["class"] in map(str, range(7))
     session = pytest.importorskip("onnxruntime").InferenceSession(converted(path, "onnx"))
@@ -343,8 +345,8 @@ def test_heads_of_ablations_do_not_go_out_under_names_of_others(flags):
     args = {"arch": "resnet18", "stem": "imagenet"}
     for to in ("authors", "lightly", "mmpretrain"):
         with pytest.raises(ValueError, match="other heads"):
-            exports.exported(net, args, to)
-    assert len(exports.exported(net, args, "timm")) == len(net.backbone.state_dict())
+            export.exported(net, args, to)
+    assert len(export.exported(net, args, "timm")) == len(net.backbone.state_dict())
 
 
 def test_hidden_layers_of_two_widths_have_no_class(tmp_path):
@@ -352,4 +354,4 @@ def test_hidden_layers_of_two_widths_have_no_class(tmp_path):
     net.projector = mlp(512, 32, 48, 64, affine=False)
     for to in ("authors", "lightly", "mmpretrain"):
         with pytest.raises(ValueError, match=r"this one 32: add|one hidden width, .* \[32, 48\]"):
-            exports.exported(net, {"arch": "resnet18", "stem": "imagenet"}, to)
+            export.exported(net, {"arch": "resnet18", "stem": "imagenet"}, to)

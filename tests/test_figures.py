@@ -15,9 +15,9 @@ from matplotlib.font_manager import fontManager
 from matplotlib.legend import Legend
 from PIL import Image
 
-from simsiam import figures
-from simsiam.lettering import columns_of, drawable, drawable_names
-from simsiam.pictures import Board
+from simsiam.plots import curves as figures
+from simsiam.plots.lettering import columns_of, drawable, drawable_names
+from simsiam.plots.run import Board
 
 
 @pytest.fixture

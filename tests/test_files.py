@@ -10,8 +10,16 @@ import pandas
 import pytest
 import torch.distributed as dist
 
-from simsiam import files
-from simsiam.files import RunError, about, add_result, read_csv, remove, whole_file, write_csv
+from simsiam.runtime import files
+from simsiam.runtime.files import (
+    RunError,
+    add_result,
+    atomic_write,
+    error_prefix,
+    read_csv,
+    remove,
+    write_csv,
+)
 from tests.helpers import ROOT
 
 
@@ -20,14 +28,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path.write_bytes(b"old")
 
     def fail_halfway():
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new, but half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail_halfway()
     assert path.read_bytes() == b"old"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
@@ -47,7 +55,7 @@ def test_a_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
 
     spy("fsync", os.fsync)
     spy("replace", os.replace)
-    with whole_file(tmp_path / "a.txt") as file:
+    with atomic_write(tmp_path / "a.txt") as file:
         file.write(b"new")
     assert calls == [("fsync", False), ("replace", False), ("fsync", True)]  # the folder's last
 
@@ -55,12 +63,12 @@ def test_a_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
 def test_the_file_before_is_kept(tmp_path):
     path, previous = tmp_path / "a.txt", tmp_path / "a_previous.txt"
     for content in (b"1", b"2", b"3"):
-        with whole_file(path, previous) as file:
+        with atomic_write(path, previous) as file:
             file.write(content)
     assert (path.read_bytes(), previous.read_bytes()) == (b"3", b"2")
 
     def fail_halfway():
-        with whole_file(path, previous) as file:
+        with atomic_write(path, previous) as file:
             file.write(b"4")
             raise RuntimeError
 
@@ -78,7 +86,7 @@ def test_an_error_names_the_file_and_leaves_the_one_before(tmp_path, monkeypatch
         raise OSError(28, "No space left on device", source, None, target)
 
     def write(path):
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new")
 
     monkeypatch.setattr(os, "replace", full)
@@ -98,14 +106,14 @@ def test_a_killed_process_leaves_the_file_before(tmp_path):
     path.write_bytes(b"old")
     program = (
         "import os, signal\n"
-        "from simsiam.files import whole_file\n"
+        "from simsiam.runtime.files import whole_file\n"
         f"with whole_file({str(path)!r}) as file:\n"
         "    file.write(b'x' * 100_000)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -9
     assert path.read_bytes() == b"old"
-    with whole_file(path) as file:  # what it left behind stands in nobody's way
+    with atomic_write(path) as file:  # what it left behind stands in nobody's way
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
@@ -116,7 +124,7 @@ def test_ranks_other_than_the_first_write_and_remove_nothing(tmp_path, monkeypat
     path.write_bytes(b"the first rank's")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(b"another's")
     remove(path)
     add_result(tmp_path / "results.csv", {"protocol": "KNN", "run": "a"})
@@ -131,7 +139,7 @@ def test_ranks_other_than_the_first_write_and_remove_nothing(tmp_path, monkeypat
 
 def test_a_value_error_is_about_its_file():
     def refuse(error):
-        with about("a.pth"):
+        with error_prefix("a.pth"):
             raise error
 
     with pytest.raises(ValueError, match=r"^a\.pth: is none$"):
@@ -219,7 +227,7 @@ def test_runs_that_end_at_once_all_get_their_row(tmp_path):
     path = tmp_path / "results.csv"
     program = (
         "import sys\n"
-        "from simsiam.files import add_result\n"
+        "from simsiam.runtime.files import add_result\n"
         "for i in range(15):\n"
         "    add_result(sys.argv[1], {'protocol': 'KNN', 'run': f'{sys.argv[2]} {i}'})\n"
     )

@@ -9,12 +9,14 @@ from torchvision.transforms.v2 import MixUp
 
 import linear
 import main
-from simsiam import backbones, checkpoint, network
-from simsiam.datasets import load
-from simsiam.fitting import Tuned
-from simsiam.loader import Loader
-from simsiam.textures import textures
-from simsiam.views import Batch, Views
+from simsiam.data.datasets import load
+from simsiam.data.loader import Loader
+from simsiam.data.textures import textures
+from simsiam.evaluation.linear import FinetunedEncoder
+from simsiam.interop import checkpoint
+from simsiam.models import backbones
+from simsiam.models import simsiam as network
+from simsiam.views.augment import Batch, Views
 from tests import helpers
 
 TINY = "--epochs 2 --batch_size 40 --no-pictures --checkpoint_minutes 0"
@@ -171,7 +173,7 @@ def test_mixup_is_torchvision_s_and_a_function_of_the_step():
     backbone, _ = backbones.backbone("resnet8", width=4)
     views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), linear.AUGMENTATION, 1)
     off = torch.autocast("cpu", enabled=False)
-    tuned = Tuned(backbone, views, off, False, 10, 0.5)
+    tuned = FinetunedEncoder(backbone, views, off, False, 10, 0.5)
     batch = Batch(0, 3, images, labels, 8, slice(0, 8))
     state = torch.random.get_rng_state()
     features, targets = tuned.augmented(batch)
@@ -214,7 +216,7 @@ def test_what_an_optimizer_cannot_have_kept_is_refused(make):
     optimizer = make(net.parameters())
     net(torch.ones(2, 5)).sum().backward()
     optimizer.step()
-    state = {"made_on": checkpoint.machine(net)}
+    state = {"made_on": checkpoint.environment(net)}
     saved = optimizer.state_dict()
     checkpoint.restore(optimizer, state | {"optimizer": saved}, net)
     for i, kept in saved["state"].items():

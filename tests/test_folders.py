@@ -9,9 +9,9 @@ from PIL import Image
 
 import linear
 import main
-from simsiam.datasets import load
-from simsiam.folders import SOLUTION, find
-from simsiam.textures import textures
+from simsiam.data.datasets import load
+from simsiam.data.folders import SOLUTION, find
+from simsiam.data.textures import textures
 from tests.helpers import refused
 from tools import features
 

@@ -10,23 +10,23 @@ from PIL import ExifTags, Image, ImageOps
 
 import linear
 import main
-from simsiam.datasets import load
-from simsiam.images import (
-    Reading,
-    centre,
+from simsiam.data.datasets import load
+from simsiam.data.decode import (
+    DecodeOptions,
     decode,
     ignore_pil_warnings,
     open_image,
     read_image,
+    resize_center_crop,
     to_rgb,
 )
-from simsiam.loader import Cutter, Files
-from simsiam.textures import textures
-from simsiam.views import Augmentation
-from simsiam.weights import Predictor, Source
+from simsiam.data.loader import CropDataset, Files
+from simsiam.data.textures import textures
+from simsiam.interop.weights import LoadedCheckpoint, Predictor
+from simsiam.views.augment import Augmentation
 from tests.helpers import refused
 
-AS_STORED = Reading(exif=False, background="none")
+AS_STORED = DecodeOptions(exif=False, background="none")
 
 
 def same(image, other):
@@ -96,7 +96,7 @@ def transparent(folder):
 def test_transparent_pixels_show_the_background(tmp_path):
     for path in transparent(tmp_path):
         for name, value in (("white", 255), ("black", 0)):
-            found = np.asarray(read_image(path, Reading(background=name)))[4, 4::9]
+            found = np.asarray(read_image(path, DecodeOptions(background=name)))[4, 4::9]
             assert found[0].tolist() == [value] * 3, path
             assert found[2, 0] == (60 if "la" in path.name else 200), path
         with Image.open(path) as image:
@@ -134,8 +134,8 @@ def test_a_line_of_pixels_takes_no_memory(tmp_path):
         Image.fromarray(np.ascontiguousarray(line)).save(tmp_path / f"{name}.png")
         image = read_image(tmp_path / f"{name}.png")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert centre(image, 96, 110).shape == (96, 96, 3)
-        cutter = Cutter(Files([], 96, 0), 2, Augmentation(), seed=0)
+        assert resize_center_crop(image, 96, 110).shape == (96, 96, 3)
+        cutter = CropDataset(Files([], 96, 0), 2, Augmentation(), seed=0)
         assert cutter.cut(image, [0]).shape == (2, 96, 96, 3)
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB
         assert used < 100_000
@@ -145,10 +145,10 @@ def test_the_centre_alone_is_as_the_centre_of_all(monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (7, 300, 3), dtype=np.uint8)
     for pixels in (noise, noise.transpose(1, 0, 2)):
         image = Image.fromarray(np.ascontiguousarray(pixels))
-        whole = centre(image, 20, 22).astype(int)
+        whole = resize_center_crop(image, 20, 22).astype(int)
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-            assert np.abs(centre(image, 20, 22) - whole).max() <= 1
+            assert np.abs(resize_center_crop(image, 20, 22) - whole).max() <= 1
 
 
 # ---- what is no image ---------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_run_keeps_to_how_its_images_are_read(run, capsys):
     model = f"{root}/t_model.pth"
     linear.main(f"--model_path {model} --epochs 1 --cached --no-pictures".split())
     path = root / "photos" / "test" / "dog" / "1.png"
-    predictor = Predictor(Source.open(root / "t_linear_cached_model.pth"))
+    predictor = Predictor(LoadedCheckpoint.open(root / "t_linear_cached_model.pth"))
     score = predictor.predict(str(path))[0]["score"]
     with Image.open(path) as image:
         stored = np.asarray(image.convert("RGB"))
@@ -224,10 +224,10 @@ def test_a_run_keeps_to_how_its_images_are_read(run, capsys):
     assert predictor.predict(seen)[0]["score"] != score
     flags = "--epochs 1 --cached --no-pictures --exif --background white --name seen"
     linear.main(["--model_path", model, *flags.split()])  # of photos as they are seen
-    source = Source.open(root / "seen_model.pth")
-    assert source.reading == Reading()
+    source = LoadedCheckpoint.open(root / "seen_model.pth")
+    assert source.reading == DecodeOptions()
     assert Predictor(source).predict(str(path)) == Predictor(source).predict(seen)
-    assert source.state["images_crc"] != Source.open(model).state["images_crc"]
+    assert source.state["images_crc"] != LoadedCheckpoint.open(model).state["images_crc"]
 
 
 def test_a_run_from_before_the_flags_reads_images_as_it_did(run, tmp_path, capsys):
@@ -236,10 +236,10 @@ def test_a_run_from_before_the_flags_reads_images_as_it_did(run, tmp_path, capsy
     for name in ("exif", "background", "split_names"):
         del state["args"][name]
     torch.save(state, tmp_path / "t_model.pth")
-    assert Source.open(tmp_path / "t_model.pth").reading == AS_STORED
+    assert LoadedCheckpoint.open(tmp_path / "t_model.pth").reading == AS_STORED
     main.main(f"--resume {tmp_path}/t_model.pth --no-pictures".split())
     assert "the run is finished" in capsys.readouterr().out  # of the same images
     state["args"] |= {"exif": True, "background": "pink"}
     torch.save(state, tmp_path / "t_model.pth")
     with pytest.raises(ValueError, match="t_model.pth: its --exif or --background"):
-        Source.open(tmp_path / "t_model.pth")
+        LoadedCheckpoint.open(tmp_path / "t_model.pth")

@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize
 
 import linear
-from simsiam import layouts
-from simsiam.network import Classifier, SimSiam
-from simsiam.views import NORMALISATION
-from simsiam.weights import Source
+from simsiam.interop import layouts
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.views.augment import NORMALISATION
 from tests import projects
 from tests.helpers import refused
 from tests.projects import FORMATS, authors, same_weights, shaken, solo_learn, torch_names, write
@@ -22,7 +22,7 @@ from tools import convert
 @torch.no_grad()
 def test_features_z_and_p_are_theirs(tmp_path, name):
     state, *theirs = FORMATS[name]()
-    source = Source.open(write(state, tmp_path, name))
+    source = LoadedCheckpoint.open(write(state, tmp_path, name))
     net = source.net
     torch.manual_seed(1)
     x = torch.randn(4, 3, 64, 64)
@@ -51,12 +51,12 @@ def test_counts_of_thop_and_wrappers_are_left_out(tmp_path):
     """Those that thop.profile leaves in a network, at every depth."""
     state = projects.leftthomas(wrapped=True)[0]
     assert {"module.total_ops", "module.f.3.0.total_params"} <= state.keys()
-    source = Source.open(write(state, tmp_path, "a"))
+    source = LoadedCheckpoint.open(write(state, tmp_path, "a"))
     assert source.notes[0] == "layout: leftthomas/SimSiam"
     assert "total_ops" in source.notes[1]
     compiled = torch_names(torch.compile(shaken(torchvision.models.resnet18())))
     assert next(iter(compiled)).startswith("_orig_mod.")
-    assert Source.open(write(compiled, tmp_path, "a")).notes[0] == "layout: torchvision"
+    assert LoadedCheckpoint.open(write(compiled, tmp_path, "a")).notes[0] == "layout: torchvision"
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_a_file_s_ending_means_nothing(tmp_path):
         path = write(state, tmp_path, name)
         if name == "timm":
             save_file(state, path, metadata={"format": "pt"})
-        source = Source.open(path.rename(tmp_path / f"model.{end}"))
+        source = LoadedCheckpoint.open(path.rename(tmp_path / f"model.{end}"))
         assert source.notes[0] == f"layout: {name.split()[0].replace('timm', 'torchvision')}"
     net, path = projects.ours(tmp_path, "resnet8", "cifar", 2)
     convert.command([str(path), f"{tmp_path}/a.safetensors", "--to", "safetensors"])
-    source = Source.open(tmp_path / "a.safetensors")
+    source = LoadedCheckpoint.open(tmp_path / "a.safetensors")
     assert (source.notes[0], source.encoder["arch"]) == ("layout: ours", "resnet8")
     same_weights(source.net.state_dict(), net.state_dict())
 
@@ -120,7 +120,7 @@ IMAGENET, CIFAR = NORMALISATION["imagenet"], NORMALISATION["cifar"]
 def test_images_are_normalised_as_in_their_project(tmp_path, name, mean, std, size):
     state, backbone, *_ = FORMATS[name]()
     path = write(state, tmp_path, name)
-    source = Source.open(path)
+    source = LoadedCheckpoint.open(path)
     assert source.encoder["image_size"] == size
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
     off = torch.autocast("cpu", enabled=False)
@@ -128,7 +128,9 @@ def test_images_are_normalised_as_in_their_project(tmp_path, name, mean, std, si
     torch.testing.assert_close(source.features(pixels, off), expected, atol=1e-5, rtol=1e-5)
     (line,) = (note for note in source.notes if note.startswith("taken to see"))
     assert f"{size} pixels, normalised by mean {mean[0]}, {mean[1]}" in line
-    other = Source.open(path, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)).features(pixels, off)
+    other = LoadedCheckpoint.open(path, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)).features(
+        pixels, off
+    )
     expected = backbone(normalize(pixels / 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
     torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5)
 
@@ -187,7 +189,7 @@ def test_networks_of_timm_that_names_cannot_tell_are_named():
 def test_bare_weights_of_ours_are_one_of_the_layouts(tmp_path):
     net = shaken(SimSiam("resnet18", "cifar", 64))
     torch.save({"model": net.state_dict()}, tmp_path / "a.pth")
-    source = Source.open(tmp_path / "a.pth")
+    source = LoadedCheckpoint.open(tmp_path / "a.pth")
     assert source.notes[0] == "layout: ours"
     assert [source.encoder[name] for name in ("arch", "stem", "width")] == [
         "resnet18",
@@ -197,7 +199,7 @@ def test_bare_weights_of_ours_are_one_of_the_layouts(tmp_path):
     same_weights(source.net.state_dict(), net.state_dict())
     net = shaken(SimSiam("resnet14", "cifar", 16, width=8))
     torch.save(net.state_dict(), tmp_path / "a.pth")
-    source = Source.open(tmp_path / "a.pth")
+    source = LoadedCheckpoint.open(tmp_path / "a.pth")
     assert (source.encoder["arch"], source.encoder["width"]) == ("resnet14", 8)
     same_weights(source.net.state_dict(), net.state_dict())
 
@@ -206,7 +208,7 @@ def test_a_bias_before_bn_tells_solo_learns_projector(tmp_path):
     """Also without the classifier that it trains beside the encoder."""
     state = solo_learn()[0]["state_dict"]
     state = {name: value for name, value in state.items() if not name.startswith("classifier")}
-    source = Source.open(write(state, tmp_path, "a"))
+    source = LoadedCheckpoint.open(write(state, tmp_path, "a"))
     assert source.notes[0] == "layout: solo-learn"
     assert source.encoder["stem"] == "cifar_pad2"
 
@@ -237,7 +239,7 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
         if content is None:
             path.write_text("epoch,loss\n")
         with pytest.raises(ValueError, match=words) as refusal:
-            Source.open(path)
+            LoadedCheckpoint.open(path)
         line = str(refusal.value)
         assert line.count(str(path)) == 1
         assert line.startswith(f"{path}: is damaged, or not a checkpoint of this program; nor one")
@@ -247,7 +249,7 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     assert "add --data_name" in refused(capsys, linear, "--model_path", path)
     assert not (tmp_path / "none").exists()
     with pytest.raises(FileNotFoundError, match="nothing.pth"):
-        Source.open(tmp_path / "nothing.pth")
+        LoadedCheckpoint.open(tmp_path / "nothing.pth")
 
 
 def wide_blocks():

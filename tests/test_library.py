@@ -12,13 +12,17 @@ from PIL import Image
 
 import main
 import simsiam
-from simsiam import datasets, images, metrics, network, views, weights
+from simsiam.data import datasets, decode
+from simsiam.evaluation import metrics
+from simsiam.interop import weights
+from simsiam.models import simsiam as network
+from simsiam.views import augment
 from tests.helpers import ROOT
 
 NAMES = {
     "SimSiam": network.SimSiam,
-    "Views": views.Views,
-    "Augmentation": views.Augmentation,
+    "Views": augment.Views,
+    "Augmentation": augment.Augmentation,
     "load": datasets.load,
     "knn": metrics.knn,
     "open_encoder": weights.open_encoder,
@@ -73,7 +77,7 @@ def test_an_encoder_turns_images_of_any_kind_into_features(checkpoint, tmp_path)
     file = tmp_path / "a.png"
     Image.fromarray(pixels).save(file)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    cut = images.decode([file], 32, shorter=encoder.shorter)[0]
+    cut = decode.decode([file], 32, shorter=encoder.shorter)[0]
     with torch.no_grad():
         expected = encoder.net.backbone(encoder.views.plain(cut))
     for image in (file, str(file), Image.open(file), pixels, tensor, tensor / 255):

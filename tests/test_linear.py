@@ -14,11 +14,13 @@ from torch import nn
 
 import linear
 import main
-from simsiam import backbones, checkpoint, network
-from simsiam.monitor import Sums
-from simsiam.run import Run
-from simsiam.textures import TEXTURES, textures
-from simsiam.views import Augmentation, Batch, Views
+from simsiam.data.textures import TEXTURES, textures
+from simsiam.interop import checkpoint
+from simsiam.models import backbones
+from simsiam.models import simsiam as network
+from simsiam.training.collapse import Meters
+from simsiam.training.run import Run
+from simsiam.views.augment import Augmentation, Batch, Views
 from tests import helpers
 
 
@@ -348,7 +350,7 @@ def test_the_means_of_an_epoch_count_every_image_once():
     loader = linear.Task(features, labels, linear.at_hand).loader(args)
     heads = nn.ModuleList([head])
     optimizer = linear.make_optimizer(args, heads, args.lr)
-    tally = Sums(torch.device("cpu"), "top1", "top5")
+    tally = Meters(torch.device("cpu"), "top1", "top5")
     steps = linear.train(heads, optimizer, loader, linear.at_hand, tally, 0, 0, 1)
     assert list(steps) == [0, 1, 2, 3]
     loss, top1, top5 = linear.evaluate(head, features, labels)

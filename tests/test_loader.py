@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
-from simsiam.datasets import shorter_side
-from simsiam.images import BadImage, decode
-from simsiam.loader import Data, Files, Loader, crc, readable, subset
-from simsiam.views import Augmentation, Batch, Views, crop_boxes
+from simsiam.data.datasets import shorter_side
+from simsiam.data.decode import BadImage, decode
+from simsiam.data.loader import Data, Files, Loader, images_checksum, readable, subset
+from simsiam.views.augment import Augmentation, Batch, Views, crop_boxes
 
 CUT = Augmentation(crop_scale=(0.3, 0.9))
 
@@ -216,16 +216,18 @@ def test_workers_leave_signals_to_the_run(jpegs):
 
 def test_a_checksum_tells_images_apart_and_follows_files_that_move(jpegs, tmp_path):
     images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
-    assert crc(images) == crc(images.clone().contiguous(memory_format=torch.channels_last))
-    assert crc(images) != crc(images.flip(0))
+    assert images_checksum(images) == images_checksum(
+        images.clone().contiguous(memory_format=torch.channels_last)
+    )
+    assert images_checksum(images) != images_checksum(images.flip(0))
     changed = images.clone()
     changed[1, 2, 1, 1] += 1
-    assert crc(images) != crc(changed)
+    assert images_checksum(images) != images_checksum(changed)
     files = Files(jpegs, 32)
     moved = [shutil.copy(path, tmp_path) for path in jpegs]
-    assert crc(Files(moved, 32)) == crc(files)
-    assert crc(files[:4]) != crc(files)
-    assert crc(files[torch.tensor([1, 0, 2, 3, 4])]) != crc(files)
+    assert images_checksum(Files(moved, 32)) == images_checksum(files)
+    assert images_checksum(files[:4]) != images_checksum(files)
+    assert images_checksum(files[torch.tensor([1, 0, 2, 3, 4])]) != images_checksum(files)
 
 
 def test_a_batch_alone_is_one_process_s():

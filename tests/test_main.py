@@ -19,18 +19,21 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam import checkpoint, metrics, network, pictures
-from simsiam.datasets import load
-from simsiam.files import RunError, read_csv
-from simsiam.images import Reading
-from simsiam.loader import Data, Files
-from simsiam.monitor import Monitor, Tally
-from simsiam.progress import Progress
-from simsiam.recipes import VIEWS
-from simsiam.run import Run
-from simsiam.textures import TEXTURES, textures
-from simsiam.views import NORMALISATION, Augmentation, Batch, Views
-from simsiam.weights import Source
+from simsiam.data.datasets import load
+from simsiam.data.decode import DecodeOptions
+from simsiam.data.loader import Data, Files
+from simsiam.data.textures import TEXTURES, textures
+from simsiam.evaluation import metrics
+from simsiam.interop import checkpoint
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.models import simsiam as network
+from simsiam.plots import run as pictures
+from simsiam.runtime.files import RunError, read_csv
+from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.progress import Progress
+from simsiam.training.recipes import VIEWS
+from simsiam.training.run import Run
+from simsiam.views.augment import NORMALISATION, Augmentation, Batch, Views
 from tests import helpers
 
 TINY = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32"
@@ -470,8 +473,8 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
     assert "no kNN" in out
     table = pandas.read_csv(tmp_path / "r" / "folder_resnet18_16_200_8_1_statistics.csv")
     assert table["test_acc@1"].isna().all()
-    encoder = Source.open(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
-    of_photos_alone = Reading(exclude=("r",))  # not of the pictures that the run has drawn
+    encoder = LoadedCheckpoint.open(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
+    of_photos_alone = DecodeOptions(exclude=("r",))  # not of the pictures that the run has drawn
     images = load("folder", tmp_path, 16, reading=of_photos_alone).train_images
     augmentation, mean, std = VIEWS["imagenet"]
     views, seen = Views(16, mean, std, augmentation, number=1), []
@@ -852,7 +855,7 @@ def test_tensorboard_gets_scalars_pictures_and_features(photos, tmp_path, capsys
 def test_a_month_on_the_cpu_is_said(tmp_path, capsys):
     run(tmp_path, "--epochs 1 --name short")
     assert "days" not in capsys.readouterr().out
-    args, tally = main.make_flags().read(["--epochs", "1000"])[0], Tally(torch.device("cpu"))
+    args, tally = main.make_flags().read(["--epochs", "1000"])[0], TrainMeters(torch.device("cpu"))
     with Progress(0, args, 10**9, {"loss": "loss"}, "--recipe short") as progress:
         progress(0, tally)
         progress(1, tally)

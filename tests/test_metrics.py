@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from simsiam import metrics
-from simsiam.metrics import knn
+from simsiam.evaluation import metrics
+from simsiam.evaluation.metrics import knn
 from tests.helpers import Large
 
 

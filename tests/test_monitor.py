@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from simsiam import metrics, monitor
-from simsiam.loader import Data
-from simsiam.monitor import Monitor, Sums, Tally, collapse, least_std, likely_causes, spread
-from simsiam.textures import TEXTURES, textures
-from simsiam.views import Views
+from simsiam.data.loader import Data, evenly_spaced
+from simsiam.data.textures import TEXTURES, textures
+from simsiam.evaluation import metrics
+from simsiam.training.collapse import (
+    Meters,
+    Monitor,
+    TrainMeters,
+    collapse,
+    collapse_threshold,
+    likely_causes,
+)
+from simsiam.views.augment import Views
 
 CPU = torch.device("cpu")
 
@@ -31,7 +38,7 @@ def steps(number, seed=0):
 
 
 def test_a_tally_by_hand():
-    tally = Tally(CPU)
+    tally = TrainMeters(CPU)
     apart = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # of each channel std 1/sqrt(2): times sqrt(d) 1
     assert tally.add(torch.tensor(-0.25), apart).item() == 0
     assert tally.add(torch.tensor(-0.75), torch.ones(2, 2)).item() == 0
@@ -46,7 +53,7 @@ def test_a_tally_by_hand():
 
 
 def test_a_step_s_gradient_is_not_kept_by_the_tally():
-    tally, loss = Tally(CPU), torch.ones((), requires_grad=True)
+    tally, loss = TrainMeters(CPU), torch.ones((), requires_grad=True)
     found = tally.add(loss * 2, torch.randn(4, 4))
     assert not found.requires_grad
     assert not tally.values.requires_grad
@@ -55,7 +62,7 @@ def test_a_step_s_gradient_is_not_kept_by_the_tally():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_loss_that_is_not_finite_is_found(bad):
     """`add` returns the fused optimizer's found_inf: from the bad step on the weights stay."""
-    tally, z = Tally(CPU), torch.randn(4, 4)
+    tally, z = TrainMeters(CPU), torch.randn(4, 4)
     found = [tally.add(torch.tensor(loss), z).item() for loss in (-0.5, -0.6, bad, -0.7)]
     assert found == [0, 0, 1, 1]
     assert tally.bad_step() == 2  # the third
@@ -72,7 +79,7 @@ def test_the_first_loss_that_is_not_finite_is_found(bad):
 
 @pytest.mark.parametrize("cut", [1, 3, 7])
 def test_a_tally_saved_and_loaded_goes_on_exactly(cut, tmp_path):
-    whole, before, after = Tally(CPU), Tally(CPU), Tally(CPU)
+    whole, before, after = TrainMeters(CPU), TrainMeters(CPU), TrainMeters(CPU)
     for i, (loss, z) in enumerate(steps(8)):
         for tally in (whole, before if i < cut else after):
             tally.add(loss, z)
@@ -89,7 +96,7 @@ def test_a_tally_saved_and_loaded_goes_on_exactly(cut, tmp_path):
 
 
 def test_a_tally_that_met_nan_meets_it_again_after_loading():
-    tally, again = Tally(CPU), Tally(CPU)
+    tally, again = TrainMeters(CPU), TrainMeters(CPU)
     for loss in (-0.5, math.nan, -0.5):
         tally.add(torch.tensor(loss), torch.randn(4, 4))
     again.load(tally.state())
@@ -97,14 +104,14 @@ def test_a_tally_that_met_nan_meets_it_again_after_loading():
 
 
 def test_a_tally_s_order_of_names_means_nothing():
-    tally, again = Tally(CPU), Tally(CPU)
+    tally, again = TrainMeters(CPU), TrainMeters(CPU)
     tally.add(torch.tensor(-0.5), torch.randn(4, 4))
     again.load(dict(reversed(tally.state().items())))
     assert again.state() == tally.state()
 
 
 def test_a_tally_of_other_names_is_refused():
-    tally, sums = Tally(CPU), Sums(CPU, "top1", "top5")
+    tally, sums = TrainMeters(CPU), Meters(CPU, "top1", "top5")
     own = tally.state()
     few = {name: own[name] for name in list(own)[1:]}
     for state in (sums.state(), {}, few, own | {"top1": 0.0}):
@@ -117,7 +124,7 @@ def test_a_tally_of_other_names_is_refused():
 
 def test_sums_of_several_losses():
     """linear.py's: the sums over images, divided by their number."""
-    sums = Sums(CPU, "top1", "top5")
+    sums = Meters(CPU, "top1", "top5")
     sums.count(loss=torch.tensor(6.0), top1=torch.tensor(1), top5=torch.tensor(3))
     sums.count(loss=torch.tensor(2.0), top1=torch.tensor(3), top5=torch.tensor(4))
     assert sums.means(8) == {"loss": 1.0, "finite": 0.25, "top1": 0.5, "top5": 0.875}
@@ -132,7 +139,7 @@ def test_sums_of_several_losses():
 
 def test_collapse_by_its_thresholds():
     def kind(std, rank=None, bn="default", start=6.0, images=64, flat=False):
-        found = collapse(least_std(bn, images), std, rank, start, 64, flat)
+        found = collapse(collapse_threshold(bn, images), std, rank, start, 64, flat)
         return found and re.search(r"(total|dimensional) collapse", found[0])[1]
 
     assert kind(0.99) is kind(0.55) is kind(0.99, 5.0) is None
@@ -263,8 +270,8 @@ def test_features_are_kept_where_it_is_asked_for(watched):
 
 def test_std_is_looked_at_every_window_and_at_an_epoch_s_end(watched, capsys):
     """An epoch of 60 steps: looks after 25, 50 and 60, each at the steps since the last."""
-    assert monitor.WINDOW == 25
-    watch, tally = make_monitor(watched), Tally(CPU)
+    assert collapse.WINDOW == 25
+    watch, tally = make_monitor(watched), TrainMeters(CPU)
     healthy, collapsed = torch.randn(64, 8), torch.ones(64, 8)
     collapsed[0] = -1
     seen = []
@@ -316,6 +323,6 @@ def test_the_threshold_is_of_the_batch_and_the_heads(watched):
 
 
 def test_spread_is_even():
-    assert spread(9, 3).tolist() == [0, 4, 8]
-    assert spread(3, 8).tolist() == [0, 1, 2]
-    assert spread(1, 8).tolist() == [0]
+    assert evenly_spaced(9, 3).tolist() == [0, 4, 8]
+    assert evenly_spaced(3, 8).tolist() == [0, 1, 2]
+    assert evenly_spaced(1, 8).tolist() == [0]

@@ -14,7 +14,8 @@ from lightly.models.utils import update_momentum
 from torch import nn
 
 import model
-from simsiam import backbones, network
+from simsiam.models import backbones
+from simsiam.models import simsiam as network
 from tests.helpers import refused
 
 

@@ -11,14 +11,15 @@ from PIL import Image
 from torch import nn
 
 import main
-from simsiam import checkpoint, network
-from simsiam.datasets import load
-from simsiam.files import read_csv
-from simsiam.loader import Loader
-from simsiam.monitor import Tally
-from simsiam.probe import Probe
-from simsiam.textures import textures
-from simsiam.views import NORMALISATION, Views
+from simsiam.data.datasets import load
+from simsiam.data.loader import Loader
+from simsiam.data.textures import textures
+from simsiam.interop import checkpoint
+from simsiam.models import simsiam as network
+from simsiam.runtime.files import read_csv
+from simsiam.training.collapse import TrainMeters
+from simsiam.training.probe import Probe
+from simsiam.views.augment import NORMALISATION, Views
 from tests import helpers
 
 TINY = "--data_name textures --train_size 96 --width 4 --feature_dim 16 --batch_size 32 --k 5 "
@@ -119,7 +120,7 @@ def loop(images, labels):
     def steps():
         rest = (args, torch.autocast("cpu", enabled=False), main.UNSCALED, probe)
         for epoch in range(2):
-            yield from main.train(net, optimizer, loader, views, Tally(CPU), epoch, 0, *rest)
+            yield from main.train(net, optimizer, loader, views, TrainMeters(CPU), epoch, 0, *rest)
 
     return net, seen, probe, loader, steps()
 

@@ -25,12 +25,13 @@ from PIL import Image
 
 import linear
 import main
-from simsiam import checkpoint, ranks
-from simsiam.datasets import load
-from simsiam.loader import Files, Loader
-from simsiam.monitor import Monitor
-from simsiam.textures import TEXTURES, textures
-from simsiam.views import Augmentation, Views
+from simsiam.data.datasets import load
+from simsiam.data.loader import Files, Loader
+from simsiam.data.textures import TEXTURES, textures
+from simsiam.interop import checkpoint
+from simsiam.runtime import distributed
+from simsiam.training.collapse import Monitor
+from simsiam.views.augment import Augmentation, Views
 from tests import crash
 from tests import ranks as ranks_of_tests
 from tests.helpers import ROOT, refused
@@ -159,7 +160,9 @@ def done(tiny, place):
 def test_every_row_has_one_rank():
     for number in range(1, 40):
         for count in (1, 2, 3, 4, 7):
-            parts = [range(number)[ranks.cut(number, i, count)] for i in range(count)]
+            parts = [
+                range(number)[distributed.slice_for_rank(number, i, count)] for i in range(count)
+            ]
             assert [row for part in parts for row in part] == list(range(number))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -183,7 +186,7 @@ def test_views_and_order_do_not_depend_on_ranks_and_workers(tmp_path, monkeypatc
             loader = Loader(source, 16, 3, labels, keep_last=True, views=views)
             parts = []
             for batch in loader.epoch(1, 1):
-                mine = len(range(batch.size)[ranks.cut(batch.size, rank, count)])
+                mine = len(range(batch.size)[distributed.slice_for_rank(batch.size, rank, count)])
                 parts.append([x[:mine] for x in views(batch)])
                 assert len(parts[-1]) == looks
                 assert len(batch.labels) == batch.size  # labels come whole
@@ -285,10 +288,10 @@ def test_a_rank_forks_when_its_other_threads_sleep(monkeypatch):
     content = bytes(300_000_000)
     thread = threading.Thread(target=hashlib.sha256, args=[content])  # works without the GIL
     thread.start()
-    ranks.still()  # no rank: no wait
+    distributed.wait_before_fork()  # no rank: no wait
     assert thread.is_alive()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    ranks.still()
+    distributed.wait_before_fork()
     assert not thread.is_alive()
     thread.join()
 
@@ -314,7 +317,7 @@ def test_ranks_agree_a_step_later(done):
 
 
 def test_without_ranks_an_agreement_is_one_s_own_and_new():
-    agree = ranks.Agreement()
+    agree = distributed.AsyncMax()
     assert [agree(7, True), agree(0, 0), agree(3, 0, wait=True)] == [[7, 1], [0, 0], [3, 0]]
 
 
@@ -469,9 +472,9 @@ def test_workers_do_not_outlive_an_error(tmp_path):
     """They heed no SIGTERM, by which multiprocessing would end them."""
     root = image_files(tmp_path, 40)
     script = f"""
-from simsiam.datasets import load
-from simsiam.loader import Loader
-from simsiam.views import Views
+from simsiam.data.datasets import load
+from simsiam.data.loader import Loader
+from simsiam.views.augment import Views
 files = load("imagenet", {str(root)!r}, 32).train_images
 loader = Loader(files, 8, views=Views(32, (0,) * 3, (1,) * 3))
 batches = loader.epoch(0)
@@ -500,7 +503,7 @@ def streams(shards, count, workers, epoch, start=0, whole=False, size=None):
     augmentation = Augmentation(crop_scale=(1.0, 1.0) if whole else (0.2, 1.0))
     found = []
     for rank in range(count):
-        share = partial(ranks.cut, rank=rank, count=count)
+        share = partial(distributed.slice_for_rank, rank=rank, count=count)
         views = Views(32, (0,) * 3, (1,) * 3, augmentation)
         loader = Loader(images.train_images, 24, views=views, share=share)
         steps = [batch.images for batch in loader.epoch(epoch, start)]

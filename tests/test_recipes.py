@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import main
-from simsiam import checkpoint
-from simsiam.recipes import RECIPES, VIEWS, augmentation_of
-from simsiam.run import Run
-from simsiam.textures import textures
+from simsiam.data.textures import textures
+from simsiam.interop import checkpoint
+from simsiam.training.recipes import RECIPES, VIEWS, augmentation_of
+from simsiam.training.run import Run
 from tests import helpers
 
 TINY = "--data_name textures --train_size 64 --width 4 --feature_dim 16 --batch_size 32 --epochs 1"

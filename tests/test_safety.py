@@ -24,10 +24,10 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam import checkpoint
-from simsiam.files import RunError
-from simsiam.monitor import Tally
-from simsiam.run import Run
+from simsiam.interop import checkpoint
+from simsiam.runtime.files import RunError
+from simsiam.training.collapse import TrainMeters
+from simsiam.training.run import Run
 from tests import crash
 from tests.helpers import ROOT, refused
 
@@ -362,7 +362,7 @@ def framed(out, clock, *words):
     net = torch.nn.Linear(2, 2)
     run = Run(args, given, flags, main.STATISTICS, clock)
     run.same(images_crc=0, classes=[], encoder={}, augmentation={})
-    tally = Tally(torch.device("cpu"))
+    tally = TrainMeters(torch.device("cpu"))
     run.keep(net, torch.optim.SGD(net.parameters()), tally, 2, lambda progress: 1.0)
     return run
 

@@ -9,10 +9,10 @@ from lightly.loss.hypersphere_loss import HypersphereLoss
 from PIL import Image
 from torch import nn
 
-from simsiam import metrics, scores
-from simsiam.loader import Files
-from simsiam.network import SimSiam
-from simsiam.views import Augmentation, Views
+from simsiam.data.loader import Files
+from simsiam.evaluation import metrics, scores
+from simsiam.models.simsiam import SimSiam
+from simsiam.views.augment import Augmentation, Views
 from tests.helpers import Large
 
 OFF = torch.autocast("cpu", dtype=torch.bfloat16, enabled=False)

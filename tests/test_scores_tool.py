@@ -1,4 +1,4 @@
-"""tools.scores: rho by hand, the rows against the library, and what is not done again."""
+"""studies.scores: rho by hand, the rows against the library, and what is not done again."""
 
 import math
 import types
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import main
-from simsiam import scores as library
-from simsiam.datasets import load
-from simsiam.views import Augmentation, Views
-from simsiam.weights import Source
+from simsiam.data.datasets import load
+from simsiam.evaluation import scores as library
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.views.augment import Augmentation, Views
+from studies import scores
 from tests import crash, helpers
-from tools import scores
 
 DOOR = types.SimpleNamespace(main=scores.command)
 OFF = torch.autocast("cpu", dtype=torch.bfloat16, enabled=False)
@@ -90,7 +90,7 @@ def test_a_table_of_runs_is_the_library_s_and_is_gone_on_with(runs, tmp_path, ca
     table = pandas.read_csv(out)
     assert table.columns.tolist() == list(scores.COLUMNS)
     assert table["data"].tolist() == ["textures, 200 images"] * 2
-    source = Source.open(runs[1])
+    source = LoadedCheckpoint.open(runs[1])
     views = Views(32, *(source.encoder[key] for key in ("mean", "std")), Augmentation())
     images = load("textures", "").subset(200, 1).train_images
     wanted = library.unlabelled_scores(source.net, views, images, OFF, 0)
@@ -128,7 +128,7 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     out = tmp_path / "other.csv"
     assert "nowhere.pth" in helpers.refused(capsys, DOOR, "nowhere.pth", "--out", out)
     foreign = tmp_path / "weights.pth"
-    torch.save(Source.open(runs[0]).net.state_dict(), foreign)
+    torch.save(LoadedCheckpoint.open(runs[0]).net.state_dict(), foreign)
     err = helpers.refused(capsys, DOOR, foreign, "--out", out)
     assert f"{foreign}: give a checkpoint of main.py" in err
     assert not out.exists()

@@ -23,10 +23,10 @@ from PIL import Image
 
 import linear
 import main
-from simsiam import checkpoint, serialization, weights
-from simsiam.files import RunError
-from simsiam.network import SimSiam
-from simsiam.textures import textures
+from simsiam.data.textures import textures
+from simsiam.interop import checkpoint, reader, weights
+from simsiam.models.simsiam import SimSiam
+from simsiam.runtime.files import RunError
 from tests.helpers import ROOT, refused
 
 
@@ -104,10 +104,10 @@ def test_a_storage_of_which_two_tensors_have_parts(tmp_path):
     for new in (True, False):
         both = {"a": base[2:5], "b": base[2:8].view(2, 3).T}
         torch.save(both, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
-        found = serialization.read(tmp_path / "a.pth")
+        found = reader.read(tmp_path / "a.pth")
         assert torch.equal(found["b"], both["b"])
         assert found["a"].data_ptr() == found["b"].data_ptr()
-    number = pickle.dumps(serialization.MAGIC, 2), pickle.dumps(1001, 2)
+    number = pickle.dumps(reader.MAGIC, 2), pickle.dumps(1001, 2)
     system = pickle.dumps({"little_endian": True, "protocol_version": 1001}, 2)
     old = (
         b"\x80\x02}X\x01\0\0\0w"
@@ -118,7 +118,7 @@ def test_a_storage_of_which_two_tensors_have_parts(tmp_path):
     )
     content = b"".join([*number, system, old, pickle.dumps(["5"], 2), struct.pack("<q", 12)])
     (tmp_path / "a.pth").write_bytes(content + base.numpy().tobytes())
-    assert serialization.read(tmp_path / "a.pth")["w"].tolist() == [3, 6]
+    assert reader.read(tmp_path / "a.pth")["w"].tolist() == [3, 6]
 
 
 def test_plain_values_stay_and_objects_are_left_out(tmp_path):
@@ -127,8 +127,8 @@ def test_plain_values_stay_and_objects_are_left_out(tmp_path):
         (tmp_path / "a.pkl").write_bytes(
             pickle.dumps(plain | {"o": argparse.Namespace(lr=0.5)}, protocol)
         )
-        found = serialization.read(tmp_path / "a.pkl")
-        assert isinstance(found.pop("o"), serialization.Left)
+        found = reader.read(tmp_path / "a.pkl")
+        assert isinstance(found.pop("o"), reader.Placeholder)
         assert found == plain
         assert type(found["s"]) is float
 
@@ -237,13 +237,13 @@ def test_there_is_one_reader(tmp_path):
     """Nothing in the tree unpickles, or calls torch's loaders, but this one reader of its own."""
     loads = r"(torch|jit|pickle|np|numpy)\.loads?\(|weights_only=False|Unpickler"
     harmless = r"np\.load\([^()]*allow_pickle=False\)"  # an image's array: NumPy refuses objects
-    for folder in (ROOT, ROOT / "simsiam", ROOT / "tools"):
-        for path in folder.glob("*.py"):
+    for pattern in ("*.py", "simsiam/**/*.py", "tools/*.py", "studies/*.py"):
+        for path in ROOT.glob(pattern):
             assert not re.search(loads, re.sub(harmless, "", path.read_text())), path
     torch.save({"version": 2}, tmp_path / "a.pth")
-    for reader in (checkpoint.load, weights.read_weights):
+    for read in (checkpoint.load, weights.read_weights):
         with pytest.raises(ValueError, match="is damaged, or not a checkpoint|has no weights"):
-            reader(tmp_path / "a.pth")
+            read(tmp_path / "a.pth")
 
 
 # ---- shards -------------------------------------------------------------------------------------

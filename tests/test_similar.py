@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from sklearn.neighbors import NearestNeighbors
 
-from simsiam import metrics
-from simsiam.textures import textures
-from simsiam.weights import open_encoder
+from simsiam.data.textures import textures
+from simsiam.evaluation import metrics
+from simsiam.interop.weights import open_encoder
 from tests import helpers
 from tools import similar
 

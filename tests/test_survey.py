@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import main
-from simsiam import survey
-from simsiam.loader import Data, Files
-from simsiam.recipes import RECIPES
-from simsiam.survey import Seen
+from simsiam.data import survey
+from simsiam.data.loader import Data, Files
+from simsiam.data.survey import Seen
+from simsiam.training.recipes import RECIPES
 from tests import helpers
 
 USUAL = RECIPES["cifar"]

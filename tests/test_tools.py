@@ -1,4 +1,4 @@
-"""tools.plot, tools.ablate and tools.bench: what they draw and write is of the runs."""
+"""tools.plot, studies.ablate and tools.bench: what they draw and write is of the runs."""
 
 import json
 import os
@@ -17,11 +17,13 @@ from PIL import Image
 
 import linear
 import main
-from simsiam import checkpoint, network
-from simsiam.datasets import load
-from simsiam.files import RunError, read_csv
+from simsiam.data.datasets import load
+from simsiam.interop import checkpoint
+from simsiam.models import simsiam as network
+from simsiam.runtime.files import RunError, read_csv
+from studies import ablate, speedrun
 from tests.helpers import ROOT, refused
-from tools import ablate, bench, features, plot, speedrun
+from tools import bench, features, plot
 
 TINY = (
     "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32 --no-pictures"
@@ -332,22 +334,22 @@ def test_features_label_as_training_and_replace_nothing_unasked(runs, tmp_path, 
 
 PROGRAM = """
 import contextlib, io, os, runpy, sys
-root, names = sys.argv[1], sys.argv[2:]
+root, names = sys.argv[1], sys.argv[2:]  # names: folder/name
 paths = sys.path[1:]
 for way in ("script", "module"):
     for name in names:
         for module in list(sys.modules):
-            if module.split(".")[0] in ("utils", "main", "linear", "model", "simsiam", "tools"):
+            if module.split(".")[0] in "utils main linear model simsiam tools studies".split():
                 del sys.modules[module]
         # What Python puts first: a script's folder, or for -m the current one.
-        sys.path[:] = [f"{root}/tools" if way == "script" else root, *paths]
-        sys.argv = [f"{root}/tools/{name}.py", "--help"]
+        sys.path[:] = [f"{root}/{name.split('/')[0]}" if way == "script" else root, *paths]
+        sys.argv = [f"{root}/{name}.py", "--help"]
         said = io.TextIOWrapper(io.BytesIO())
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             if way == "script":
                 runpy.run_path(sys.argv[0], run_name="__main__")
             else:
-                runpy.run_module(f"tools.{name}", run_name="__main__")
+                runpy.run_module(name.replace("/", "."), run_name="__main__")
         said.seek(0)
         print(way, name, said.read().split()[:2])
 """
@@ -355,10 +357,15 @@ for way in ("script", "module"):
 
 def test_tools_run_as_scripts_and_as_modules(tmp_path):
     """From any folder, as `python tools/plot.py`, and as `python -m tools.plot`."""
-    names = "ablate bench convert features plot similar transfer worth".split()
+    names = [
+        f"tools/{name}" for name in "bench convert features plot similar transfer worth".split()
+    ]
+    names += ["studies/ablate", "studies/scores", "studies/speedrun"]
     command = [sys.executable, "-c", PROGRAM, ROOT, *names]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    wanted = [f"{way} {name} ['usage:', 'tools.{name}']" for way in WAYS for name in names]
+    wanted = [
+        f"{way} {name} ['usage:', '{name.replace('/', '.')}']" for way in WAYS for name in names
+    ]
     assert done.stdout.splitlines() == wanted, done.stderr
 
 

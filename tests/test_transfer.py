@@ -14,11 +14,11 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 import linear
-from simsiam import metrics
-from simsiam.datasets import load
-from simsiam.loader import subset
-from simsiam.textures import textures
-from simsiam.weights import Source
+from simsiam.data.datasets import load
+from simsiam.data.loader import subset
+from simsiam.data.textures import textures
+from simsiam.evaluation import metrics
+from simsiam.interop.weights import LoadedCheckpoint
 from tests import helpers
 from tools import transfer
 
@@ -102,7 +102,7 @@ def test_its_numbers_are_scikit_learn_s_and_the_knn_s(kind, encoder, folder, tmp
         flags, root, size = ("--data_name", "textures", "--train_size", 120), "data", 120
     flags = (*flags, "--model_path", encoder, "--seed", 5)
     row = transferred(tmp_path / "t.csv", *flags).iloc[0]
-    source, images = Source.open(encoder), load(kind, root, 32)
+    source, images = LoadedCheckpoint.open(encoder), load(kind, root, 32)
     images = images.chosen(images.train_labels >= 0)
     if size:
         images = images.chosen(subset(images.train_labels, size, 5))
@@ -250,7 +250,7 @@ def test_a_fit_that_does_not_converge_is_said_once(encoder, folder, tmp_path, ca
 
 
 def test_bad_input_is_one_line_and_writes_nothing(encoder, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Source, "features", None)  # all of it is found before any is made
+    monkeypatch.setattr(LoadedCheckpoint, "features", None)  # all of it is found before any is made
     with tarfile.open(tmp_path / "train-0.tar", "w") as archive:  # shards, without a test set
         for i in range(20):
             label = tmp_path / "label"

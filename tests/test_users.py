@@ -14,8 +14,8 @@ import torch
 import linear
 import main
 import model
-from simsiam import checkpoint
-from simsiam.files import RunError
+from simsiam.interop import checkpoint
+from simsiam.runtime.files import RunError
 from tests import helpers
 from tests.helpers import ROOT
 
@@ -62,8 +62,10 @@ def test_a_run_without_stdout_and_stderr(tmp_path):
     assert len(pandas.read_csv(tmp_path / "results.csv")) == 1
 
 
-TOOLS = "ablate bench convert features plot scores similar speedrun transfer worth".split()
+TOOLS = "bench convert features plot similar transfer worth".split()
+STUDIES = "ablate scores speedrun".split()
 COMMANDS = [main, linear, model, *(import_module(f"tools.{name}") for name in TOOLS)]
+COMMANDS += [import_module(f"studies.{name}") for name in STUDIES]
 
 
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)

@@ -18,14 +18,15 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam import devices, network
-from simsiam.files import RunError
-from simsiam.images import BadImage
-from simsiam.loader import Data
-from simsiam.monitor import Sums, Tally
-from simsiam.network import SimSiam
-from simsiam.progress import Progress
-from simsiam.textures import textures
+from simsiam.data.decode import BadImage
+from simsiam.data.loader import Data
+from simsiam.data.textures import textures
+from simsiam.models import simsiam as network
+from simsiam.models.simsiam import SimSiam
+from simsiam.runtime import devices
+from simsiam.runtime.files import RunError
+from simsiam.training.collapse import Meters, TrainMeters
+from simsiam.training.progress import Progress
 from tests.helpers import ROOT, refused
 
 CPU = torch.device("cpu")
@@ -402,7 +403,7 @@ def test_a_run_introduces_itself(capsys):
     images, labels = textures(30, seed=1)
     data = Data(images, labels, images[:7], labels[:7], list("abcdefghij"))
     counts = network.params_and_flops(net, 32)
-    columns = utils.introduce(
+    columns = utils.print_summary(
         "some/run: SimSiam", net, counts, data, "folder:birds", 32, CPU, "off"
     )
     params = sum(p.numel() for p in net.parameters()) / 1e6
@@ -432,7 +433,7 @@ def clock(monkeypatch):
     return clock
 
 
-class Counted(Sums):
+class Counted(Meters):
     """Sums that count how often they are read from the device."""
 
     reads = 0
@@ -463,7 +464,7 @@ def test_progress_waits_for_the_device_once_a_second(clock):
 
 
 def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock, capsys):
-    tally = Sums(CPU, "top1")
+    tally = Meters(CPU, "top1")
     with Progress(1, ARGS, 600, SHOWN, "a smaller one") as progress:
         for step in range(600):
             tally.count(loss=torch.tensor(2.0), top1=torch.tensor(0.25))
@@ -484,7 +485,7 @@ def test_progress_counts_larger_epochs_to_come(clock, capsys):
     with Progress(1, ARGS, 600, {"loss": "loss"}, "a smaller one", rest=2.25) as progress:
         for step in range(122):
             clock.now += 0.5
-            progress(step, Sums(CPU))
+            progress(step, Meters(CPU))
     # An epoch is 5 minutes: 4 are left of this one, and the next takes 2.25 times as long.
     assert "left 04:00, run 15:15 (step 120 of 600)" in capsys.readouterr().out
 
@@ -508,7 +509,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress_is_a_bar_on_a_terminal(clock, capsys, monkeypatch):
-    terminal, tally = Terminal(), Sums(CPU, "top1")
+    terminal, tally = Terminal(), Meters(CPU, "top1")
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
         for step in range(600):
@@ -529,7 +530,7 @@ def test_progress_is_a_bar_on_a_terminal(clock, capsys, monkeypatch):
 )
 def test_a_run_of_more_than_a_day_is_said_at_its_start(clock, capsys, epoch, seconds, said):
     """3 epochs of 1000 steps, of 30 s each: 25 hours; of 28 s: 23.3. Later it is not news."""
-    tally = Tally(CPU)
+    tally = TrainMeters(CPU)
     with Progress(epoch, ARGS, 1000, {"loss": "loss"}, "--epochs 5") as progress:
         for step in range(3):
             tally.add(torch.tensor(-0.5), torch.randn(4, 4))

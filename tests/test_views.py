@@ -12,8 +12,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
-from simsiam import operations as ours
-from simsiam.views import Augmentation, Batch, Views, crop_boxes
+from simsiam.views import ops as ours
+from simsiam.views.augment import Augmentation, Batch, Views, crop_boxes
 
 PIXEL = 1 / 255
 

@@ -16,11 +16,12 @@ from torchvision import transforms
 import hubconf
 import linear
 import main
-from simsiam import checkpoint, images, weights
-from simsiam.network import SimSiam
-from simsiam.textures import TEXTURES, textures
-from simsiam.views import NORMALISATION, Views
-from simsiam.weights import Predictor, Source
+from simsiam.data import decode
+from simsiam.data.textures import TEXTURES, textures
+from simsiam.interop import checkpoint, weights
+from simsiam.interop.weights import LoadedCheckpoint, Predictor
+from simsiam.models.simsiam import SimSiam
+from simsiam.views.augment import NORMALISATION, Views
 from tests.helpers import ROOT, refused
 from tests.projects import (
     FORMATS,
@@ -46,7 +47,7 @@ def test_a_flipped_bit_is_seen(tmp_path):
         content[content.index(bits) + 5] ^= 1
         file.write_bytes(content)
         with pytest.raises(ValueError, match="damaged") as refusal:
-            Source.open(file)
+            LoadedCheckpoint.open(file)
         assert str(refusal.value).count(str(file)) == 1
 
 
@@ -66,12 +67,12 @@ def test_no_code_of_a_file_is_run(tmp_path):
         else:
             path.write_bytes(pickle.dumps(state))
         with pytest.raises(ValueError, match="has no weights"):
-            Source.open(path)
+            LoadedCheckpoint.open(path)
         assert not (tmp_path / "done").exists()
     arrays = {"a": np.array([Malicious(tmp_path)], dtype=object)}  # one more way to hide it
     path.write_bytes(pickle.dumps(arrays))
     with pytest.raises(ValueError, match="nor one of another"):
-        Source.open(path)
+        LoadedCheckpoint.open(path)
     assert not (tmp_path / "done").exists()
 
 
@@ -82,7 +83,9 @@ def test_no_code_of_a_file_is_run(tmp_path):
 @pytest.mark.parametrize("classes", [None, 4])
 def test_a_source_of_ours(tmp_path, classes):
     net, path = ours(tmp_path, "resnet8", "cifar", 2, classes)
-    source = pickle.loads(pickle.dumps(Source.open(path)))  # as ranks send it to each other
+    source = pickle.loads(
+        pickle.dumps(LoadedCheckpoint.open(path))
+    )  # as ranks send it to each other
     same_weights(source.net.state_dict(), net.state_dict())
     assert not source.net.training
     assert source.encoder.keys() == set(checkpoint.ENCODER)
@@ -99,12 +102,12 @@ def test_a_source_of_ours(tmp_path, classes):
     three = (0.5, 0.5, 0.5)
     for flags in ({"stem": "cifar_pad2"}, {"image_size": 32}, {"mean": three}, {"std": three}):
         with pytest.raises(ValueError, match=f"--{next(iter(flags))}: .* is ours, and has its own"):
-            Source.open(path, **flags)
+            LoadedCheckpoint.open(path, **flags)
 
 
 def test_a_source_of_others(tmp_path):
     """What their files do not say is by the stem, or by flags."""
-    source = Source.open(write(authors_linear()[0], tmp_path, "a"))
+    source = LoadedCheckpoint.open(write(authors_linear()[0], tmp_path, "a"))
     assert (source.encoder["image_size"], source.shorter, source.data_name) == (
         224,
         256,
@@ -113,19 +116,19 @@ def test_a_source_of_others(tmp_path):
     assert source.classes == [str(i) for i in range(1000)]
     assert source.state is None
     path = write(leftthomas()[0], tmp_path, "b")
-    source = Source.open(path)
+    source = LoadedCheckpoint.open(path)
     assert (source.encoder["image_size"], source.shorter, source.data_name) == (32, 32, "")
     mean = (0.4914, 0.4822, 0.4465)
     assert (source.encoder["mean"], source.encoder["std"]) == (mean, (0.2023, 0.1994, 0.2010))
     assert source.notes[-1].startswith(
         "taken to see 32 pixels, normalised by mean 0.4914, 0.4822, 0.4465 and std 0.2023, 0.1994, "
     )
-    source = Source.open(path, "cifar_pad2", 24, std=[0.5, 0.25, 1])
+    source = LoadedCheckpoint.open(path, "cifar_pad2", 24, std=[0.5, 0.25, 1])
     assert (source.encoder["stem"], source.views.size) == ("cifar_pad2", 24)
     assert (source.encoder["mean"], source.encoder["std"]) == (mean, (0.5, 0.25, 1.0))
     assert "taken to have the stem cifar_pad2, as --stem says" in source.notes
     with pytest.raises(ValueError, match="conv1"):
-        Source.open(path, "imagenet")
+        LoadedCheckpoint.open(path, "imagenet")
 
 
 def test_another_version_is_refused_as_such(tmp_path, capsys):
@@ -135,7 +138,7 @@ def test_another_version_is_refused_as_such(tmp_path, capsys):
     old = {name: state[name] for name in ("model", "args", "history", "epoch", "step")}
     torch.save(old | {"version": 1}, path)
     with pytest.raises(ValueError, match="has version 1 of the format") as refusal:
-        Source.open(path)
+        LoadedCheckpoint.open(path)
     assert str(refusal.value).count(str(path)) == 1
     assert "\n" not in str(refusal.value)
     flags = ("--data_name", "textures", "--out", tmp_path / "none")
@@ -247,12 +250,12 @@ def test_a_run_with_an_affine_projector_goes_on_and_is_read(tmp_path, capsys):
     assert "--arch resnet18 --stem cifar" in refused(capsys, main, *flags.split())
     run = [*flags.split()[:-4], "--projector_affine", "--epochs", "1"]
     main.main(run)
-    assert Source.open(tmp_path / "a_model.pth").net.projector[4].affine
+    assert LoadedCheckpoint.open(tmp_path / "a_model.pth").net.projector[4].affine
     run.remove("--projector_affine")
     main.main([*run, "--resume"])  # it is complete, and its checkpoint has the flag
     _, path = ours(tmp_path)  # of a version before that flag
     assert "projector_affine" not in torch.load(path)["args"]
-    assert not Source.open(path).net.projector[7].affine
+    assert not LoadedCheckpoint.open(path).net.projector[7].affine
 
 
 @pytest.mark.parametrize("classes", [None, 4])
@@ -341,7 +344,7 @@ def test_features_of_files(tmp_path, layer):
     assert sorted(arrays["labels"]) == ["", "cats", "dogs"]
     views = Views(48, *NORMALISATION["imagenet"])
     for name, found in zip(arrays["files"], arrays["features"], strict=True):
-        cut = images.centre(images.read_image(name), 48, 48)
+        cut = decode.resize_center_crop(decode.read_image(name), 48, 48)
         x = net.backbone(views.plain(torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]))
         expected = net.projector(x) if layer == "projector" else x
         np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5)
@@ -371,7 +374,7 @@ def test_features_of_a_foreign_encoder_are_of_the_authors_transform(tmp_path):
         for name, row in zip(found["files"], found["features"], strict=True):
             x = theirs(Image.open(name).convert("RGB"))[None]
             np.testing.assert_allclose(row, backbone(x)[0].numpy(), atol=1e-3)
-    source = Source.open(path)
+    source = LoadedCheckpoint.open(path)
     assert (source.shorter, source.views.size) == (256, 224)
 
 
@@ -418,9 +421,9 @@ def test_hub(tmp_path):
 
 def test_a_predictor_cuts_as_decode_does(tmp_path):
     net, path = ours(tmp_path, stem="cifar", classes=4)
-    predictor = Predictor(Source.open(path))
+    predictor = Predictor(LoadedCheckpoint.open(path))
     files = sorted(pictures(tmp_path / "images").rglob("*.png"))
-    pixels, _ = images.decode(files, predictor.size, shorter=predictor.shorter)
+    pixels, _ = decode.decode(files, predictor.size, shorter=predictor.shorter)
     views = Views(48, *NORMALISATION["imagenet"])
     with torch.no_grad():
         expected = net(views.plain(pixels)).softmax(1)
@@ -433,7 +436,7 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
         assert one["score"] == pytest.approx(row.max().item(), abs=1e-6)
         assert list(one["scores"]) == [f"class {i}" for i in range(4)]
         assert sum(one["scores"].values()) == pytest.approx(1, abs=1e-5)
-    image = torch.from_numpy(np.array(images.to_rgb(opened[0]))).permute(2, 0, 1)
+    image = torch.from_numpy(np.array(decode.to_rgb(opened[0]))).permute(2, 0, 1)
     for tensor in (image, image[None], image / 255, [image]):
         score = predictor.predict(tensor)[0]["score"]
         assert score == pytest.approx(predicted[0]["score"], abs=1e-6)
@@ -441,7 +444,7 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
 
 def test_a_predictor_takes_arrays_and_paths_and_says_what_else_it_takes(tmp_path):
     _, path = ours(tmp_path, stem="cifar", classes=4)
-    predictor = Predictor(Source.open(path))
+    predictor = Predictor(LoadedCheckpoint.open(path))
     file = pictures(tmp_path / "images") / "cats" / "0.png"
     pixels = np.array(Image.open(file).convert("RGB"))
     expected = predictor.predict(Image.open(file))[0]["scores"]

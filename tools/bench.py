@@ -31,14 +31,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/bench.py
 import linear
 import main
 import utils
-from simsiam import devices, files, metrics, network
-from simsiam.loader import Data, Files, Loader
-from simsiam.monitor import Monitor, Tally
-from simsiam.recipes import VIEWS
-from simsiam.textures import TEXTURES, textures
-from simsiam.views import Batch, Views
-from tools import gpu, peers, profiler
-from tools.peers import Peer
+from simsiam.data.loader import Data, Files, Loader
+from simsiam.data.textures import TEXTURES, textures
+from simsiam.evaluation import metrics
+from simsiam.models import simsiam as network
+from simsiam.runtime import devices, files
+from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.recipes import VIEWS
+from simsiam.views.augment import Batch, Views
+from studies import peers
+from studies.peers import Peer
+from tools import gpu, profiler
 from tools.timing import in_turns, machine_name
 
 CPU = torch.device("cpu")
@@ -107,7 +110,7 @@ def training(flags: str, images: torch.Tensor) -> tuple[Callable[[], object], ne
     """An epoch of main.py's loop on `images`, and its network."""
     args, autocast = arguments(flags)
     net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
-    optimizer, tally = main.make_optimizer(net, args), Tally(torch.device("cpu"))
+    optimizer, tally = main.make_optimizer(net, args), TrainMeters(torch.device("cpu"))
     loader = Loader(images, args.batch_size)
     rest = (loader, views_of("cifar", 32), tally, 0, 0, args, autocast)
     return lambda: list(main.train(net, optimizer, *rest)), net
@@ -163,7 +166,7 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
         args, amp = arguments(f"{flags} --no-fix_pred_lr")
         torch.manual_seed(seed)
         net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
-        optimizer, tally = main.make_optimizer(net, args), Tally(torch.device("cpu"))
+        optimizer, tally = main.make_optimizer(net, args), TrainMeters(torch.device("cpu"))
         loader, views = Loader(images.train_images, args.batch_size, seed), views_of("short", 32)
         views.seed = seed
         monitor = Monitor(net, views, images, args, args.lr, amp)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import utils
-from simsiam import figures, ranks
-from simsiam.datasets import load
-from simsiam.loader import Data
-from simsiam.weights import Source
+from simsiam.data.datasets import load
+from simsiam.data.loader import Data
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.plots import curves as figures
+from simsiam.runtime import distributed
 
 
 def encoder_flags(parser: utils.Parser) -> None:
@@ -31,15 +32,15 @@ def running_flags(parser: utils.Parser) -> None:
     parser.set_defaults(deterministic=False)
 
 
-def open_source(args: Namespace) -> Source:
+def open_source(args: Namespace) -> LoadedCheckpoint:
     """The checkpoint at --model_path, and lines on what it was taken for; as `Source.open`."""
-    source = Source.open(args.model_path, **utils.of_source(args))
+    source = LoadedCheckpoint.open(args.model_path, **utils.of_source(args))
     for note in source.notes:
-        ranks.say(f"{args.model_path}: {note}")
+        distributed.log(f"{args.model_path}: {note}")
     return source
 
 
-def images_of_run(source: Source, args: Mapping, data_root: str | None = None) -> Data:
+def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None = None) -> Data:
     """The images that a run of main.py trained on; wherever they are now, if `data_root` says so.
 
     `args`: num_workers and bad_images. Raises as `datasets.load`.

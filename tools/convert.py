@@ -15,10 +15,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/convert.py`
 
 import utils
-from simsiam import files, ranks
-from simsiam.exports import EXPORTS, exported, remarks
-from simsiam.network import kept_weights
-from simsiam.weights import Source, part_of
+from simsiam.interop.export import EXPORTS, exported, remarks
+from simsiam.interop.weights import LoadedCheckpoint, part_of
+from simsiam.models.simsiam import kept_weights
+from simsiam.runtime import distributed, files
 
 FORMATS = (*EXPORTS, "safetensors", "onnx")
 OF_ONE_START = ("resume", "overwrite", "ddp")  # flags that are of one start of a run only
@@ -38,7 +38,7 @@ def metadata(state: dict | None) -> dict[str, str]:
     return {name: str(value) for name, value in (found | {"command": shlex.join(words)}).items()}
 
 
-def onnx_bytes(source: Source, net: nn.Module, about: dict[str, str]) -> bytes:
+def onnx_bytes(source: LoadedCheckpoint, net: nn.Module, about: dict[str, str]) -> bytes:
     """What `net` makes of the source's images: N x C x size x size -> features or logits.
 
     Raises ValueError where onnx is not installed, or its runtime finds other numbers.
@@ -73,7 +73,7 @@ def onnx_bytes(source: Source, net: nn.Module, about: dict[str, str]) -> bytes:
     return content
 
 
-def linear_evaluation(source: Source) -> dict:
+def linear_evaluation(source: LoadedCheckpoint) -> dict:
     """What the authors' main_lincls reads of a linear model to go on from it, or evaluate it."""
     history = source.state["history"] if source.state else []
     best = max((row.get("test_acc@1", 0.0) for row in history), default=0.0)
@@ -81,7 +81,7 @@ def linear_evaluation(source: Source) -> dict:
     return {"best_acc1": torch.tensor(best), "optimizer": sgd.state_dict()}
 
 
-def convert(source: Source, to: str, encoder_only: bool = False) -> bytes:
+def convert(source: LoadedCheckpoint, to: str, encoder_only: bool = False) -> bytes:
     """The content of a file in the format `to`, one of FORMATS, of all parts or of the encoder.
 
     Raises ValueError if it has none. The message does not name the source's file.
@@ -128,14 +128,14 @@ def command(argv: list[str] | None = None) -> None:
     with parser.bad_input():
         if Path(args.target).exists():
             raise ValueError(f"{args.target} exists: choose another name")
-        source = Source.open(args.source, **utils.of_source(args))
-        with files.about(args.source):
+        source = LoadedCheckpoint.open(args.source, **utils.of_source(args))
+        with files.error_prefix(args.source):
             content = convert(source, args.to, args.encoder_only)
-        with files.whole_file(args.target) as file:
+        with files.atomic_write(args.target) as file:
             file.write(content)
     for note in [*source.notes, *remarks(source.net, source.encoder, args.to, args.encoder_only)]:
-        ranks.say(f"{args.source}: {note}")
-    ranks.say(f"wrote {args.target}, {len(content) / 1e6:.1f} MB")
+        distributed.log(f"{args.source}: {note}")
+    distributed.log(f"wrote {args.target}, {len(content) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

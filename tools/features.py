@@ -16,10 +16,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/features.py`
 
 import utils
-from simsiam import devices, folders, metrics, ranks
-from simsiam.files import printable, whole_file
-from simsiam.images import decode, ignore_pil_warnings
-from simsiam.weights import Source
+from simsiam.data import folders
+from simsiam.data.decode import decode, ignore_pil_warnings
+from simsiam.evaluation import metrics
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.runtime import devices, distributed
+from simsiam.runtime.files import atomic_write, printable
 from tools.common import encoder_flags, open_source
 
 BATCH = 256  # files decoded at a time
@@ -33,14 +35,14 @@ def listed(root: Path, split_names: list[str] | None) -> pandas.DataFrame:
     """
     rows = []
     found = folders.find(root, split_names, scored=False)
-    ranks.say(found.line)
+    distributed.log(found.line)
     for split, part in (("train" if found.split else "", found.train), ("test", found.test)):
         pairs = zip(part.files, part.labels, strict=True) if part else ()
         rows += [(path, split, label or "") for path, label in pairs]
     return pandas.DataFrame(rows, columns=["file", "split", "label"])
 
 
-def chosen_part(source: Source, layer: str) -> nn.Module:
+def chosen_part(source: LoadedCheckpoint, layer: str) -> nn.Module:
     """What makes features of images. Raises ValueError where the checkpoint has no such layer."""
     if layer == "backbone":
         return source.net.backbone
@@ -50,7 +52,7 @@ def chosen_part(source: Source, layer: str) -> nn.Module:
 
 
 def of_files(
-    source: Source, part: nn.Module, files: list[Path], args: Namespace
+    source: LoadedCheckpoint, part: nn.Module, files: list[Path], args: Namespace
 ) -> tuple[np.ndarray, list[int]]:
     """What a `part` of the network makes of files, fp32, N x features, and which files these are.
 
@@ -66,7 +68,7 @@ def of_files(
         cut = (views.size, args.num_workers, args.bad_images, source.shorter)
         images, bad = decode(some, *cut, allow_none=True, reading=source.reading)
         for reason in bad.values():
-            ranks.say(reason)
+            distributed.log(reason)
         kept += [start + i for i in range(len(some)) if i not in bad]
         if len(images):
             features = metrics.features(part, views.plain, images.to(device), amp, normalise=False)
@@ -85,7 +87,7 @@ def write(out: Path, images: pandas.DataFrame, features: np.ndarray) -> None:
     """
     images = images.map(lambda value: printable(str(value)))
     known = {name: images[name].tolist() for name in images if any(images[name])}
-    with whole_file(out) as file:
+    with atomic_write(out) as file:
         if out.suffix == ".npz":
             arrays = {f"{name}s": images[name].tolist() for name in images}
             np.savez(file, features=features, **arrays)
@@ -126,7 +128,7 @@ def command(argv: list[str] | None = None) -> None:
         images = listed(Path(args.data_root), args.split_names)
         features, kept = of_files(source, part, images["file"].tolist(), args)
         write(out, images.iloc[kept], features)
-    ranks.say(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
+    distributed.log(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ from torch import Tensor
 
 import main
 import utils
-from simsiam import checkpoint, devices, metrics, network, ranks
-from simsiam.loader import Data, Loader
-from simsiam.monitor import Monitor, Tally
-from simsiam.recipes import VIEWS
-from simsiam.textures import textures
-from simsiam.views import Batch, Views
-from tools.peers import Peer, plain_training
+from simsiam.data.loader import Data, Loader
+from simsiam.data.textures import textures
+from simsiam.evaluation import metrics
+from simsiam.interop import checkpoint
+from simsiam.models import simsiam as network
+from simsiam.runtime import devices, distributed
+from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.recipes import VIEWS
+from simsiam.views.augment import Batch, Views
+from studies.peers import Peer, plain_training
 from tools.timing import in_turns
 
 # A benchmark's name, our number, the one beside it and its name, the unit.
@@ -63,8 +66,8 @@ class Training:
         augmentation, mean, std = VIEWS[recipe]
         self.images, self.net = images, net
         self.views = Views(size, mean, std, augmentation, net.num_views, 0, compiled)
-        self.trained = ranks.for_training(net, size, compiled)
-        self.optimizer, self.tally = main.make_optimizer(net, self.args), Tally(device)
+        self.trained = distributed.prepare_for_training(net, size, compiled)
+        self.optimizer, self.tally = main.make_optimizer(net, self.args), TrainMeters(device)
         self.amp = devices.autocast(device, self.amp_name)
 
     def __call__(self) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/plot.py`
 
 import utils
-from simsiam import devices, figures, files, pictures, ranks
-from simsiam.loader import crc
-from simsiam.monitor import Monitor
-from simsiam.weights import Source
+from simsiam.data.loader import images_checksum
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.plots import curves as figures
+from simsiam.plots import run as pictures
+from simsiam.runtime import devices, distributed, files
+from simsiam.training.collapse import Monitor
 from tools.common import images_of_run, picture_format, picture_path
 
 ENDS = ("_model.prev.pth", "_model.pth", "_statistics.csv", "_curves.png")
@@ -30,29 +32,29 @@ def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> N
     path, name = f"{run}_model.pth", os.path.basename(run)
     if not os.path.isfile(path):
         curves({name: table(run)}, f"{run}_curves.png", overwrite)
-        ranks.say(f"{path} is not there: its other pictures cannot be drawn")
+        distributed.log(f"{path} is not there: its other pictures cannot be drawn")
         return
-    source = Source.open(path)
+    source = LoadedCheckpoint.open(path)
     if source.state is None:
         raise ValueError(f"{path}: is another project's checkpoint, of which no run is known")
     if source.is_linear:
         start = {"epoch": 0, "raw_acc@1": source.state["facts"].get("baseline")}
         curves({name: [start, *source.state["history"]]}, f"{run}_curves.png", overwrite=True)
         evaluate = f"python linear.py --model_path {path} --evaluate_only"
-        ranks.say(f"for its confusion matrix: {evaluate}")
+        distributed.log(f"for its confusion matrix: {evaluate}")
         return
     saved = source.state["args"]
     args = Namespace(**saved | {"data_root": data_root or saved["data_root"]})
     device = devices.pick_device(device_name)
     images = images_of_run(source, saved, data_root)
-    if crc(images.train_images) != source.state["images_crc"]:
+    if images_checksum(images.train_images) != source.state["images_crc"]:
         raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
     if args.bank_size is not None:
         images = images.subset(args.bank_size, args.seed, "--bank_size")
     net, amp = source.to(device).net, devices.autocast(device, args.amp)
     monitor = Monitor(net, source.views, images.to(device), args, args.lr, amp)
     pictures.draw_run(run, name, source.state["history"], monitor)
-    ranks.say(f"wrote the pictures of {run}")
+    distributed.log(f"wrote the pictures of {run}")
 
 
 def several(runs: list[str], out: str, overwrite: bool) -> None:
@@ -64,9 +66,9 @@ def several(runs: list[str], out: str, overwrite: bool) -> None:
 def curves(histories: dict[str, list[dict]], out: str, overwrite: bool) -> None:
     """The picture `out`, in the format of its ending."""
     utils.check_new("picture", out, overwrite)
-    with files.whole_file(out) as file:
+    with files.atomic_write(out) as file:
         figures.curves(histories, file, picture_format(out))
-    ranks.say(f"wrote {out}")
+    distributed.log(f"wrote {out}")
 
 
 def names_of(runs: list[str]) -> dict[str, str]:
@@ -86,7 +88,7 @@ def table(run: str) -> list[dict]:
     path = f"{run}_statistics.csv"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{run}: there is no {path}")
-    with files.about(path):
+    with files.error_prefix(path):
         rows = files.read_csv(path)
         if not any(name in row for name in figures.PANELS for row in rows):
             raise ValueError(f"is no table of a run: it has none of {', '.join(figures.PANELS)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import main
-from simsiam.run import Run
+from simsiam.training.run import Run
 
 
 def profile(trace: str, flags: list[str]) -> None:

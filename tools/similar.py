@@ -24,10 +24,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/similar.py`
 
 import utils
-from simsiam import devices, folders, metrics, planes, ranks, sheets
-from simsiam.files import about, remove, whole_file, write_csv
-from simsiam.images import decode, ignore_pil_warnings
-from simsiam.weights import Source
+from simsiam.data import arrays, folders
+from simsiam.data.decode import decode, ignore_pil_warnings
+from simsiam.evaluation import metrics
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.plots import sheets
+from simsiam.runtime import devices, distributed
+from simsiam.runtime.files import atomic_write, error_prefix, remove, write_csv
 from tools.common import encoder_flags, open_source, picture_format, picture_path
 from tools.features import of_files
 
@@ -58,7 +61,7 @@ def listed(root: Path) -> list[Path]:
     if not root.is_dir():
         return folders.find(root, scored=False).train.files
     listing = folders.list_folder(root, labelled=False)
-    ranks.say(folders.described(root, [("", listing)]).replace("no classes, ", ""))
+    distributed.log(folders.described(root, [("", listing)]).replace("no classes, ", ""))
     return listing.files
 
 
@@ -69,7 +72,7 @@ def finite(features: Tensor, args: Namespace) -> Tensor:
     return F.normalize(features, dim=1, out=features)
 
 
-def bank_of(args: Namespace, source: Source, files: list[Path]) -> Bank:
+def bank_of(args: Namespace, source: LoadedCheckpoint, files: list[Path]) -> Bank:
     """Files and their features, on the source's device. Raises ValueError, naming the file."""
     features, kept = of_files(source, source.net.backbone, files, args)
     device = next(source.net.parameters()).device
@@ -127,7 +130,12 @@ class Tile(NamedTuple):
 
 
 def sheet(
-    args: Namespace, source: Source, tiles: list[Tile], columns: int, title: str, file: IO[bytes]
+    args: Namespace,
+    source: LoadedCheckpoint,
+    tiles: list[Tile],
+    columns: int,
+    title: str,
+    file: IO[bytes],
 ) -> None:
     """Draw tiles, in rows of so many: of each image the centre, in the format of `args.out`."""
     tiles = tiles + [Tile()] * (-len(tiles) % columns)
@@ -135,7 +143,7 @@ def sheet(
     files = [tile.file for tile in tiles if tile.file is not None]
     images, _ = decode(files, TILE, args.num_workers, reading=source.reading)
     pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
-    pixels[there] = images[:, planes.shown(images.shape[1])].permute(0, 2, 3, 1)
+    pixels[there] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
     rows = range(0, len(tiles), columns)
     sheets.captioned(
         pixels.reshape(len(rows), columns, TILE, TILE, 3),
@@ -154,7 +162,9 @@ def short(args: Namespace, file: str) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
-def sheet_of_nearest(args: Namespace, source: Source, rows: list[dict], file: IO[bytes]) -> int:
+def sheet_of_nearest(
+    args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]
+) -> int:
     """The first queries, framed, each before its nearest; returns how many rows are shown."""
     of_query, tiles, shown = {}, [], 0
     for row in rows:
@@ -173,7 +183,9 @@ def sheet_of_nearest(args: Namespace, source: Source, rows: list[dict], file: IO
     return shown
 
 
-def sheet_of_pairs(args: Namespace, source: Source, rows: list[dict], file: IO[bytes]) -> int:
+def sheet_of_pairs(
+    args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]
+) -> int:
     """The most similar pairs, three a row; returns how many are shown."""
     tiles, wide, shown = [], min(3, len(rows)), rows[:PAIRS_SHOWN]
     for i, row in enumerate(shown):
@@ -216,11 +228,11 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     return parser, args
 
 
-def found(args: Namespace) -> tuple[Source, list[dict]]:
+def found(args: Namespace) -> tuple[LoadedCheckpoint, list[dict]]:
     """The encoder, and the rows of the table. Raises ValueError or OSError, naming the file."""
     source = open_source(args)
     files = listed(Path(args.data_root))
-    with about("--query"):  # before the many: a wrong name is not to be found out at the end
+    with error_prefix("--query"):  # before the many: a wrong name is not to be found out at the end
         pixels = source.cut(args.query)
     bank = bank_of(args, source, files)
     if args.query:
@@ -229,30 +241,30 @@ def found(args: Namespace) -> tuple[Source, list[dict]]:
         return source, nearest(args, bank, finite(source.features(pixels, amp), args))
     rows, number = duplicates(args, bank)
     if number > len(rows):
-        ranks.say(
+        distributed.log(
             f"{number:,} pairs have a similarity of {args.duplicates} or more: the {len(rows):,} "
             "most similar are in the table (--max_pairs)"
         )
     return source, rows
 
 
-def write(args: Namespace, source: Source, rows: list[dict]) -> None:
+def write(args: Namespace, source: LoadedCheckpoint, rows: list[dict]) -> None:
     """The sheet and the table, and a line that says so. Raises OSError."""
     table, columns = Path(args.out).with_suffix(".csv"), NEAREST if args.query else PAIRS
     if not rows:
         write_csv(table, rows, columns)
         remove(args.out)  # of another command: it is not what the table says
-        ranks.say(
+        distributed.log(
             f"no two images have a similarity of {args.duplicates} or more; a lower --duplicates "
             f"shows the most similar ones; wrote {table}, without a row"
         )
         return
     draw = sheet_of_nearest if args.query else sheet_of_pairs
-    with whole_file(args.out) as file:
+    with atomic_write(args.out) as file:
         shown = draw(args, source, rows, file)
         write_csv(table, rows, columns)
     some = f", of which {args.out} shows the first {shown}" * (shown < len(rows))
-    ranks.say(f"wrote {args.out} and {table}: {len(rows):,} rows{some}")
+    distributed.log(f"wrote {args.out} and {table}: {len(rows):,} rows{some}")
 
 
 def command(argv: list[str] | None = None) -> None:

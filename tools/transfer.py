@@ -29,12 +29,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/transfer.py`
 
 import utils
-from simsiam import devices, folders, metrics, ranks
-from simsiam.datasets import DATA_NAMES, check_scored, load
-from simsiam.files import about, printable, write_csv
-from simsiam.images import ignore_pil_warnings
-from simsiam.loader import Data, Files, subset
-from simsiam.weights import Source
+from simsiam.data import folders
+from simsiam.data.datasets import DATA_NAMES, check_scored, load
+from simsiam.data.decode import ignore_pil_warnings
+from simsiam.data.loader import Data, Files, subset
+from simsiam.evaluation import metrics
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.runtime import devices, distributed
+from simsiam.runtime.files import error_prefix, printable, write_csv
 from tools.common import encoder_flags, open_source
 
 COLUMNS = tuple(
@@ -123,7 +125,7 @@ def logistic(problem: Problem, name: str, step: Callable[[], object]) -> tuple[n
     step()
     if late:
         which = ", ".join(f"{c:g}" for c in late)
-        ranks.say(
+        distributed.log(
             f"{name}: logistic regression has not converged after {ITERATIONS} iterations at C "
             f"{which}; {best:g} is the one chosen"
         )
@@ -133,19 +135,19 @@ def logistic(problem: Problem, name: str, step: Callable[[], object]) -> tuple[n
 # ---- a data set ---------------------------------------------------------------------------------
 
 
-def labelled(args: Namespace, source: Source, root: str) -> Data:
+def labelled(args: Namespace, source: LoadedCheckpoint, root: str) -> Data:
     """The labelled images at a root, read as the encoder's own were. Raises ValueError, OSError."""
     how = (source.encoder["image_size"], args.num_workers, args.bad_images)
     more = {"reading": source.reading, "split_names": args.split_names}
     images = load(args.data_name, root, *how, **more)
     check_scored(images.test_images, root)
     for line in filter(None, (images.found, *images.bad)):
-        ranks.say(line)
+        distributed.log(line)
     return images.chosen(images.train_labels >= 0)
 
 
 def problems(
-    args: Namespace, source: Source, amp: torch.autocast, root: str
+    args: Namespace, source: LoadedCheckpoint, amp: torch.autocast, root: str
 ) -> tuple[dict, Problem, Problem | None]:
     """What is known of the images at a root; the problem of their features, that of their pixels.
 
@@ -156,7 +158,7 @@ def problems(
     if args.train_size is not None:
         images = images.subset(args.train_size, args.seed, f"{place}, --train_size")
         place += f", --train_size {args.train_size}"
-    with about(place):
+    with error_prefix(place):
         features = Problem.of(images, lambda part: source.features(part, amp), args.seed)
     if not (features.inputs.isfinite().all() and features.test_inputs.isfinite().all()):
         raise ValueError(f"{args.model_path}: its features of {root} are not finite (--amp off)")
@@ -200,7 +202,7 @@ def scores(
 # ---- the command --------------------------------------------------------------------------------
 
 
-def opened(args: Namespace) -> Source:
+def opened(args: Namespace) -> LoadedCheckpoint:
     """The checkpoint, after a look at all that is told without it. Raises ValueError, OSError."""
     utils.check_new("--out", args.out, args.overwrite)
     if args.data_name == "textures" and args.data_root:
@@ -211,7 +213,7 @@ def opened(args: Namespace) -> Source:
             check_scored(folders.find(Path(root), args.split_names).test, root)
     source = open_source(args)
     if source.is_linear:
-        ranks.say(f"{args.model_path}: is a linear model, of which the encoder alone is used")
+        distributed.log(f"{args.model_path}: is a linear model, of which the encoder alone is used")
     return source
 
 
@@ -256,10 +258,10 @@ def command(argv: list[str] | None = None) -> None:
             rows.append({"data": name} | known | scores(*both, name, device, bar.update))
     table = pandas.DataFrame(rows, columns=COLUMNS)
     how = {"float_format": "{:.2f}".format, "formatters": {"c": "{:g}".format}, "na_rep": ""}
-    ranks.say(table.to_string(index=False, **how))
+    distributed.log(table.to_string(index=False, **how))
     with parser.bad_input():
         write_csv(args.out, rows, COLUMNS)
-    ranks.say(f"wrote {args.out}")
+    distributed.log(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

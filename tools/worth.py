@@ -29,13 +29,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/worth.py`
 
 import utils
-from simsiam import devices, figures, metrics
-from simsiam.datasets import DATA_NAMES
-from simsiam.files import RunError, about, read_csv, whole_file, write_csv
-from simsiam.images import ignore_pil_warnings
-from simsiam.loader import Data
-from simsiam.ranks import say
-from simsiam.weights import Source
+from simsiam.data.datasets import DATA_NAMES
+from simsiam.data.decode import ignore_pil_warnings
+from simsiam.data.loader import Data
+from simsiam.evaluation import metrics
+from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.plots import curves as figures
+from simsiam.runtime import devices
+from simsiam.runtime.distributed import log
+from simsiam.runtime.files import RunError, atomic_write, error_prefix, read_csv, write_csv
 from tools.common import encoder_flags
 from tools.transfer import Problem, labelled, logistic
 
@@ -56,13 +58,15 @@ BATCH = 64  # of the recipes of linear.py --finetune
 class Study:
     """Methods by labels and seeds: the runs, and the table that they fill."""
 
-    def __init__(self, args: Namespace, source: Source, images: Data, amp: torch.autocast):
+    def __init__(
+        self, args: Namespace, source: LoadedCheckpoint, images: Data, amp: torch.autocast
+    ):
         self.args, self.images, self.amp = args, images, amp
         self.encoders = {LINEAR: source}
         self.table = Path(args.out, "worth.csv")
         self.data = utils.data_label(args.data_name, args.data_root)
         if args.against:
-            other = Source.open(args.against).to(next(source.net.parameters()).device)
+            other = LoadedCheckpoint.open(args.against).to(next(source.net.parameters()).device)
             self.encoders[f"linear, {Path(args.against).name}"] = other
         self.methods = [KNN, *self.encoders, TUNED, SCRATCH, PIXELS]
 
@@ -245,7 +249,7 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
 def prepared(args: Namespace) -> tuple[Study, dict[float, int]]:
     """The study of the flags, and how many labels its fractions are. Raises ValueError, OSError."""
     device, amp = devices.set_up(args)
-    source = Source.open(args.model_path, **utils.of_source(args)).to(device)
+    source = LoadedCheckpoint.open(args.model_path, **utils.of_source(args)).to(device)
     saved = source.state["args"] if source.state else {}
     same = args.data_name in (None, saved.get("data_name"))
     args.data_name = args.data_name or saved.get("data_name")
@@ -259,7 +263,7 @@ def prepared(args: Namespace) -> tuple[Study, dict[float, int]]:
     if same and saved.get("train_size") is not None:  # as linear.py has it
         images = images.subset(saved["train_size"], saved["seed"])
     study = Study(args, source, images, devices.autocast(device, amp))
-    with about(f"--data_root {args.data_root}"):
+    with error_prefix(f"--data_root {args.data_root}"):
         return study, study.numbers()
 
 
@@ -274,13 +278,13 @@ def command(argv: list[str] | None = None) -> None:
     with tqdm(of_all, "worth", leave=False, disable=None, unit="method") as bar:
         found = [study.run(*one, seed) for one in bar for seed in args.seeds]
     rows = [row for row in found if row is not None]
-    with whole_file(study.table.with_suffix(".png")) as file:
+    with atomic_write(study.table.with_suffix(".png")) as file:
         found = {method: by_labels(rows, method) for method in study.methods}
         title = f"{study.data}: {Path(args.model_path).name}"
         figures.worth({name: points for name, points in found.items() if points}, title, file)
-    say(f"wrote {study.table} and {study.table.with_suffix('.png')}")
+    log(f"wrote {study.table} and {study.table.with_suffix('.png')}")
     for line in in_words(rows):
-        say(line)
+        log(line)
 
 
 if __name__ == "__main__":

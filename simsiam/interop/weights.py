@@ -1,0 +1,373 @@
+"""Checkpoints of any origin: their weights read safely, and the network, its input and its classes.
+
+A `LoadedCheckpoint` is a checkpoint of this program or of another project. A `Predictor` is a
+linear model that knows its classes and its test transform.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simsiam.data.datasets import shorter_side
+from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preprocess
+from simsiam.data.loader import Files
+from simsiam.evaluation import metrics
+from simsiam.interop import checkpoint, reader
+from simsiam.interop.layouts import translated
+from simsiam.models.simsiam import Classifier, SimSiam, kept_weights
+from simsiam.runtime.files import error_prefix
+from simsiam.views.augment import Views
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of any checkpoint by their names there; runs no code of the file's.
+
+    All that `serialization.read` reads, with or without things around the `state_dict`. Raises
+    FileNotFoundError, or ValueError for a file that has none.
+    """
+    state = reader.read(path)
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    tensors = {}
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if isinstance(value, tuple) and len(value) == 2:  # Paddle's: its own name, and the array
+            value = value[1]
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value.float() if value.is_floating_point() else value
+    if not tensors:
+        raise ValueError("has no weights")
+    return tensors
+
+
+# ---- networks of other projects' weights --------------------------------------------------------
+
+
+def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
+    """A projector or predictor of the shapes of its weights; its last BN is affine if theirs is."""
+    layers: list[nn.Module] = []
+    for i in (0, 3, 6):
+        if f"{name}.{i}.weight" not in weights:
+            break
+        layers += [nn.ReLU(inplace=True)] if i else []
+        outputs, inputs = weights[f"{name}.{i}.weight"].shape
+        layers.append(nn.Linear(inputs, outputs, bias=f"{name}.{i}.bias" in weights))
+        if f"{name}.{i + 1}.running_mean" in weights:
+            layers.append(nn.BatchNorm1d(outputs, affine=f"{name}.{i + 1}.weight" in weights))
+    return nn.Sequential(*layers)
+
+
+def foreign(
+    path: str | Path, stem: str | None = None
+) -> tuple[SimSiam | Classifier, dict, list[str]]:
+    """The network in another project's checkpoint, its encoder, and what to say of it.
+
+    `stem` as in `layouts.translated`. With an fc it is a classifier; a projector or predictor that
+    the file does not have is empty. Raises FileNotFoundError; ValueError, which does not name the
+    file.
+    """
+    weights, encoder, notes = translated(read_weights(path), stem)
+    with torch.device("meta"):
+        arch, stem, width, channels = checkpoint.backbone_args(encoder)
+        net = SimSiam(arch, stem, 4, width=width, channels=channels)
+        net.projector, net.predictor = head(weights, "projector"), head(weights, "predictor")
+        if "fc.weight" in weights:
+            net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
+    checkpoint.load_strictly(net, weights)
+    return net, encoder, notes
+
+
+# ---- a network that starts from a checkpoint's weights ------------------------------------------
+
+INIT_PARTS = ("fitting", "backbone", "all")
+
+
+def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[str]:
+    """Give `net` the weights of a checkpoint of any origin or version; returns what to say of it.
+
+    `parts`, one of INIT_PARTS: the backbone and the heads that fit, the backbone alone, or all
+    parts. What is not taken stays as it is. Raises FileNotFoundError; ValueError that names what
+    does not fit, but not the file.
+    """
+    given, encoder, notes = under_our_names(net, path)
+    mine = net.state_dict()
+    every = ("backbone", "projector", "predictor", "local_predictor")
+    for part in ("backbone",) if parts == "backbone" else every:
+        theirs, wanted = part_of(given, part), part_of(mine, part)
+        name = differing(wanted, theirs)
+        if name is None:
+            mine |= theirs
+            continue
+        if not wanted:
+            notes.append(f"its {part} is not used: this network has none")
+            continue
+        reason = f"its {part} does not fit the flags of the network: {name}"
+        if not theirs:
+            reason = f"it has no {part}"
+        if part == "backbone":
+            flags = [f"--{flag} {encoder[flag]}" for flag in ("arch", "stem", "width")]
+            flags = [flag for flag in flags if not flag.endswith("None")]
+            raise ValueError(f"{reason}; it is of {' '.join(flags)}")
+        fits = flags_of_head(part, given, encoder)
+        fits = f"; it fits with {fits}" if fits else ""
+        if parts == "all":
+            raise ValueError(f"{reason}{fits}; --init_parts fitting starts that at random")
+        notes.append(f"{reason}: that starts at random{fits}")
+    checkpoint.load_strictly(net, mine)
+    net.start_momentum_encoder()
+    return notes
+
+
+def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], dict, list[str]]:
+    """The weights in a checkpoint of any origin or version, its encoder, and what to say of it.
+
+    The encoder is empty where all weights, or all of a bare backbone, are those of `net`.
+    """
+    with contextlib.suppress(ValueError):  # of another project or version, or damaged
+        state = checkpoint.load(path)
+        return state["model"], state["encoder"], []
+    weights = read_weights(path)
+    if differing(kept_weights(net), weights) is None:
+        return weights, {}, []
+    try:
+        found, encoder, notes = translated(weights)
+    except ValueError:  # else all of it under its library's own names, with a classifier at most
+        wanted = part_of(kept_weights(net), "backbone")
+        named = {f"backbone.{name}": value for name, value in weights.items()}
+        bare = {name: value for name, value in named.items() if name in wanted}
+        rest = {name.rpartition(".")[0] for name in weights if f"backbone.{name}" not in wanted}
+        if differing(wanted, bare) or len(rest) > 1:
+            raise
+        return bare, {}, [f"its {name} is not used" for name in rest]
+    if encoder["stem"] != "imagenet":
+        notes.append(f"its --stem is {encoder['stem']}")
+    return found, encoder, notes
+
+
+def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `part`, a dot after it."""
+    return {name: value for name, value in weights.items() if name.startswith(f"{part}.")}
+
+
+def differing(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
+    """The first name that only one has, or both in other shapes; None if there is none."""
+    for name in sorted(wanted.keys() ^ given.keys()) or sorted(wanted):
+        if name not in wanted or name not in given or wanted[name].shape != given[name].shape:
+            return name
+    return None
+
+
+def flags_of_head(part: str, given: dict[str, Tensor], encoder: dict) -> str | None:
+    """The flags of main.py for which the projector or predictor in `given` fits, if there are."""
+    *layers, last = head(given, "projector") or [None]
+    if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
+        return None
+    d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
+    arch, stem, width, channels = checkpoint.backbone_args(encoder)
+    affine = last.affine
+    with torch.device("meta"):
+        usual = SimSiam(arch, stem, d, number, width, projector_affine=affine, channels=channels)
+        usual = usual.state_dict()
+    if differing(part_of(usual, part), part_of(given, part)):
+        return None
+    return f"--feature_dim {d} --projector_layers {number}" + " --projector_affine" * last.affine
+
+
+# ---- a checkpoint, opened -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class LoadedCheckpoint:
+    """The network in a checkpoint and what its encoder sees. It can be sent between ranks.
+
+    Called with images, it returns their features: `source(["a.jpg", "b.jpg"])`.
+
+    `net`: in eval mode, on the CPU at first. `encoder`: a dict of `checkpoint.ENCODER`.
+    `notes`: lines to say. `state`: what `checkpoint.FORMAT` names, less the weights and the
+    optimizer; None for another project's file.
+    """
+
+    path: str
+    net: SimSiam | Classifier = dataclasses.field(repr=False)
+    encoder: dict
+    notes: list[str]
+    state: dict | None = dataclasses.field(repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        stem: str | None = None,
+        image_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> "LoadedCheckpoint":
+        """Read a checkpoint of this program or, if it is none, of another project.
+
+        `stem`, `image_size` (pixels) and the images' `mean` and `std` (of each channel) say what
+        another project's file does not; by default they are what its layout suggests. Raises
+        FileNotFoundError; ValueError, which names the file.
+        """
+        told = {"stem": stem, "image_size": image_size, "mean": mean, "std": std}
+        told = {name: value for name, value in told.items() if value is not None}
+        try:
+            state = checkpoint.load(path)
+        except checkpoint.NotOursError as error:
+            try:
+                net, encoder, notes = foreign(path, stem)
+            except ValueError as other:
+                reason = f"{error}; nor one of another that is known: {other}"
+                raise ValueError(reason) from other
+            for name in sorted(told.keys() & {"mean", "std"}):
+                told[name] = tuple(map(float, told[name]))
+                if len(told[name]) != len(encoder[name]):
+                    raise ValueError(f"--{name}: must be {len(encoder[name])} numbers") from error
+            encoder |= told
+            size, *usual = (encoder[name] for name in ("image_size", "mean", "std"))
+            mean, std = (", ".join(f"{value:g}" for value in three) for three in usual)
+            notes.append(
+                f"taken to see {size} pixels, normalised by mean {mean} and std {std} "
+                "(--image_size, --mean, --std)"
+            )
+            with error_prefix(str(path)):
+                return cls(str(path), net.eval(), checkpoint.read_encoder(encoder), notes, None)
+        for name in told:
+            raise ValueError(f"--{name}: {path} is ours, and has its own")
+        with error_prefix(str(path)):
+            net = checkpoint.network(state).eval()
+            DecodeOptions.of(state["args"])
+        rest = {name: state[name] for name in checkpoint.FORMAT}
+        del rest["model"], rest["optimizer"]  # `net` has the weights, and ranks are sent no more
+        return cls(str(path), net, rest["encoder"], [], rest)
+
+    def to(self, device: torch.device | str) -> "LoadedCheckpoint":
+        """Move the network to `device`, its weights channels_last; returns the same source."""
+        self.net.to(device, memory_format=torch.channels_last)
+        return self
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the network is a linear model."""
+        return isinstance(self.net, Classifier)
+
+    @property
+    def views(self) -> Views:
+        """The encoder's input; `views.plain` is its test transform."""
+        return Views(self.encoder["image_size"], self.encoder["mean"], self.encoder["std"])
+
+    @property
+    def data_name(self) -> str:
+        """The data set of the training images, one of `datasets.DATA_NAMES`; "" if not known.
+
+        Another project's file with ImageNet's stem is taken for ImageNet's.
+        """
+        if self.state is None:
+            return "imagenet" if self.encoder["stem"] == "imagenet" else ""
+        return str(self.state["args"].get("data_name") or "")
+
+    @property
+    def reading(self) -> DecodeOptions:
+        """How the files of the training images were read, in the encoder's channels."""
+        reading = DecodeOptions.of(self.state["args"]) if self.state else DEFAULT_DECODE
+        return dataclasses.replace(reading, channels=len(self.encoder["mean"]))
+
+    @property
+    def shorter(self) -> int:
+        """Pixels of an image's shorter side before the centre crop; see `images.centre`."""
+        return shorter_side(self.data_name, self.encoder["image_size"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of a linear model's classes, numbers where no names are known; else none."""
+        if not self.is_linear:
+            return []
+        if self.state is None:
+            return [str(i) for i in range(self.net.fc.out_features)]
+        return self.state["classes"]
+
+    def cut(self, images: object) -> Tensor:
+        """Images as the encoder sees them, by `preprocess` -> uint8, N x C x size x size."""
+        return preprocess(images, self.reading, self.encoder["image_size"], self.shorter)
+
+    def __call__(self, images: object, normalise: bool = False) -> Tensor:
+        """Features of images of any size: fp32, N x features, on the encoder's device.
+
+        `images`: a PIL image, a file's path, an array H x W x C or a tensor C x H x W, of bytes or
+        of floats from 0 to 1; or many: a list, an array N x H x W x C or a tensor N x C x H x W.
+        One gives one row. Each is cut as the test transform does: the shorter side resized, then
+        the centre cropped. `normalise`: to unit length, so that products are cosines. There is no
+        gradient. Raises ValueError for what is no image, naming a file.
+        """
+        off, many = torch.autocast("cpu", enabled=False), as_list(images)
+        places = range(0, max(1, len(many)), 512)  # so many are decoded at once
+        parts = [self.features(self.cut(many[i : i + 512]), off, normalise) for i in places]
+        return torch.cat(parts)
+
+    def features(
+        self, images: Tensor | Files, amp: torch.autocast, normalise: bool = False
+    ) -> Tensor:
+        """The encoder's features, on its device; as `metrics.features`, not normalised by default.
+
+        `images`: uint8, N x C x H x W -> fp32, N x features. Ranks share the work.
+        """
+        device = next(self.net.parameters()).device
+        images = images.to(device)
+        return metrics.features(self.net.backbone, self.views.plain, images, amp, normalise)
+
+
+open_encoder = LoadedCheckpoint.open  # its name in the package `simsiam`
+
+
+# ---- classes of images --------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """A linear model that knows its classes and its test transform.
+
+    `size` and `shorter` are pixels, as in `images.centre`. Raises ValueError for a source that is
+    not a linear model.
+    """
+
+    def __init__(self, source: LoadedCheckpoint):
+        super().__init__()
+        if not source.is_linear:
+            raise ValueError(f"{source.path}: is not a linear model; linear.py makes one of it")
+        self.net, self.classes, self.views = source.net, source.classes, source.views
+        self.size, self.shorter = self.views.size, source.shorter
+        self.reading = source.reading
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images, N x C x size x size -> logits, N x classes."""
+        return self.net(x)
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, amp: torch.autocast | None = None) -> Tensor:
+        """The softmax of each image, fp32, N x classes, on the network's device.
+
+        `images`: uint8, N x C x size x size, as `images.decode` cuts them with `size` and
+        `shorter`. Each process scores its own. `amp`: for the backbone, if any.
+        """
+        device, rows = next(self.parameters()).device, []
+        for chunk in images.split(512):
+            x = self.views.plain(chunk.to(device))
+            with amp or contextlib.nullcontext():
+                found = self.net.backbone(x).float()
+            rows.append(self.net.fc(found).softmax(1))
+        return torch.cat(rows)
+
+    def predict(self, images: object) -> list[dict[str, object]]:
+        """The `class` and `score` of each image, and the `scores` of all classes.
+
+        `images`: what `preprocess` takes. Raises ValueError for what is no image, naming a file.
+        """
+        pixels, found = preprocess(images, self.reading, self.size, self.shorter), []
+        for scores in self.scores(pixels).tolist():
+            best = max(range(len(scores)), key=scores.__getitem__)
+            every = dict(zip(self.classes, scores, strict=True))
+            found.append({"class": self.classes[best], "score": scores[best], "scores": every})
+        return found

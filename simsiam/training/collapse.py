@@ -1,0 +1,314 @@
+"""What is watched in a run: sums of the steps, kNN and rank of the features, and a collapse."""
+
+import functools
+import math
+from argparse import Namespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from simsiam.data.loader import Data, Files, evenly_spaced
+from simsiam.data.survey import FLAT_IMAGES
+from simsiam.evaluation import metrics, scores
+from simsiam.runtime import distributed
+from simsiam.runtime.files import RunError
+from simsiam.training.probe import Probe
+from simsiam.views.augment import Views
+
+# The thresholds are measured: see docs/collapse.md.
+WINDOW = 25  # steps whose mean std is looked at: one wait for the device in so many
+# A std of z below means total collapse where no BN is at its output: there runs begin at 0.75 or
+# 0.4, by --bn, and end below 0.15. With that BN, see `collapse_threshold`.
+COLLAPSED_STD = 0.3
+# A rank of the bank's features below this part of the untrained encoder's means dimensional
+# collapse, and so does one below 2, unless it was so from the start: simple images have that too.
+COLLAPSED_RANK, LOWEST_RANK = 0.6, 2
+# A weight of VICReg's covariance term above this has kept networks from learning.
+STRONG_COVARIANCE = 0.03
+SMALL_BATCH = 16  # on a rank, from which down BN's statistics alone can make a run fail
+
+
+class Meters:
+    """Sums over the steps of an epoch, by name. They stay on the device: no step waits for them.
+
+    `loss` and `finite`, which counts the steps while all losses were finite, and others.
+    """
+
+    def __init__(self, device: torch.device, *others: str):
+        self.names = ("loss", "finite", *others)
+        self.values = torch.zeros(len(self.names), device=device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[self.names.index(name)]
+
+    def count(self, **values: Tensor) -> Tensor:
+        """Add a step's loss and others, scalars. Returns 1 while all losses were finite, else 0."""
+        for name, value in values.items():
+            self[name].add_(value)
+        finite = self["loss"].isfinite().float()
+        self["finite"].add_(finite)
+        return finite
+
+    def means(self, number: int) -> dict[str, float]:
+        """The sums over `number`. Waits for the device."""
+        return dict(zip(self.names, (self.values / number).tolist(), strict=True))
+
+    def bad_step(self) -> int | None:
+        """The first step, from 0 on, whose loss was not finite, if any. Waits for the device."""
+        state = self.state()
+        return None if math.isfinite(state["loss"]) else int(state["finite"])
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self.values.zero_()
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds of them; exact."""
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+    def load(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint's. Raises ValueError for other names."""
+        if state.keys() != set(self.names):
+            raise ValueError("its tally is not one of this command")
+        self.values.copy_(torch.tensor([state[name] for name in self.names]))
+
+
+class TrainMeters(Meters):
+    """The sums of pre-training: also `std`, of z, and `window`, the std since the last look."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device, "std", "window")
+
+    def add(self, loss: Tensor, z: Tensor) -> Tensor:
+        """Add a step's loss (a scalar) and the std of its z (N x d), means over the ranks.
+
+        Returns 1, on the device, where the loss was not finite in this step or one before, else 0:
+        the fused optimizer's `found_inf`, by which it leaves the step out.
+        """
+        loss, std = distributed.all_reduce_mean(
+            torch.stack([loss.detach(), metrics.collapse_std(z)])
+        )
+        return 1 - self.count(loss=loss, std=std, window=std)
+
+    def window(self, steps: int) -> float:
+        """The mean std of the last `steps` steps; the next window begins. Waits for the device."""
+        std = self["window"].item() / steps
+        self["window"].zero_()
+        return std
+
+
+# ---- collapse -----------------------------------------------------------------------------------
+
+
+def collapse_threshold(bn: str, images: int) -> float:
+    """The least healthy `collapse_std` of batches of so many `images`, by SimSiam's `bn`.
+
+    The BN at the projector's output centres z, so that its std cannot fall to 0: all images but one
+    get the same output, and that one the opposite, which is a std of 2/sqrt(images). Healthy is
+    above 0.95, and the threshold in the middle of both, geometrically.
+    """
+    return (2 / images**0.5) ** 0.5 if bn in ("default", "all") else COLLAPSED_STD
+
+
+def collapse(
+    least: float, std: float, rank: float | None, start_rank: float, features: int, flat: bool
+) -> tuple[str, str] | None:
+    """What is seen of a collapse, if one is, and what to try against its kind.
+
+    `least`: `collapse_threshold`; `std`: the mean over a window of steps; `rank`: the effective
+    rank of the bank's features, of which there are `features` (None: not measured); `start_rank`:
+    that of the untrained encoder; `flat`: whether the images hardly differ.
+    """
+    lowest = LOWEST_RANK if flat or start_rank >= LOWEST_RANK else 0
+    if std < least:
+        return (
+            f"std of z is {std:.2f}, below {least:.2f}: different images get the same output, so "
+            "that the loss goes to -1 and nothing is learned (total collapse)",
+            "Try a lower --lr, --warmup_epochs 10, a larger --batch_size",
+        )
+    if rank is not None and rank < max(COLLAPSED_RANK * start_rank, lowest):
+        return (
+            f"the rank of the features is {rank:.1f} of {features}, and was {start_rank:.1f} "
+            f"before training: images are spread (std {std:.2f}), but over few dimensions "
+            "(dimensional collapse)",
+            "It comes where the network is small for the data (Li, Efros, Pathak, ECCV 2022), or "
+            "lr is high: try a wider or deeper --arch, fewer --epochs, a lower --lr",
+        )
+    return None
+
+
+def likely_causes(args: Namespace, usual_lr: float, varied: float) -> list[str]:
+    """What of a run is known to make it collapse, and what to try instead.
+
+    `args`: main.py's; `usual_lr`: the recipe's; `varied`: the std of a pixel over the training
+    images, mean over all pixels, of 255.
+    """
+    each = args.batch_size // distributed.world_size()
+    causes = {
+        "--stop_grad off, the paper's own way to collapse (sec. 4.1): leave it on": (
+            args.stop_grad == "off"
+        ),
+        f"--predictor {args.predictor} (sec. 4.2): choose mlp": args.predictor != "mlp",
+        f"--bn {args.bn}, which does not keep z apart (sec. 4.4): choose default": (
+            args.bn in ("none", "hidden")
+        ),
+        f"--lr {args.lr:g}, {args.lr / usual_lr:.3g} times the recipe's: try --lr {usual_lr:g}, or "
+        "--warmup_epochs 10": args.lr > 2 * usual_lr,
+        f"--covariance {args.covariance:g}, which outweighs the rest: try 0.01": (
+            args.covariance > STRONG_COVARIANCE
+        ),
+        f"BN over no more than {each} images: try --batch_size {64 * distributed.world_size()}": (
+            each <= SMALL_BATCH
+        ),
+        f"the images hardly differ (by {varied:.1f} of 255 levels): look at them, and at "
+        "--show_views": varied < FLAT_IMAGES,
+    }
+    return [cause for cause, here in causes.items() if here]
+
+
+# ---- the monitor --------------------------------------------------------------------------------
+
+
+class KnnResult(NamedTuple):
+    """What a kNN found. Without test images there is only the bank."""
+
+    bank: Tensor  # L2-normalised features of the training images, N x d
+    queries: Tensor | None  # and of the test images, M x d
+    ranking: Tensor | None  # of the classes, for each query: int64, M x (up to 5)
+    alignment: float | None  # without test images: of features of two views of some of the bank
+
+
+class Monitor:
+    """Watches a run of main.py: kNN accuracy and rank of the features, and whether it collapses.
+
+    `images`: the bank (the training images, or --bank_size of them) and the test images.
+    `args`: main.py's; `usual_lr`: the recipe's. `warned`: whether the run was warned before.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        views: Views,
+        images: Data,
+        args: Namespace,
+        usual_lr: float,
+        amp: torch.autocast,
+        warned: bool = False,
+    ):
+        self.net, self.views, self.images, self.args = net, views, images, args
+        self.usual_lr, self.amp, self.warned = usual_lr, amp, warned
+        self.least_std = collapse_threshold(args.bn, args.batch_size // distributed.world_size())
+        self.kept: KnnResult | None = None
+
+    @functools.cached_property
+    def varied(self) -> float:
+        """The std of a pixel over some of the training images, mean over all pixels, of 255."""
+        some = self.images.train_images[evenly_spaced(len(self.images.train_images), 256)]
+        return torch.cat(list(some.split(256))).float().std(0).mean().item()
+
+    def found(self) -> KnnResult:
+        """The features of the bank and of the test images, and the kNN's ranking.
+
+        Raises FloatingPointError for features that are not finite.
+        """
+        if self.kept is not None:
+            return self.kept
+        distributed.broadcast_buffers(self.net)
+        images, scored = self.images, self.images.test_images is not None
+        of_bank = (self.net.backbone, self.views.plain, images.train_images, self.amp)
+        bank = metrics.features(*of_bank)
+        if not bank.isfinite().all():
+            raise FloatingPointError("the features are not finite")
+        if not scored:
+            some = scores.sample(images.train_images, scores.VIEWED, self.args.seed)
+            how = (self.net.backbone, self.views, some, self.amp)
+            pairs = scores.view_features(*how, q=2, seed=self.args.seed)
+            return KnnResult(bank, None, None, scores.alignment(*pairs.unbind(1)))
+        queries = metrics.features(
+            self.net.backbone, self.views.plain, images.test_images, self.amp
+        )
+        return KnnResult(bank, queries, self.vote(bank, queries, images.train_labels), None)
+
+    def vote(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
+        """The kNN's ranking of classes; `labels` are of the bank. Ranks share the queries."""
+        voters = labels >= 0  # STL-10's unlabelled images cannot vote
+        if not voters.all():  # else the bank would be there twice
+            bank, labels = bank[voters], labels[voters]
+        mine = queries[distributed.local_slice(len(queries))]
+        ranking = metrics.knn(bank, labels, mine, self.args.k, self.args.temperature)
+        return distributed.all_gather(ranking, len(queries))
+
+    def measure(self, keep: bool = False, probe: Probe | None = None) -> dict:
+        """Columns of the statistics: rank, and accuracy of the kNN or, without labels, alignment.
+
+        `keep`: let `found` give these features again, for the pictures. `probe`: to be scored too.
+        """
+        found = self.found()
+        row = {"rank": metrics.effective_rank(found.bank)}
+        if found.ranking is not None:
+            top1, top5 = metrics.accuracy(found.ranking, self.images.test_labels)
+            row |= {"test_acc@1": top1, "test_acc@5": top5}
+        else:
+            row["alignment"] = found.alignment
+        if probe is not None and found.queries is not None:
+            of_test = (found.queries, self.images.test_labels)
+            row["probe_acc@1"] = probe.accuracy(*of_test, found.bank)
+        self.kept = found if keep else None
+        return row
+
+    def untrained(self) -> dict:
+        """Row 0 of the statistics, and with labels `raw_acc@1`: the kNN's top-1 on raw pixels.
+
+        Raises RunError for features that are not finite.
+        """
+        if isinstance(self.images.train_images, Files):  # it may take as long as an epoch
+            distributed.log(f"before training: features of {len(self.images.train_images)} images")
+        try:
+            row = {"epoch": 0} | self.measure()
+        except FloatingPointError as error:  # of weights that are finite, but huge
+            raise RunError(f"--init {self.args.init}: {error}: choose other weights") from error
+        if self.images.test_images is None:
+            distributed.log("no labelled test images: no kNN; std, rank and alignment are watched")
+            return row
+        pixels = metrics.raw_pixels(self.views.size)
+        images = self.images.at_most(metrics.PIXELS_OF, self.args.seed)
+        bank, queries = (
+            metrics.features(pixels, self.views.plain, part, self.amp)
+            for part in (images.train_images, images.test_images)
+        )
+        ranking = self.vote(bank, queries, images.train_labels)
+        row["raw_acc@1"] = metrics.accuracy(ranking, images.test_labels)[0]
+        distributed.log(
+            f"kNN top-1 before training: raw pixels {row['raw_acc@1']:.1f} %, untrained encoder "
+            f"{row['test_acc@1']:.1f} %"
+        )
+        return row
+
+    def look(
+        self, epoch: int, step: int, steps: int, tally: TrainMeters, start_rank: float
+    ) -> bool:
+        """Whether a collapse is seen for the first time, after a step of `steps` an epoch.
+
+        Looks at std every WINDOW steps and at an epoch's end. `start_rank`: of row 0.
+        """
+        if (step + 1) % WINDOW and step + 1 < steps:
+            return False
+        std = tally.window(step % WINDOW + 1)
+        return self.judge(epoch, step + 1, std, None, start_rank)
+
+    def judge(
+        self, epoch: int, steps: int, std: float, rank: float | None, start_rank: float
+    ) -> bool:
+        """Whether these are a collapse, and it is the run's first; says so, and what to try."""
+        flat = start_rank < LOWEST_RANK and self.varied < FLAT_IMAGES
+        seen = collapse(self.least_std, std, rank, start_rank, self.net.features, flat)
+        if seen is None or self.warned:
+            return False
+        self.warned = True
+        causes = likely_causes(self.args, self.usual_lr, self.varied)
+        what, advice = seen
+        if causes:
+            advice = f"Likely: {'; '.join(causes)}"
+        distributed.log(f"warning: collapse in epoch {epoch + 1}, step {steps}: {what}. {advice}.")
+        return True
