@@ -54,6 +54,7 @@ def test_the_documents_flags_exist():
     text = " ".join(
         line
         for path in DOCUMENTS
+        if path.name != "LOG.md"  # its flags exist at the commits that it names
         for line in path.read_text().splitlines()
         if not line.startswith("#SBATCH")
     )
