@@ -127,7 +127,7 @@ def confusion_file(args: Namespace, source: LoadedCheckpoint, data_name: str, ro
 def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
     """Score a saved linear model: top-1, top-5, each class, a confusion matrix. Trains nothing."""
     with flags.bad_input():
-        device, amp_name = devices.set_up(args)
+        device, amp_name = devices.setup_device(args)
         source = open_source(args, linear=True)
         images, data_name, root = images_of(args, source, test_only=True)
         classes = source.classes
@@ -160,7 +160,7 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
 def predict(args: Namespace, flags: utils.Flags) -> None:
     """Classes and scores of image files."""
     with flags.bad_input():
-        device, amp_name = devices.set_up(args)
+        device, amp_name = devices.setup_device(args)
         if args.out_csv:
             utils.check_new("--out_csv", args.out_csv, args.overwrite)
         predictor = Predictor(open_source(args, linear=True).to(device))

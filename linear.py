@@ -398,7 +398,7 @@ def prepare(run: Run) -> Prepared:
     """All that a run needs, new or from its checkpoint. Raises ValueError and OSError."""
     args, augmentation = run.args, AUGMENTATION
     with run.flags.bad_input():  # one rank alone may lack its device
-        device, amp = devices.set_up(args)
+        device, amp = devices.setup_device(args)
     source = open_source(args, linear=False)
     for note in source.notes:
         distributed.log(f"{args.model_path}: {note}")
@@ -435,7 +435,7 @@ def prepare(run: Run) -> Prepared:
     run.list_bad_images(images.bad)
     what, counts = f"{run.path}: {protocol}, {arch}", network.params_and_flops(net, size)
     if args.finetune:
-        amp = devices.precision_of_training(device, args.amp, amp, counts[1])
+        amp = devices.training_precision(device, args.amp, amp, counts[1])
     run.settle(amp=amp)
     result = utils.print_summary(what, net, counts, images, name, size, device, amp)
     result |= {"protocol": protocol, "data": utils.data_label(name, root), "arch": arch}

@@ -268,7 +268,7 @@ def prepare(run: Run) -> Prepared:
     if args.data_name == "textures" and "data_root" in run.given:
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     with run.flags.bad_input():  # one rank alone may lack its device
-        device, amp = devices.set_up(args)
+        device, amp = devices.setup_device(args)
     if not state:
         net = initial_network(args)
     images = images_of(args)
@@ -282,7 +282,7 @@ def prepare(run: Run) -> Prepared:
         encoder, augmentation = described(args, images)
     size = encoder["image_size"]
     counts = network.params_and_flops(net, size)
-    amp = devices.precision_of_training(device, args.amp, amp, counts[1])
+    amp = devices.training_precision(device, args.amp, amp, counts[1])
     has_probe = wanted(args.probe, images)
     run.settle(amp=amp, image_size=size, probe=has_probe)
     if args.data_name != "textures":

@@ -170,7 +170,7 @@ def command(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     with warnings.catch_warnings(), parser.bad_input():
         ignore_pil_warnings()
-        device, amp = devices.set_up(args)
+        device, amp = devices.setup_device(args)
         args.device = device
         sources = [opened(path) for path in args.runs]
         with error_prefix(f"--out {out}"):

@@ -99,10 +99,10 @@ class Contender:
     def peer(self, images: Data, epochs: int) -> Peer:
         """The peer in a process of its own, for so many epochs; in bf16 where main.py would be."""
         args = Namespace(**vars(self.args) | {"epochs": epochs})
-        device, amp = devices.set_up(args)
+        device, amp = devices.setup_device(args)
         args.device = str(device)
         adds = network.params_and_flops(network.simsiam(vars(args)), self.views.size)[1]
-        bf16 = devices.precision_of_training(device, args.amp, amp, adds) == "bf16"
+        bf16 = devices.training_precision(device, args.amp, amp, adds) == "bf16"
         if self.text == "plain":
             recipe = {"blur_p": 0.0, "mean": self.views.mean, "std": self.views.std}
             return Peer(plain_learning, images, args, recipe, bf16)

@@ -52,7 +52,7 @@ def gradients() -> None:
     flags = main.make_flags()
     args, _ = flags.read(FLAGS)
     with utils.joined(args, flags):
-        device, amp = devices.set_up(args)
+        device, amp = devices.setup_device(args)
         torch.manual_seed(0)
         net = network.simsiam(vars(args))
         trained = distributed.prepare_for_training(net, 32)
@@ -136,7 +136,7 @@ def probes() -> None:
     flags = main.make_flags()
     args, _ = flags.read(FLAGS)
     with utils.joined(args, flags):
-        device, amp = devices.set_up(args)
+        device, amp = devices.setup_device(args)
         images, labels = textures(128, seed=1)
         views, found = Views(32, *VIEWS[args.recipe][1:]), []
         probe = Probe(32, 10, args, device)

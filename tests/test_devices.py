@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight(fused):
         (("avx512_bf16",), "cpu", "auto", 1.3e7, "off"),  # resnet8
         (("avx512_vnni",), "cpu", "auto", 5e8, "off"),  # a CPU without
         (("avx512_bf16",), "cpu", "off", 5e8, "off"),
-        (("avx512_bf16",), "cuda", "auto", 5e8, "off"),  # what `set_up` found for a GPU stays
+        (("avx512_bf16",), "cuda", "auto", 5e8, "off"),  # what `setup_device` found for a GPU stays
     ],
 )
 def test_large_networks_train_in_bf16_on_cpus_that_have_it(
@@ -197,7 +197,7 @@ def test_large_networks_train_in_bf16_on_cpus_that_have_it(
     found = {"avx512_bf16": False, "amx_bf16": False} | dict.fromkeys(units, True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     device = torch.device(device)
-    assert devices.precision_of_training(device, asked, "off", multiply_adds) == amp
+    assert devices.training_precision(device, asked, "off", multiply_adds) == amp
 
 
 def halved(scale):

@@ -106,8 +106,8 @@ def test_a_killed_process_leaves_the_file_before(tmp_path):
     path.write_bytes(b"old")
     program = (
         "import os, signal\n"
-        "from simsiam.runtime.files import whole_file\n"
-        f"with whole_file({str(path)!r}) as file:\n"
+        "from simsiam.runtime.files import atomic_write\n"
+        f"with atomic_write({str(path)!r}) as file:\n"
         "    file.write(b'x' * 100_000)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -182,7 +182,7 @@ def test_results_gain_a_row_a_run_and_protocol(tmp_path):
     add_result(path, {"protocol": "KNN", "run": "b", "top1": 1.50000001})
     add_result(path, {"protocol": "KNN", "run": "a", "top1": 51.0})
     table = pandas.read_csv(path)
-    assert list(table.columns) == list(files.RESULTS)
+    assert list(table.columns) == list(files.RESULT_COLUMNS)
     rows = table[["protocol", "run", "top1"]].values.tolist()
     assert rows == [["Linear", "a", 60.0], ["KNN", "b", 1.5], ["KNN", "a", 51.0]]
     assert list(tmp_path.iterdir()) == [path]  # no lock is left
@@ -209,7 +209,7 @@ def test_a_user_s_own_columns_of_the_results_stay(tmp_path):
     add_result(path, {"protocol": "KNN", "run": "c", "top1": 70.0})
     table = pandas.read_csv(path, keep_default_na=False)
     assert list(table.columns[:4]) == ["run", "note", "protocol", "top1"]
-    assert set(table.columns) == {"note", *files.RESULTS}
+    assert set(table.columns) == {"note", *files.RESULT_COLUMNS}
     found = table[["run", "note", "top1", "seed"]].astype(str).values.tolist()
     assert found == [["b", "", "40", ""], ["a", "my best", "60", "3"], ["c", "", "70", ""]]
 

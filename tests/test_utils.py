@@ -315,7 +315,7 @@ def test_amp_is_off_on_the_cpu_unless_asked_for(monkeypatch):
     x = torch.ones(2, 2)
     for amp, dtype in [("auto", torch.float32), ("off", torch.float32), ("bf16", torch.bfloat16)]:
         args = argparse.Namespace(device="cpu", amp=amp, deterministic=False)
-        device, found = devices.set_up(args)
+        device, found = devices.setup_device(args)
         assert device == CPU
         assert found == ("bf16" if dtype == torch.bfloat16 else "off")
         assert args.amp == amp  # nothing is written into the flags
@@ -339,12 +339,12 @@ def test_a_gpu_becomes_the_current_device_and_bf16_must_be_its_own(monkeypatch):
             lambda including_emulation=True, answer=answer: answer[including_emulation],
         )
         args = argparse.Namespace(device="cuda:1", amp="auto", deterministic=False)
-        assert devices.set_up(args) == (torch.device("cuda", 1), amp)
+        assert devices.setup_device(args) == (torch.device("cuda", 1), amp)
     assert chosen == [1, 1]
     assert torch.backends.cudnn.benchmark
     args.deterministic = True
     try:
-        devices.set_up(args)
+        devices.setup_device(args)
         assert not torch.backends.cudnn.benchmark
     finally:
         torch.use_deterministic_algorithms(False)
@@ -370,7 +370,7 @@ def test_deterministic_is_pytorch_s(monkeypatch, deterministic):
     before = torch.are_deterministic_algorithms_enabled()
     try:
         args = argparse.Namespace(device="cpu", amp="auto", deterministic=deterministic)
-        devices.set_up(args)
+        devices.setup_device(args)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
         assert vars(args) == {"device": "cpu", "amp": "auto", "deterministic": deterministic}

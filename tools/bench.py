@@ -72,7 +72,7 @@ def noise(number: int) -> torch.Tensor:
 def arguments(flags: str) -> tuple[Namespace, torch.autocast]:
     """main.py's flags on this CPU, and their autocast."""
     args = main.make_flags().read([*flags.split(), "--device", "cpu"])[0]
-    return args, devices.autocast(*devices.set_up(args))
+    return args, devices.autocast(*devices.setup_device(args))
 
 
 def views_of(recipe: str, size: int, seed: int = 0) -> Views:
@@ -202,7 +202,7 @@ def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
         pages, shared = Path("/proc/self/statm").read_text().split()[1:3]
         return int(pages) - int(shared)
 
-    devices.keep_memory()
+    devices.keep_freed_memory()
     metrics.knn(bank[:1000], labels[:1000], queries[:100])  # the libraries' own memory
 
     def run() -> float:

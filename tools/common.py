@@ -22,7 +22,7 @@ def encoder_flags(parser: utils.Parser) -> None:
 def running_flags(parser: utils.Parser) -> None:
     """Where an encoder runs, how precisely, and how files are read.
 
-    They are what `devices.set_up` and `images.decode` need.
+    They are what `devices.setup_device` and `images.decode` need.
     """
     add = parser.add_argument
     add("--device", default="auto", help="as of main.py (auto)")

@@ -59,7 +59,7 @@ def of_files(
     `args`: of `encoder_flags`. Moves the source to their device. Raises ValueError, naming the
     file, for one that cannot be read, unless those are skipped.
     """
-    device, amp_name = devices.set_up(args)
+    device, amp_name = devices.setup_device(args)
     source.to(device)
     amp = devices.autocast(device, amp_name)
     views, found, kept = source.views, None, []

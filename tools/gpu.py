@@ -60,7 +60,7 @@ class Training:
         device, size = images.device, images.shape[-1]
         line = [*flags.split(), "--recipe", recipe, "--device", str(device)]
         self.args = main.make_flags().read(line)[0]
-        self.amp_name = devices.set_up(self.args)[1]
+        self.amp_name = devices.setup_device(self.args)[1]
         net = network.simsiam(vars(self.args)).to(device, memory_format=torch.channels_last)
         self.flop = 2 * PASSES * network.params_and_flops(net, size)[1]  # of a step, for an image
         augmentation, mean, std = VIEWS[recipe]
@@ -158,7 +158,7 @@ def bench(*flags: str) -> Iterator[Row]:
     compiles = not quick
     try:
         if compiles:
-            devices.try_to_compile(device)
+            devices.check_compile(device)
     except ValueError as error:
         compiles = False
         print(error)

@@ -237,7 +237,7 @@ def found(args: Namespace) -> tuple[LoadedCheckpoint, list[dict]]:
     bank = bank_of(args, source, files)
     if args.query:
         device = bank.features.device
-        amp = devices.autocast(device, devices.set_up(args)[1])
+        amp = devices.autocast(device, devices.setup_device(args)[1])
         return source, nearest(args, bank, finite(source.features(pixels, amp), args))
     rows, number = duplicates(args, bank)
     if number > len(rows):

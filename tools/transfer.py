@@ -248,7 +248,7 @@ def command(argv: list[str] | None = None) -> None:
         sets = []
         with warnings.catch_warnings(), parser.bad_input():
             ignore_pil_warnings()
-            device, amp = devices.set_up(args)
+            device, amp = devices.setup_device(args)
             source = opened(args).to(device)
             for root in args.data_root:
                 sets.append(problems(args, source, devices.autocast(device, amp), root))

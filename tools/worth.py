@@ -248,7 +248,7 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
 
 def prepared(args: Namespace) -> tuple[Study, dict[float, int]]:
     """The study of the flags, and how many labels its fractions are. Raises ValueError, OSError."""
-    device, amp = devices.set_up(args)
+    device, amp = devices.setup_device(args)
     source = LoadedCheckpoint.open(args.model_path, **utils.of_source(args)).to(device)
     saved = source.state["args"] if source.state else {}
     same = args.data_name in (None, saved.get("data_name"))

@@ -1,4 +1,4 @@
-"""The device of a run: which one, its precision, its memory, and whether it can compile."""
+"""Device of a run: selection, precision, memory, and a check that it can compile."""
 
 import contextlib
 import ctypes
@@ -13,9 +13,9 @@ from simsiam.runtime import distributed
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the accelerator torch finds (cuda, mps, ...), else cpu.
+    """Return the device of a name; `auto` is the accelerator that torch finds, else the CPU.
 
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that this machine does not have.
     """
     accelerator = (
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -29,42 +29,44 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         usable = False
     if not usable:
-        there = ["cpu"] + ([accelerator.type] if accelerator else [])
-        raise ValueError(f"--device {name}: is not there; choose auto or {' or '.join(there)}")
+        choices = ["auto", "cpu"] + ([accelerator.type] if accelerator else [])
+        raise ValueError(f"--device {name}: not available here; choose {', '.join(choices)}")
     return device
 
 
-def set_up(args: Namespace) -> tuple[torch.device, str]:
-    """The device of the flags, and its amp: bf16, fp16 or off. Each rank has its own device.
+def setup_device(args: Namespace) -> tuple[torch.device, str]:
+    """Set up the device of --device for this process; return it and its amp (bf16, fp16 or off).
 
-    Raises ValueError for one that is not there, and where --compile cannot work on it.
+    With --ddp each rank gets the accelerator of its local rank. Raises ValueError if the device is
+    missing, or if --compile cannot work on it.
     """
     device, amp = pick_device(args.device), args.amp
     if distributed.is_distributed() and device.type != "cpu":
         device = distributed.local_device(device.type)
     elif device.index is not None and device.type not in ("cpu", "mps"):
-        torch.accelerator.set_device_index(device.index)  # else some work goes to the first one
+        # Operations that name no device would otherwise go to the first one.
+        torch.accelerator.set_device_index(device.index)
     if amp == "auto":
-        # On GPUs before Ampere bf16 is emulated, and cuDNN has no convolutions of it.
+        # On GPUs before Ampere bf16 is emulated, and cuDNN has no bf16 convolutions.
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         amp = "bf16" if native else "off"
     torch.backends.cudnn.benchmark = not args.deterministic  # images have one size
-    if args.deterministic:  # cuBLAS reads it when it starts
+    if args.deterministic:  # cuBLAS reads the variable when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
     if device.type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     if getattr(args, "compile", False):  # not all tools have the flag
-        try_to_compile(device)
+        check_compile(device)
     return device, amp
 
 
-def try_to_compile(device: torch.device) -> None:
-    """Compile a trifle, for the network is compiled only at its first step, when the run has begun.
+def check_compile(device: torch.device) -> None:
+    """Compile one operation, since the network is compiled only in its first step.
 
     Raises ValueError where torch.compile does not work: most often a compiler is missing.
     """
-    logging.disable(logging.WARNING)  # torch's, of a CUDA_HOME without a GPU
+    logging.disable(logging.WARNING)  # torch warns of a CUDA_HOME without a GPU
     try:
         torch.compile(F.silu)(torch.zeros(2, device=device))
     except RuntimeError as error:
@@ -77,32 +79,31 @@ def try_to_compile(device: torch.device) -> None:
         logging.disable(logging.NOTSET)
 
 
-# Multiply-adds an image from which on CPUs that have units for bf16 train in it.
-BF16_FROM = 40e6
+# Multiply-adds per image from which bf16 pays on a CPU: smaller networks gain less, and train in
+# minutes anyway (docs/results.md, "Speed").
+BF16_MIN_FLOPS = 40e6
 
 
-def precision_of_training(device: torch.device, asked: str, amp: str, multiply_adds: int) -> str:
-    """The amp of a run that trains: as `set_up` says, but where `asked` is auto bf16 on CPUs too.
+def training_precision(device: torch.device, flag: str, amp: str, multiply_adds: int) -> str:
+    """Return the amp for training: that of `setup_device`, or bf16 where it pays on a CPU.
 
-    There with units for it alone (AVX512-BF16 or AMX), and for networks from BF16_FROM on: smaller
-    ones gain less, and take minutes (measured: docs/results.md, "Speed").
+    `flag`: the value of --amp; only `auto` is changed. `multiply_adds`: of the network, per image.
     """
-    if asked == "auto" and device.type == "cpu" and multiply_adds >= BF16_FROM and has_bf16_units():
-        return "bf16"
-    return amp
+    large = multiply_adds >= BF16_MIN_FLOPS
+    return "bf16" if flag == "auto" and device.type == "cpu" and large and has_bf16_units() else amp
 
 
 def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 in hardware, as oneDNN uses it."""
-    units = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.10 cannot tell
+    """Return True if this CPU multiplies bf16 in hardware that oneDNN uses."""
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.10
     return any(units.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
-def keep_memory() -> None:
-    """Let malloc keep what is freed, for a step needs the same memory as the one before.
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep large freed blocks, which each step allocates again.
 
-    By default glibc gives large blocks back to the system, whose page faults then took a tenth of
-    the time of a ResNet-18 step on two cores. Elsewhere than on glibc nothing happens.
+    Otherwise glibc returns them to the system, whose page faults took a tenth of the time of a
+    ResNet-18 step on two cores. Without effect on other C libraries.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -111,6 +112,6 @@ def keep_memory() -> None:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Autocast to `amp`: bf16, fp16 or off."""
+    """Return the autocast context of an amp: bf16, fp16 or off."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")

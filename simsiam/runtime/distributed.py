@@ -19,9 +19,9 @@ from simsiam.runtime import batchnorm
 
 # How long a rank waits for the others: for what they compute together, and where one of them may
 # first have to download a data set or look through all of its files.
-SOON, LATE = datetime.timedelta(minutes=10), datetime.timedelta(hours=2)
-# By which objects travel, while this process is a rank: it waits until LATE.
-patient: dist.ProcessGroup | None = None
+COLLECTIVE_TIMEOUT, SETUP_TIMEOUT = datetime.timedelta(minutes=10), datetime.timedelta(hours=2)
+# By which objects travel, while this process is a rank: it waits until SETUP_TIMEOUT.
+object_group: dist.ProcessGroup | None = None
 
 
 def launched_by_torchrun() -> bool:
@@ -88,19 +88,19 @@ def process_group(overwrite: bool = False) -> Iterator[None]:
             "--overwrite: a restart by torchrun could not tell the files to replace from its own: "
             "remove them yourself, or leave out --max_restarts"
         )
-    global patient
+    global object_group
     backend = "gloo"
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type
         if kind != "mps":
             backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
-    store, number, size = next(dist.rendezvous("env://", timeout=LATE))
+    store, number, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)
-    soon = LATE if backend == "gloo" else SOON
+    soon = SETUP_TIMEOUT if backend == "gloo" else COLLECTIVE_TIMEOUT
     dist.init_process_group(backend, None, soon, size, number, store)
-    patient = dist.new_group(timeout=LATE, backend="gloo")
+    object_group = dist.new_group(timeout=SETUP_TIMEOUT, backend="gloo")
     yield
     dist.destroy_process_group()
 
@@ -168,7 +168,7 @@ def all_gather_objects(mine: object) -> list:
     """What each rank brings, in the order of the ranks, on every rank."""
     found = [mine] * world_size()
     if is_distributed():
-        dist.all_gather_object(found, mine, patient)
+        dist.all_gather_object(found, mine, object_group)
     return found
 
 
@@ -205,7 +205,7 @@ def broadcast_from_rank0(make: Callable[[], object]) -> object:
             found = [make(), None]
         except (ValueError, OSError) as error:
             found = [None, error]
-    dist.broadcast_object_list(found, group=patient)
+    dist.broadcast_object_list(found, group=object_group)
     if found[1] is not None:
         raise found[1]
     return found[0]

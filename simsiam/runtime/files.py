@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -84,7 +84,7 @@ def read_csv(path: str | Path, text: Sequence[str] = ()) -> list[dict]:
     return [{name: value for name, value in row.items() if value == value} for row in rows]
 
 
-RESULTS = tuple(
+RESULT_COLUMNS = tuple(
     (
         "protocol data train_size arch width params_m flops_g feature_dim batch_size epochs lr k "
         "seed top1 top5 best_top1 seconds device run"
@@ -93,7 +93,7 @@ RESULTS = tuple(
 
 
 def add_result(path: str | Path, row: dict) -> None:
-    """Put a finished evaluation into the table of `RESULTS`; it replaces its run's and protocol's.
+    """Add or replace the row of a run and protocol in a table of `RESULT_COLUMNS`.
 
     Columns that the user has added stay, with what they hold; so does their order. Raises RunError
     if `path` is another table.
@@ -104,16 +104,16 @@ def add_result(path: str | Path, row: dict) -> None:
     same = (row["protocol"], printable(row["run"]))
     path = Path(path)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")) as lock:  # runs share the table
-        rows, columns = [], RESULTS
+        rows, columns = [], RESULT_COLUMNS
         if path.is_file():
             try:
                 table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-                columns = tuple(dict.fromkeys([*table.columns, *RESULTS]))
+                columns = tuple(dict.fromkeys([*table.columns, *RESULT_COLUMNS]))
                 for old in table.to_dict("records"):
                     if (old["protocol"], old["run"]) != same:
                         rows.append(old)
                     else:
-                        row = {k: v for k, v in old.items() if k not in RESULTS} | row
+                        row = {k: v for k, v in old.items() if k not in RESULT_COLUMNS} | row
             except (ValueError, KeyError) as error:
                 raise RunError(
                     f"{path}: is not a table of results: move it away, and give the same command "
@@ -122,3 +122,39 @@ def add_result(path: str | Path, row: dict) -> None:
         write_csv(path, [*rows, row], columns)
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
+
+
+def unless_it_fails(function: Callable, *args: object) -> None:
+    """Call it; an OSError is passed over (Windows removes no open file)."""
+    with contextlib.suppress(OSError):
+        function(*args)
+
+
+@contextlib.contextmanager
+def run_lock(path: str) -> Iterator[None]:
+    """While it lasts, a second process at the run of this `path` (folder and name) is refused.
+
+    The lock is the operating system's, which takes it back from a process that dies. The folder is
+    made, and removed if it stays empty. Raises ValueError that names the process at work.
+    """
+    folder, name = os.path.split(path)
+    # Two files: on Windows nobody else, not even this process, can open the one that is locked.
+    file, at_work = Path(folder, f".{name}.lock"), Path(folder, f".{name}.pid")
+    with contextlib.ExitStack() as last:
+        if not os.path.isdir(folder or "."):
+            os.makedirs(folder, exist_ok=True)  # another run may do the same just now
+            last.callback(unless_it_fails, os.rmdir, folder)
+        lock = filelock.FileLock(file)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            who = f"process {at_work.read_text().strip()}" if at_work.is_file() else "another one"
+            raise ValueError(
+                f"{path}: {who} is at work on it: wait for it, or choose another --name"
+            ) from error
+        last.callback(lock.release)
+        # While it is held, so that a process that waits for it sees that it is gone.
+        last.callback(unless_it_fails, file.unlink)
+        last.callback(unless_it_fails, at_work.unlink)
+        at_work.write_text(f"{os.getpid()}\n")
+        yield

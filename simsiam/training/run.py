@@ -18,13 +18,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from simsiam.interop import checkpoint
-from simsiam.runtime import distributed, lock
+from simsiam.runtime import distributed
 from simsiam.runtime.files import (
     RunError,
     add_result,
     atomic_write,
     error_prefix,
     remove,
+    run_lock,
     write_csv,
 )
 from simsiam.training.collapse import Meters
@@ -106,7 +107,7 @@ class Run:
 
     def _lock(self) -> None:
         """Refuse a second process at the same run; what one that died left half-written goes."""
-        self.open.enter_context(lock.run_lock(self.path))
+        self.open.enter_context(run_lock(self.path))
         for end in WRITTEN:
             Path(self.args.out, f".{self.args.name}_{end}.part").unlink(missing_ok=True)
 
