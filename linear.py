@@ -301,7 +301,7 @@ def pixels_baseline(images: Data, views: Views, amp: torch.autocast, args: Names
     pixels = metrics.raw_pixels(views.size)
     images = images.at_most(metrics.PIXELS_OF, args.seed)
     inputs, test = (
-        metrics.features(pixels, views.plain, part, amp, False)
+        metrics.features(pixels, views.eval_transform, part, amp, False)
         for part in (images.train_images, images.test_images)
     )
     lrs = [args.lr[0] * part for part in PARTS_OF_LR]

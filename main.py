@@ -338,7 +338,7 @@ def pretrain(run: Run, made: Prepared) -> None:
     smaller += " --recipe short --epochs 5"
     for epoch in run.epochs():
         stop_on_collapse(run)
-        rest = made.views.rest(epoch, args.epochs)
+        rest = made.views.remaining_work(epoch, args.epochs)
         with Progress(epoch, args, steps, SHOWN, smaller, run.step, rest=rest) as progress:
             for step in train(*made[:5], epoch, run.step, args, *made[5:8]):
                 seen = progress(step, tally)

@@ -152,7 +152,7 @@ class Contender:
         net = network.simsiam(vars(args))
         number = 4 if self.text == "lightly:FastSiam" else net.num_views
         views = main.views_of(args, *main.described(args, self.images), number)
-        sides = [side for epoch in range(epochs) for side in views.sides_in(epoch)]
+        sides = [side for epoch in range(epochs) for side in views.sizes_in(epoch)]
         return sum(network.params_and_flops(net, one)[1] * sides.count(one) for one in set(sides))
 
 

@@ -179,9 +179,9 @@ def steps(native: types.ModuleType) -> dict:
     net = network.SimSiam("resnet8", feature_dim=32).to(device)
     images, labels = (part.to(device) for part in textures(96, seed=1))
     views, off = Views(32, *VIEWS["short"][1:]), devices.autocast(device, "off")
-    bank = metrics.features(net.backbone, views.plain, images, off)
+    bank = metrics.features(net.backbone, views.eval_transform, images, off)
     work = {
-        "features": lambda: metrics.features(net.backbone, views.plain, images, off),
+        "features": lambda: metrics.features(net.backbone, views.eval_transform, images, off),
         "knn": lambda: metrics.knn(bank, labels, bank),
         "rank": lambda: metrics.effective_rank(bank),
     }

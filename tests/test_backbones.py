@@ -67,7 +67,7 @@ def test_its_weights_load_strictly_there_and_give_the_same_features(run, tmp_pat
         net.set_input_size((32, 32))
     source, images = LoadedCheckpoint.open(out / "a_model.pth"), textures(4, seed=3)[0]
     with torch.no_grad():
-        theirs = net(source.views.plain(images))
+        theirs = net(source.views.eval_transform(images))
     off = torch.autocast("cpu", torch.bfloat16, enabled=False)
     assert torch.allclose(source.features(images, off), theirs, atol=1e-4)
 
@@ -82,7 +82,7 @@ def test_it_comes_from_the_hub_and_goes_to_onnx(run, tmp_path):
     encoder = torch.hub.load(str(helpers.ROOT), "encoder", source="local", checkpoint=str(path))
     source, images = LoadedCheckpoint.open(path), textures(4, seed=3)[0]
     with torch.no_grad():
-        found = encoder(source.views.plain(images))
+        found = encoder(source.views.eval_transform(images))
     assert torch.allclose(source.features(images, off), found, atol=1e-4)
 
 

@@ -270,7 +270,7 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
     for size, sides in ((32, [16, 16, 20, 20, 24]), (64, [32, 32, 40, 40, 48])):
         args = read("--recipe fast --epochs 5" + " --image_size 32" * (size == 32))
         views = main.views_of(args, *main.described(args, images), 2)
-        assert [views.sides_in(epoch) for epoch in range(5)] == [[side] * 2 for side in sides]
+        assert [views.sizes_in(epoch) for epoch in range(5)] == [[side] * 2 for side in sides]
     for wrong in ("0.05", "7", "20.5", "2000"):
         assert "--view_sizes" in refused(capsys, "--view_sizes", wrong)
     err = refused(capsys, *TINY.split(), "--epochs", "2", *"--view_sizes 8 16 32".split())
@@ -691,9 +691,9 @@ def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, drawn):
     assert all((image == images).flatten(1).all(1).any() for image in shown)
     views, batch = Views(32, *NORMALISATION["cifar"]), Batch.alone(shown)  # of epoch 0, step 0
     texts = {text.get_position(): text.get_text() for text in drawn["views"].axes[0].texts}
-    for i, chance in enumerate(views.chance(batch)):
+    for i, chance in enumerate(views.sample(batch)):
         for row in range(8):  # 32 pixels, and a gap of 2
-            assert texts[34 * (2 + 2 * i), 34 * row].split("\n") == chance.words(row, 32 * 32)
+            assert texts[34 * (2 + 2 * i), 34 * row].split("\n") == chance.describe(row, 32 * 32)
     for i, expected in enumerate(views(batch), 1):
         for c in range(3):
             wanted = expected[:, c] * views.std[c] + views.mean[c]
@@ -701,7 +701,7 @@ def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, drawn):
             torch.testing.assert_close(undone, wanted, atol=0.51 / 255, rtol=0)
 
 
-SMALL = {"sides": (20,), "local": 1, "local_size": 16}
+SMALL = {"size_schedule": (20,), "local": 1, "local_size": 16}
 
 
 @pytest.mark.parametrize(("in_files", "more"), [(False, {}), (True, {}), (False, SMALL)])
@@ -747,7 +747,7 @@ def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_pat
         """Brute force: in eval mode, normalised."""
         net.eval()
         with torch.no_grad():
-            return F.normalize(net.backbone(views.plain(part)), dim=1)
+            return F.normalize(net.backbone(views.eval_transform(part)), dim=1)
 
     def numbers(axes):
         """The cosines that are written below the neighbours."""
@@ -839,7 +839,7 @@ def test_tensorboard_gets_scalars_pictures_and_features(photos, tmp_path, capsys
     net = checkpoint.network(checkpoint.load(tmp_path / "a_model.pth")).eval()
     (images,) = main.images_of(main.make_flags().read(flags)[0]).test_images.split(40)
     with torch.no_grad():
-        features = net.backbone(Views(32, *NORMALISATION["imagenet"]).plain(images))
+        features = net.backbone(Views(32, *NORMALISATION["imagenet"]).eval_transform(images))
     wanted = F.normalize(features, dim=1)
     torch.testing.assert_close(torch.tensor(found).float(), wanted, atol=1e-4, rtol=0)
     metadata = (folder / "metadata.tsv").read_text().split()

@@ -224,7 +224,7 @@ def make_monitor(images, warned=False, **flags):
 def expected(images, size):
     """Of means, `size` x `size` of each channel: the bank's rank, top-1 and top-5 in percent."""
     pooled = [
-        F.normalize(F.adaptive_avg_pool2d(VIEWS.plain(part), size).flatten(1), dim=1)
+        F.normalize(F.adaptive_avg_pool2d(VIEWS.eval_transform(part), size).flatten(1), dim=1)
         for part in (images.train_images, images.test_images)
     ]
     voters = images.train_labels >= 0

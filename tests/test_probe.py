@@ -205,7 +205,7 @@ def test_its_column_is_there_where_a_knn_is(tmp_path, capsys):
     bank = images.subset(96, 0).train_images
     with torch.no_grad():
         bank, features = (
-            F.normalize(net.backbone(Views(32, *NORMALISATION["cifar"]).plain(part)))
+            F.normalize(net.backbone(Views(32, *NORMALISATION["cifar"]).eval_transform(part)))
             for part in (bank, images.test_images)
         )
     x = (features - bank.mean(0)) / (bank.var(0, correction=0) + 1e-5 / net.features).sqrt()

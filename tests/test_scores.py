@@ -234,7 +234,7 @@ def tiny(training=False, seed=0):
 def test_features_of_views_without_chance_are_those_of_the_images():
     net, images = tiny(), pixels(9)
     views = make_views(STILL)
-    plain = metrics.features(net, views.plain, images, OFF, normalise=False)
+    plain = metrics.features(net, views.eval_transform, images, OFF, normalise=False)
     found = scores.view_features(net, views, images, OFF, q=3)
     assert found.shape == (9, 3, 5)
     for j in range(3):
@@ -255,7 +255,7 @@ def test_views_change_nothing_and_are_functions_of_the_seed(training):
         scores.view_features(net, views, images, OFF, 2, seed, projector)
         for views, seed in (
             (make_views(), 3),
-            (make_views(number=4, seed=8, sides=[4], local=2, local_size=4), 3),
+            (make_views(number=4, seed=8, size_schedule=[4], local=2, local_size=4), 3),
             (make_views(), 4),
         )
     )
@@ -314,7 +314,8 @@ def test_scores_are_those_of_the_parts_and_change_nothing(training):
     net.eval()
     encoder = nn.Sequential(net.backbone, net.projector).eval()
     bank, z = (
-        metrics.features(part, views.plain, images, OFF, False) for part in (net.backbone, encoder)
+        metrics.features(part, views.eval_transform, images, OFF, False)
+        for part in (net.backbone, encoder)
     )
     seen = scores.view_features(net.backbone, views, images, OFF, q=3, seed=4)
     assert found == {
@@ -336,7 +337,7 @@ def test_scores_look_at_so_many_images_drawn_by_the_seed():
     net.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     of = lambda seed: scores.unlabelled_scores(net, make_views(), images, OFF, seed, **NUMBERS)  # noqa: E731
     found = of(5)
-    plain, drawn = make_views().plain(images), seen[0]
+    plain, drawn = make_views().eval_transform(images), seen[0]
     assert [len(x) for x in seen] == [30, 12, 12, 12]
     places = [int((plain == x).flatten(1).all(1).nonzero()) for x in drawn]
     assert places == sorted(set(places))

@@ -171,7 +171,7 @@ def test_flips_turns_and_solarize_are_those_that_were_drawn(cut):
     views = make_views(**STILL | {"flip_p": 0.5} | NEWER)
     batch = Batch.alone(images[:, None].expand(-1, 2, -1, -1, -1) if cut else images, 1, 2)
     seen = set()
-    for view, chance in zip(views(batch), views.chance(batch), strict=True):
+    for view, chance in zip(views(batch), views.sample(batch), strict=True):
         assert (chance.boxes is None) == cut
         for i, x in enumerate(images.float() / 255):
             if not cut:
@@ -188,12 +188,12 @@ def test_flips_turns_and_solarize_are_those_that_were_drawn(cut):
 def test_the_newer_parts_change_nothing_of_the_others():
     """What is drawn besides is as without them, whichever of them are on: older runs go on."""
     batch = Batch.alone(bytes_of(32), 3, 1)
-    usual = make_views(blur_p=0.5).chance(batch)
+    usual = make_views(blur_p=0.5).sample(batch)
     assert not any(chance.vflip.any() or chance.turns.any() for chance in usual)
-    every = make_views(blur_p=0.5, **NEWER).chance(batch)
+    every = make_views(blur_p=0.5, **NEWER).sample(batch)
     for name, p in NEWER.items():
         for one, all_, plain in zip(
-            make_views(blur_p=0.5, **{name: p}).chance(batch), every, usual, strict=True
+            make_views(blur_p=0.5, **{name: p}).sample(batch), every, usual, strict=True
         ):
             for part in ("boxes", "factors", "order", "flip", "gray", "sigma"):
                 assert np.array_equal(getattr(one, part), getattr(plain, part))
@@ -219,7 +219,7 @@ def test_default_views_are_those_of_the_first_checkpoints():
 
 def test_what_happened_is_told_in_words():
     chance = make_views(1, blur_p=1.0, jitter_p=1.0, gray_p=1.0, **dict.fromkeys(NEWER, 1.0))
-    (drawn,) = chance.chance(Batch.alone(bytes_of(3)))
+    (drawn,) = chance.sample(Batch.alone(bytes_of(3)))
     drawn = drawn._replace(
         boxes=np.array([[0, 0, 8, 12]] * 3),
         factors=np.array([[1.25, 0.8, 1, -0.051]] * 3),
@@ -231,12 +231,12 @@ def test_what_happened_is_told_in_words():
     )
     colour = ["hue -0.05", "brightness x 1.25", "contrast x 0.80"]
     first = ["crop 38%: 12 x 8", "flip left-right", "flip up-down", "turn 270 degrees"]
-    assert drawn.words(0, 256) == [*first, *colour, "gray", "blur 1.3 px", "solarize"]
+    assert drawn.describe(0, 256) == [*first, *colour, "gray", "blur 1.3 px", "solarize"]
     middle = ["crop 38%: 12 x 8", "flip up-down", *colour, "gray", "solarize"]
-    assert drawn.words(1, 256) == middle
+    assert drawn.describe(1, 256) == middle
     still, batch = make_views(1, **STILL), Batch.alone(bytes_of(3))
-    (drawn,) = still.chance(batch)
-    assert drawn._replace(boxes=None).words(0, 256) == []
+    (drawn,) = still.sample(batch)
+    assert drawn._replace(boxes=None).describe(0, 256) == []
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])
@@ -295,7 +295,7 @@ def test_a_larger_view_is_blurred_by_a_tenth_of_it():
 def test_shares_of_the_random_operations():
     n = 4000
     images = bytes_of(1).expand(n, -1, -1, -1)
-    plain = make_views().plain(images[:1])
+    plain = make_views().eval_transform(images[:1])
 
     def share(**switched_on):
         views = make_views(1, **(STILL | switched_on))
@@ -317,10 +317,10 @@ def test_shares_of_the_random_operations():
 
 def test_plain_is_normalised_and_channels_last():
     images, views = bytes_of(4), make_views()
-    x = views.plain(images)
+    x = views.eval_transform(images)
     torch.testing.assert_close(x, T.normalize(images.float() / 255, MEAN, STD))
     assert x.is_contiguous(memory_format=torch.channels_last)
-    resized = views.plain(bytes_of(4, size=24))
+    resized = views.eval_transform(bytes_of(4, size=24))
     theirs = T.resize(bytes_of(4, size=24).float() / 255, [16, 16], antialias=True)
     torch.testing.assert_close(resized, T.normalize(theirs, MEAN, STD))
 
@@ -331,9 +331,9 @@ def test_views_of_crops_take_one_crop_after_the_other():
     for step in range(2):  # each step anew
         found = make_views(**still)(Batch.alone(crops, 0, step))
         for i in range(2):
-            assert torch.equal(found[i], views.plain(crops[:, i]))
+            assert torch.equal(found[i], views.eval_transform(crops[:, i]))
     found = make_views(**(still | {"flip_p": 1.0}))(Batch.alone(crops))
-    assert torch.equal(found[0], views.plain(crops[:, 0].flip(-1)))
+    assert torch.equal(found[0], views.eval_transform(crops[:, 0].flip(-1)))
 
 
 # ---- Augmentation -------------------------------------------------------------------------------
@@ -427,14 +427,14 @@ def test_compiled_colours_equal_the_others():
 
 def test_views_grow_with_the_epochs():
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    growing = Views(32, MEAN, STD, sides=(12, 20, 32))
+    growing = Views(32, MEAN, STD, size_schedule=(12, 20, 32))
     for epoch, side in enumerate((12, 20, 32)):
         whole = Views(side, MEAN, STD)
         batch = Batch.alone(images, epoch)
         for mine, theirs in zip(growing(batch), whole(batch), strict=True):
             assert mine.shape == (8, 3, side, side)
             assert torch.equal(mine, theirs)
-    assert growing.plain(images).shape == (8, 3, 32, 32)
+    assert growing.eval_transform(images).shape == (8, 3, 32, 32)
 
 
 def test_local_views_come_last_and_are_of_small_crops():

@@ -95,7 +95,7 @@ def test_a_source_of_ours(tmp_path, classes):
     assert source.classes == ([f"class {i}" for i in range(classes)] if classes else [])
     pixels = textures(5, seed=3)[0]
     off = torch.autocast("cpu", enabled=False)
-    expected = net.backbone(Views(48, *NORMALISATION["imagenet"]).plain(pixels))
+    expected = net.backbone(Views(48, *NORMALISATION["imagenet"]).eval_transform(pixels))
     torch.testing.assert_close(source.features(pixels, off), expected)
     lengths = source.to("cpu").features(pixels, off, normalise=True).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(5))
@@ -345,7 +345,7 @@ def test_features_of_files(tmp_path, layer):
     views = Views(48, *NORMALISATION["imagenet"])
     for name, found in zip(arrays["files"], arrays["features"], strict=True):
         cut = decode.resize_center_crop(decode.read_image(name), 48, 48)
-        x = net.backbone(views.plain(torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]))
+        x = net.backbone(views.eval_transform(torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]))
         expected = net.projector(x) if layer == "projector" else x
         np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5)
 
@@ -426,7 +426,7 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
     pixels, _ = decode.decode(files, predictor.size, shorter=predictor.shorter)
     views = Views(48, *NORMALISATION["imagenet"])
     with torch.no_grad():
-        expected = net(views.plain(pixels)).softmax(1)
+        expected = net(views.eval_transform(pixels)).softmax(1)
     off = torch.autocast("cpu", enabled=False)
     torch.testing.assert_close(predictor.scores(pixels, off), expected)
     opened = [Image.open(file) for file in files]

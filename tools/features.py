@@ -71,7 +71,9 @@ def of_files(
             distributed.log(reason)
         kept += [start + i for i in range(len(some)) if i not in bad]
         if len(images):
-            features = metrics.features(part, views.plain, images.to(device), amp, normalise=False)
+            features = metrics.features(
+                part, views.eval_transform, images.to(device), amp, normalise=False
+            )
             if found is None:  # filled: a list to be joined would take twice as much
                 found = np.empty((len(files), features.shape[1]), np.float32)
             found[len(kept) - len(features) : len(kept)] = features.cpu()

@@ -107,7 +107,7 @@ def epoch(flags: str, images: Tensor, labels: Tensor) -> Iterator[Row]:
     some = slice(len(images) // 5)
     data = Data(images, labels, images[some], labels[some], [str(i) for i in range(10)])
     monitor = Monitor(run.net, run.views, data, run.args, 1.0, run.amp)
-    features = lambda: metrics.features(run.net.backbone, run.views.plain, images, run.amp)  # noqa: E731
+    features = lambda: metrics.features(run.net.backbone, run.views.eval_transform, images, run.amp)  # noqa: E731
     kept = {"command": "main.py", "args": vars(run.args), "encoder": {}, "augmentation": {}}
     kept |= {"images_crc": 0, "classes": [], "epoch": 0, "step": 0, "tally": {}, "seconds": 0.0}
     kept |= {"history": [], "facts": {}, "probe": {}}

@@ -170,7 +170,7 @@ def problems(
     raw = metrics.raw_pixels(views.size)
 
     def embed(part: Tensor | Files) -> Tensor:
-        return metrics.features(raw, views.plain, part.to(device), amp, normalise=False)
+        return metrics.features(raw, views.eval_transform, part.to(device), amp, normalise=False)
 
     images = images.at_most(metrics.PIXELS_OF, args.seed)
     return known, features, Problem.of(images, embed, args.seed)

@@ -142,7 +142,7 @@ class Study:
 
         def embed(part: torch.Tensor) -> torch.Tensor:
             if method == PIXELS:
-                return metrics.features(raw, views.plain, part, self.amp, normalise=False)
+                return metrics.features(raw, views.eval_transform, part, self.amp, normalise=False)
             return source.features(part, self.amp)
 
         problem = Problem.of(images, embed, seed)

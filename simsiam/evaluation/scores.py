@@ -195,7 +195,7 @@ def unlabelled_scores(
     `lidar` does.
     """
     some, few = sample(images, most, seed), sample(images, viewed, seed)
-    bank = metrics.features(net.backbone, views.plain, some, amp, normalise=False)
+    bank = metrics.features(net.backbone, views.eval_transform, some, amp, normalise=False)
     z = metrics.features(net.projector, as_it_is, bank, amp)
     seen = view_features(net.backbone, views, few, amp, q, seed)
     if not all(part.isfinite().all() for part in (bank, z, seen)):

@@ -256,7 +256,7 @@ class LoadedCheckpoint:
 
     @property
     def views(self) -> Views:
-        """The encoder's input; `views.plain` is its test transform."""
+        """The encoder's input; `views.eval_transform` is its test transform."""
         return Views(self.encoder["image_size"], self.encoder["mean"], self.encoder["std"])
 
     @property
@@ -316,7 +316,9 @@ class LoadedCheckpoint:
         """
         device = next(self.net.parameters()).device
         images = images.to(device)
-        return metrics.features(self.net.backbone, self.views.plain, images, amp, normalise)
+        return metrics.features(
+            self.net.backbone, self.views.eval_transform, images, amp, normalise
+        )
 
 
 open_encoder = LoadedCheckpoint.open  # its name in the package `simsiam`
@@ -354,7 +356,7 @@ class Predictor(nn.Module):
         """
         device, rows = next(self.parameters()).device, []
         for chunk in images.split(512):
-            x = self.views.plain(chunk.to(device))
+            x = self.views.eval_transform(chunk.to(device))
             with amp or contextlib.nullcontext():
                 found = self.net.backbone(x).float()
             rows.append(self.net.fc(found).softmax(1))

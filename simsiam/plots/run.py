@@ -82,14 +82,14 @@ def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -
     shown = [torch.cat(list(images.split(512)))[batch.labels]]
     blank, area = torch.full_like(shown[0], 255), batch.images.shape[-2] * batch.images.shape[-1]
     names, texts = ["image"], {}
-    for i, (x, chance) in enumerate(zip(views(batch), views.chance(batch), strict=True)):
+    for i, (x, chance) in enumerate(zip(views(batch), views.sample(batch), strict=True)):
         x = (x * std + mean).mul(255).round()
         shown.append(F.interpolate(x, shown[0].shape[2:], mode="nearest-exact").byte())
         name = f"view {i + 1}" if i < views.number else f"local {i + 1 - views.number}"
         names.append(name + f", {x.shape[-1]} px" * (x.shape != shown[0].shape))
         shown.append(blank)  # a column for the words
         names.append("")
-        words = enumerate(chance.words(row, area) for row in range(len(x)))
+        words = enumerate(chance.describe(row, area) for row in range(len(x)))
         texts |= {(row, len(shown) - 1): "\n".join(lines) for row, lines in words}
     with atomic_write(path) as file:
         title = f"{label}: what the network sees of each image"

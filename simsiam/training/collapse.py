@@ -216,7 +216,7 @@ class Monitor:
             return self.kept
         distributed.broadcast_buffers(self.net)
         images, scored = self.images, self.images.test_images is not None
-        of_bank = (self.net.backbone, self.views.plain, images.train_images, self.amp)
+        of_bank = (self.net.backbone, self.views.eval_transform, images.train_images, self.amp)
         bank = metrics.features(*of_bank)
         if not bank.isfinite().all():
             raise FloatingPointError("the features are not finite")
@@ -226,7 +226,7 @@ class Monitor:
             pairs = scores.view_features(*how, q=2, seed=self.args.seed)
             return KnnResult(bank, None, None, scores.alignment(*pairs.unbind(1)))
         queries = metrics.features(
-            self.net.backbone, self.views.plain, images.test_images, self.amp
+            self.net.backbone, self.views.eval_transform, images.test_images, self.amp
         )
         return KnnResult(bank, queries, self.vote(bank, queries, images.train_labels), None)
 
@@ -274,7 +274,7 @@ class Monitor:
         pixels = metrics.raw_pixels(self.views.size)
         images = self.images.at_most(metrics.PIXELS_OF, self.args.seed)
         bank, queries = (
-            metrics.features(pixels, self.views.plain, part, self.amp)
+            metrics.features(pixels, self.views.eval_transform, part, self.amp)
             for part in (images.train_images, images.test_images)
         )
         ranking = self.vote(bank, queries, images.train_labels)

@@ -219,7 +219,7 @@ class ViewParams(NamedTuple):
             found[:, 13] = self.solarize
         return found
 
-    def words(self, i: int, area: int) -> list[str]:
+    def describe(self, i: int, area: int) -> list[str]:
         """What happens to image `i`, of `area` pixels, a line each, in this order."""
         found = []
         if self.boxes is not None:
@@ -249,9 +249,9 @@ class Views:
     `size`: pixels. `mean`, `std`: of each channel, from 0 to 1. `number`: views an image.
     `compiled`: the colour operations, each by torch.compile, which then runs through the images
     once or twice for each instead of five to twenty times; the last bits differ.
-    `sides`: the views' side in each epoch, in pixels, where it is not `size` throughout; the test
-    transform keeps to `size`. `local`: so many views more, of crops of `LOCAL_SCALE`, `local_size`
-    pixels wide.
+    `size_schedule`: the views' side in each epoch, in pixels, where it is not `size` throughout;
+    the test transform keeps to `size`. `local`: so many views more, of crops of `LOCAL_SCALE`,
+    `local_size` pixels wide.
     """
 
     def __init__(
@@ -263,11 +263,11 @@ class Views:
         number: int = 2,
         seed: int = 0,
         compiled: bool = False,
-        sides: Sequence[int] = (),
+        size_schedule: Sequence[int] = (),
         local: int = 0,
         local_size: int = 0,
     ):
-        self.size, self.mean, self.std, self.sides = size, mean, std, sides
+        self.size, self.mean, self.std, self.size_schedule = size, mean, std, size_schedule
         self.local, self.local_size = local, local_size
         # Each for itself: their order is another one in each batch.
         self.colour = list(COLOUR)
@@ -286,25 +286,25 @@ class Views:
             raise ValueError(
                 "colours of other channels than three: say jitter=(0.4, 0.4, 0.0, 0.0), gray_p=0.0"
             )
-        sides = self.sides_in(batch.epoch)
+        sides = self.sizes_in(batch.epoch)
         images = [batch.images] * len(sides)
         if batch.images.dim() == 5:  # the workers have cut the crops of each view
             images = batch.images.unbind(1)
             sides = [self.size] * len(images)
-        parts = zip(images, self.chance(batch), sides, strict=True)
+        parts = zip(images, self.sample(batch), sides, strict=True)
         return [self.view(some, batch.rows, chance, side) for some, chance, side in parts]
 
-    def sides_in(self, epoch: int) -> list[int]:
+    def sizes_in(self, epoch: int) -> list[int]:
         """The side of each view of an image in an epoch, in pixels."""
-        side = self.sides[epoch] if self.sides else self.size
+        side = self.size_schedule[epoch] if self.size_schedule else self.size
         return [side] * self.number + [self.local_size] * self.local
 
-    def rest(self, epoch: int, epochs: int) -> float:
+    def remaining_work(self, epoch: int, epochs: int) -> float:
         """The pixels of all views in the epochs after this one of `epochs`, over this one's."""
-        pixels = [sum(side**2 for side in self.sides_in(i)) for i in range(epoch, epochs)]
+        pixels = [sum(side**2 for side in self.sizes_in(i)) for i in range(epoch, epochs)]
         return sum(pixels[1:]) / pixels[0]
 
-    def chance(self, batch: Batch) -> list[ViewParams]:
+    def sample(self, batch: Batch) -> list[ViewParams]:
         """What is drawn for each view of a batch."""
         start, a = [self.seed, batch.epoch, batch.step], self.augmentation
         rng, newer = np.random.default_rng(start), a.vflip_p or a.rotate90_p or a.solarize_p
@@ -361,7 +361,7 @@ class Views:
             x = solarize(x, inverted.view(n, 1, 1, 1) > 0)
         return self.normalise(x)
 
-    def plain(self, images: Tensor) -> Tensor:
+    def eval_transform(self, images: Tensor) -> Tensor:
         """The test transform: no chance, the whole image; uint8, N x C x H x W -> as a view."""
         height, width = images.shape[2:]
         if (height, width) == (self.size, self.size):
