@@ -46,13 +46,13 @@ from simsiam.evaluation.linear import (
     make_optimizer,
     topk_correct,
 )
-from simsiam.interop import checkpoint
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import simsiam as network
 from simsiam.models.backbones import backbone
 from simsiam.plots import curves as figures
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Meters
 from simsiam.training.progress import Progress
 from simsiam.training.run import Run, run_of

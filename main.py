@@ -22,12 +22,13 @@ from simsiam.data.datasets import DATA_NAMES, check_root, load
 from simsiam.data.decode import DecodeOptions, check_reading, reading_flags
 from simsiam.data.loader import Data, Loader, images_checksum
 from simsiam.evaluation import metrics, scores
-from simsiam.interop import checkpoint, weights
+from simsiam.interop import weights
 from simsiam.models import simsiam as network
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, has_bn, is_of_library
 from simsiam.plots import run as pictures
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import RunError, error_prefix
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor, TrainMeters
 from simsiam.training.optim import OPTIMIZERS, lr_at, make_optimizer
 from simsiam.training.probe import Probe, wanted

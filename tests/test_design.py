@@ -16,7 +16,7 @@ import main
 from tests.helpers import ROOT
 
 # A folder of simsiam/ imports only from itself and from the folders before it.
-FOLDERS = "runtime models views data evaluation interop training plots".split()
+FOLDERS = "runtime models views data evaluation training interop plots".split()
 # What each top-level module and each tool may import from the top level.
 COMMANDS = {"main", "linear", "model", "utils", "hubconf"}
 

@@ -20,10 +20,10 @@ import utils
 from simsiam.data.loader import Loader
 from simsiam.data.textures import textures
 from simsiam.evaluation import metrics
-from simsiam.interop import checkpoint
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Meters, TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.training.recipes import VIEWS

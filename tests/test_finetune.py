@@ -13,9 +13,9 @@ from simsiam.data.datasets import load
 from simsiam.data.loader import Loader
 from simsiam.data.textures import textures
 from simsiam.evaluation.linear import FinetunedEncoder
-from simsiam.interop import checkpoint
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
+from simsiam.training import checkpoint
 from simsiam.views.augment import Batch, Views
 from tests import helpers
 

@@ -15,9 +15,9 @@ from torch import nn
 import linear
 import main
 from simsiam.data.textures import TEXTURES, textures
-from simsiam.interop import checkpoint
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Meters
 from simsiam.training.run import Run
 from simsiam.views.augment import Augmentation, Batch, Views

@@ -24,11 +24,11 @@ from simsiam.data.decode import DecodeOptions
 from simsiam.data.loader import Data, Files
 from simsiam.data.textures import TEXTURES, textures
 from simsiam.evaluation import metrics
-from simsiam.interop import checkpoint
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import simsiam as network
 from simsiam.plots import run as pictures
 from simsiam.runtime.files import RunError, read_csv
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor, TrainMeters
 from simsiam.training.progress import Progress
 from simsiam.training.recipes import VIEWS

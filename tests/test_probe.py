@@ -14,9 +14,9 @@ import main
 from simsiam.data.datasets import load
 from simsiam.data.loader import Loader
 from simsiam.data.textures import textures
-from simsiam.interop import checkpoint
 from simsiam.models import simsiam as network
 from simsiam.runtime.files import read_csv
+from simsiam.training import checkpoint
 from simsiam.training.collapse import TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.views.augment import NORMALISATION, Views

@@ -28,8 +28,8 @@ import main
 from simsiam.data.datasets import load
 from simsiam.data.loader import Files, Loader
 from simsiam.data.textures import TEXTURES, textures
-from simsiam.interop import checkpoint
 from simsiam.runtime import distributed
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor
 from simsiam.views.augment import Augmentation, Views
 from tests import crash

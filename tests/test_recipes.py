@@ -5,7 +5,7 @@ import torch
 
 import main
 from simsiam.data.textures import textures
-from simsiam.interop import checkpoint
+from simsiam.training import checkpoint
 from simsiam.training.recipes import RECIPES, VIEWS, augmentation_of
 from simsiam.training.run import Run
 from tests import helpers

@@ -24,8 +24,8 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam.interop import checkpoint
 from simsiam.runtime.files import RunError
+from simsiam.training import checkpoint
 from simsiam.training.collapse import TrainMeters
 from simsiam.training.run import Run
 from tests import crash

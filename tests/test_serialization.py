@@ -24,9 +24,11 @@ from PIL import Image
 import linear
 import main
 from simsiam.data.textures import textures
-from simsiam.interop import checkpoint, reader, weights
+from simsiam.interop import weights
 from simsiam.models.simsiam import SimSiam
+from simsiam.runtime import reader
 from simsiam.runtime.files import RunError
+from simsiam.training import checkpoint
 from tests.helpers import ROOT, refused
 
 

@@ -18,9 +18,9 @@ from PIL import Image
 import linear
 import main
 from simsiam.data.datasets import load
-from simsiam.interop import checkpoint
 from simsiam.models import simsiam as network
 from simsiam.runtime.files import RunError, read_csv
+from simsiam.training import checkpoint
 from studies import ablate, speedrun
 from tests.helpers import ROOT, refused
 from tools import bench, features, plot

@@ -14,8 +14,8 @@ import torch
 import linear
 import main
 import model
-from simsiam.interop import checkpoint
 from simsiam.runtime.files import RunError
+from simsiam.training import checkpoint
 from tests import helpers
 from tests.helpers import ROOT
 

@@ -18,9 +18,10 @@ import linear
 import main
 from simsiam.data import decode
 from simsiam.data.textures import TEXTURES, textures
-from simsiam.interop import checkpoint, weights
+from simsiam.interop import weights
 from simsiam.interop.weights import LoadedCheckpoint, Predictor
 from simsiam.models.simsiam import SimSiam
+from simsiam.training import checkpoint
 from simsiam.views.augment import NORMALISATION, Views
 from tests.helpers import ROOT, refused
 from tests.projects import (

@@ -15,9 +15,9 @@ import utils
 from simsiam.data.loader import Data, Loader
 from simsiam.data.textures import textures
 from simsiam.evaluation import metrics
-from simsiam.interop import checkpoint
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor, TrainMeters
 from simsiam.training.recipes import VIEWS
 from simsiam.views.augment import Batch, Views

@@ -16,10 +16,11 @@ from simsiam.data.datasets import shorter_side
 from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preprocess
 from simsiam.data.loader import Files
 from simsiam.evaluation import metrics
-from simsiam.interop import checkpoint, reader
 from simsiam.interop.layouts import translated
 from simsiam.models.simsiam import Classifier, SimSiam, kept_weights
+from simsiam.runtime import reader
 from simsiam.runtime.files import error_prefix
+from simsiam.training import checkpoint
 from simsiam.views.augment import Views
 
 

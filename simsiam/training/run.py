@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from simsiam.interop import checkpoint
 from simsiam.runtime import distributed
 from simsiam.runtime.files import (
     RunError,
@@ -28,6 +27,7 @@ from simsiam.runtime.files import (
     run_lock,
     write_csv,
 )
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Meters
 from simsiam.training.probe import Probe
 

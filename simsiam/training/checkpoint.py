@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simsiam.data.arrays import MOST_CHANNELS
-from simsiam.interop import reader
 from simsiam.models.backbones import backbone
 from simsiam.models.simsiam import Classifier, SimSiam, simsiam
-from simsiam.runtime import distributed
+from simsiam.runtime import distributed, reader
 from simsiam.runtime.files import RunError, atomic_write
 from simsiam.training.recipes import flags_of
 from simsiam.views.augment import Augmentation
