@@ -25,12 +25,18 @@ from simsiam.views.augment import Views
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of any checkpoint by their names there; runs no code of the file's.
+    """Read the tensors of any checkpoint, by their names in the file; no code of it is run.
 
-    All that `serialization.read` reads, with or without things around the `state_dict`. Raises
-    FileNotFoundError, or ValueError for a file that has none.
+    Raises FileNotFoundError, or ValueError for a file that has none.
     """
-    state = reader.read(path)
+    return find_weights(reader.read(path))
+
+
+def find_weights(state: object) -> dict[str, Tensor]:
+    """Return the tensors in a value from `reader.read`, with or without a dict around them.
+
+    Floats become fp32. Raises ValueError for a value without tensors.
+    """
     for name in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -63,15 +69,14 @@ def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
 
 
 def foreign(
-    path: str | Path, stem: str | None = None
+    weights: dict[str, Tensor], stem: str | None = None
 ) -> tuple[SimSiam | Classifier, dict, list[str]]:
     """The network in another project's checkpoint, its encoder, and what to say of it.
 
     `stem` as in `layouts.translated`. With an fc it is a classifier; a projector or predictor that
-    the file does not have is empty. Raises FileNotFoundError; ValueError, which does not name the
-    file.
+    the file does not have is empty. Raises ValueError, which does not name the file.
     """
-    weights, encoder, notes = translated(read_weights(path), stem)
+    weights, encoder, notes = translated(weights, stem)
     with torch.device("meta"):
         arch, stem, width, channels = checkpoint.backbone_args(encoder)
         net = SimSiam(arch, stem, 4, width=width, channels=channels)
@@ -128,10 +133,11 @@ def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], 
 
     The encoder is empty where all weights, or all of a bare backbone, are those of `net`.
     """
-    with contextlib.suppress(ValueError):  # of another project or version, or damaged
-        state = checkpoint.load(path)
+    value = reader.read(path)
+    with contextlib.suppress(ValueError):  # of another project or version
+        state = checkpoint.parse(value)
         return state["model"], state["encoder"], []
-    weights = read_weights(path)
+    weights = find_weights(value)
     if differing(kept_weights(net), weights) is None:
         return weights, {}, []
     try:
@@ -215,13 +221,15 @@ class LoadedCheckpoint:
         """
         told = {"stem": stem, "image_size": image_size, "mean": mean, "std": std}
         told = {name: value for name, value in told.items() if value is not None}
+        with error_prefix(str(path)):
+            value = reader.read(path)
         try:
-            state = checkpoint.load(path)
+            state = checkpoint.parse(value)
         except checkpoint.NotOursError as error:
             try:
-                net, encoder, notes = foreign(path, stem)
+                net, encoder, notes = foreign(find_weights(value), stem)
             except ValueError as other:
-                reason = f"{error}; nor one of another that is known: {other}"
+                reason = f"{path}: {error}; nor one of another that is known: {other}"
                 raise ValueError(reason) from other
             for name in sorted(told.keys() & {"mean", "std"}):
                 told[name] = tuple(map(float, told[name]))
@@ -236,6 +244,8 @@ class LoadedCheckpoint:
             )
             with error_prefix(str(path)):
                 return cls(str(path), net.eval(), checkpoint.read_encoder(encoder), notes, None)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         for name in told:
             raise ValueError(f"--{name}: {path} is ours, and has its own")
         with error_prefix(str(path)):

@@ -112,26 +112,39 @@ def environment(net: nn.Module) -> dict:
 
 
 def load(path: str | Path) -> dict:
-    """What `save` wrote, on the CPU, without running any code of the file's.
+    """Return what `save` wrote, its tensors on the CPU; no code of the file is run.
 
-    Raises FileNotFoundError; NotOursError for a file that is damaged or not ours; ValueError for a
-    file of another VERSION.
+    Raises FileNotFoundError, or as `parse`; the message names the file.
     """
     try:
         state = reader.read(path)
     except ValueError as error:
-        raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program") from error
+        raise NotOursError(f"{path}: {NOT_OURS}") from error
+    try:
+        return parse(state)
+    except ValueError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+NOT_OURS = "is damaged, or not a checkpoint of this program"
+
+
+def parse(state: object) -> dict:
+    """Validate a value from `reader.read` as a checkpoint of `FORMAT`; fill in its newer parts.
+
+    Raises NotOursError for another value; ValueError for another VERSION. Neither names the file.
+    """
     if isinstance(state, dict) and state.keys() >= {"version", "model", "args", "history"}:
         version = state["version"]
         if type(version) is int and version != VERSION:
             raise ValueError(
-                f"{path}: has version {version} of the format, and this program reads {VERSION}: "
+                f"has version {version} of the format, and this program reads {VERSION}: "
                 "take its weights with main.py --init"
             )
     if isinstance(state, dict):
         state.setdefault("probe", {})  # newer than this version, too
     if not well_formed(state):
-        raise NotOursError(f"{path}: is damaged, or not a checkpoint of this program")
+        raise NotOursError(NOT_OURS)
     for name, value in BEFORE[state["command"]].items():
         state["args"].setdefault(name, value)
     state["augmentation"] = OF_AUGMENTATION | state["augmentation"]
