@@ -89,10 +89,6 @@ def make_flags() -> utils.Flags:
     add("target", network.TARGETS, "z that a view's p meets; mean: of all other views", "other")
     add("num_views", number(int, 2, 16), "views of an image in a step, with --target mean", 2)
     add("covariance", number(float, 0), "weight of VICReg's covariance term, of z")
-    moving = "z is of a momentum encoder, which keeps so much of itself a step (BYOL: 0.99)"
-    add("target_momentum", number(float, 0, 1), moving)
-    add("local_views", number(int, 0, 16), "small views more, each predicting the others' z", 0)
-    add("local_size", number(int, 8, 1024), "side of the local views, in pixels (16)")
     add = flags.group("optimization")
     usual = ", ".join(f"{name}: {recipe}" for name, recipe in USUAL_RECIPE.items())
     add("recipe", tuple(RECIPES), f"defaults (by --data_name: {usual}, others: cifar)")
@@ -135,11 +131,8 @@ def fill(flags: dict, given: dict) -> dict:
     sizes = flags["view_sizes"] or ()
     if len(sizes) > flags["epochs"]:
         raise ValueError(f"--view_sizes: {len(sizes)} sizes are more than the epochs: give fewer")
-    of_memory = "view_sizes" * bool(sizes) or "local_views" * bool(flags["local_views"])
-    if of_memory and flags["data_name"] in ("imagenet", "webdataset"):
-        raise ValueError(f"--{of_memory}: is for images in memory, not for crops that workers cut")
-    if flags["local_size"] and not flags["local_views"]:
-        raise ValueError("--local_size: goes with --local_views")
+    if sizes and flags["data_name"] in ("imagenet", "webdataset"):
+        raise ValueError("--view_sizes: is for images in memory, not for crops that workers cut")
     if flags["cuda_graphs"] and not flags["compile"]:
         raise ValueError("--cuda_graphs: goes with --compile")
     if flags["warmup_epochs"] >= flags["epochs"]:
@@ -254,13 +247,12 @@ def described(args: Namespace, images: Data) -> tuple[dict, Augmentation]:
 
 
 def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number: int) -> Views:
-    """The views of a run; `number` of them an image, and its local ones."""
+    """The views of a run; `number` of them per image."""
     plain = (encoder["image_size"], encoder["mean"], encoder["std"])
     whole, epochs = encoder["image_size"], args.epochs
     sizes = [max(8, round(s * whole)) if s <= 1 else s for s in args.view_sizes or []]
     sides = [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)] if sizes else ()
-    local = (args.local_views, args.local_size or 16)
-    return Views(*plain, augmentation, number, args.seed, args.compile, sides, *local)
+    return Views(*plain, augmentation, number, args.seed, args.compile, sides)
 
 
 def prepare(run: Run) -> Prepared:

@@ -96,7 +96,7 @@ def runs(place: str, device: str) -> dict:
     """What a user does, in `place`, which has image files in `images`; in fp32."""
     on = f"--device {device} --amp off --out {place}"
     small = "--width 8 --feature_dim 32 --no-pictures --k 20"
-    added = "--target_momentum 0.9 --local_views 1 --covariance 0.01"
+    added = "--target mean --num_views 3 --covariance 0.01"
     first = f"{on} --data_name textures --train_size 256 {small} --epochs 2 {added} --name whole"
     run(main, first)
     parted = first.replace("whole", "parted")

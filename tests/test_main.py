@@ -153,7 +153,6 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     "flags",
     [
         "--target mean --num_views 3 --covariance 0.04",
-        "--target_momentum 0.9 --local_views 2",
         "--recipe fast",
         "--optimizer muon --lr 0.08 --no-bn_decay",
     ],
@@ -228,7 +227,7 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path, capsys, monkeypatch):
     run_until(monkeypatch, 1, 1, lambda: run(tmp_path, cut))
     path = tmp_path / "cut_model.pth"
     state = torch.load(path)
-    newer = "target num_views covariance target_momentum local_views local_size view_sizes"
+    newer = "target num_views covariance view_sizes"
     for name in (*newer.split(), "bn_decay", "cuda_graphs", "optimizer", "probe"):
         del state["args"][name]
     del state["probe"]
@@ -701,7 +700,7 @@ def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, drawn):
             torch.testing.assert_close(undone, wanted, atol=0.51 / 255, rtol=0)
 
 
-SMALL = {"size_schedule": (20,), "local": 1, "local_size": 16}
+SMALL = {"size_schedule": (20,)}
 
 
 @pytest.mark.parametrize(("in_files", "more"), [(False, {}), (True, {}), (False, SMALL)])
@@ -725,7 +724,7 @@ def test_views_stand_beside_their_own_image(tmp_path, in_files, more):
         (top, left), (bottom, right) = place.min(0).values, place.max(0).values
         assert bottom - top < height / 8  # one row
         assert right - left > 0.65 * width  # of all tiles but the last one's words
-        assert len(place) > 0.9 * (3 + views.local) * (bottom - top) ** 2
+        assert len(place) > 0.9 * 3 * (bottom - top) ** 2
 
 
 def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_path, drawn):

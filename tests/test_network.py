@@ -10,7 +10,6 @@ from lightly.loss import NegativeCosineSimilarity
 from lightly.loss.vicreg_loss import covariance_loss
 from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from lightly.models.modules.heads import ProjectionHead
-from lightly.models.utils import update_momentum
 from torch import nn
 
 import model
@@ -387,84 +386,6 @@ def test_covariance_is_added_by_its_weight_and_reaches_the_encoder():
     assert not torch.allclose(*weights)
 
 
-def test_a_momentum_encoder_of_no_momentum_is_simsiam_to_the_bit():
-    views = torch.randn(3, 2, 8, 3, 16, 16)
-    plain, followed = seeded(), seeded(target_momentum=0.0)
-    for net in (plain, followed):
-        optimizer = torch.optim.SGD(net.parameters(), 0.1)
-        for step in views:
-            optimizer.zero_grad()
-            net(*step)[0].backward()
-            optimizer.step()
-    ours = network.kept_weights(followed)
-    assert all(torch.equal(value, ours[name]) for name, value in plain.state_dict().items())
-    assert ours.keys() == plain.state_dict().keys()
-
-
-def test_a_momentum_encoder_after_three_steps_is_lightly_s():
-    net, views = seeded(target_momentum=0.9), torch.randn(3, 2, 8, 3, 16, 16)
-    optimizer = torch.optim.SGD([*net.encoder_parameters(), *net.predictor_parameters()], 0.1)
-    theirs = copy.deepcopy(net.momentum_encoder)
-    by_hand, lag = net.backbone.conv1.weight.detach().clone(), 0.0
-    for step in views:
-        encoder = nn.Sequential(net.backbone, net.projector)
-        update_momentum(encoder, theirs, 0.9)
-        by_hand = 0.9 * by_hand + 0.1 * net.backbone.conv1.weight.detach()
-        with torch.no_grad():
-            z = [theirs(x) for x in step]
-        loss, *_ = net(*step)
-        p = [net.predictor(encoder(x)) for x in step]
-        expected = -sum(torch.cosine_similarity(p[i], z[1 - i]).mean() for i in (0, 1)) / 2
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        lag = (by_hand - net.backbone.conv1.weight).abs().max().item()
-    assert lag > 1e-3
-    found = net.momentum_encoder.state_dict()
-    torch.testing.assert_close(found["0.conv1.weight"], by_hand)
-    for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(found[name], value)
-    net.eval()(*views[0])  # neither evaluation nor a second look moves it
-    for name, value in net.momentum_encoder.state_dict().items():
-        assert torch.equal(found[name], value)
-
-
-def test_local_views_meet_the_z_of_the_others_by_a_predictor_of_their_own():
-    net, views = seeded(local_views=2), [*torch.randn(2, 8, 3, 16, 16)]
-    views += [*torch.randn(2, 8, 3, 8, 8)]
-    criterion = NegativeCosineSimilarity()
-    z = [net.projector(net.backbone(x)) for x in views]
-    p = [net.predictor(one) for one in z[:2]] + [net.local_predictor(one) for one in z[2:]]
-    pairs = ((0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1))
-    expected = sum(criterion(p[i], z[j].detach()) for i, j in pairs) / 6
-    loss, first, features = net(*views)
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
-    assert torch.equal(first, z[0])
-    assert torch.equal(features, net.backbone(views[0]))
-    learning = [*net.encoder_parameters(), *net.predictor_parameters()]
-    assert {id(p) for p in learning} == {id(p) for p in net.parameters()}
-    for mine, other in zip(
-        *(torch.autograd.grad(one, learning) for one in (loss, expected)), strict=True
-    ):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
-    # With mean targets each of them meets the mean of the others' z.
-    net = seeded(local_views=1, target="mean", num_views=3)
-    views = torch.randn(4, 8, 3, 16, 16)
-    z = [net.projector(net.backbone(x)) for x in views]
-    expected = criterion(net.local_predictor(z[3]), (z[0] + z[1] + z[2]).detach() / 3)
-    for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
-        expected = expected + criterion(net.predictor(z[i]), (z[j] + z[k]).detach() / 2)
-    torch.testing.assert_close(net(*views)[0], expected / 4, rtol=0, atol=1e-6)
-
-
-def test_parts_that_only_train_are_not_counted_and_not_exported():
-    plain, net = seeded(), seeded(local_views=2, target_momentum=0.9)
-    assert network.params_and_flops(net, 16) == network.params_and_flops(plain, 16)
-    assert network.kept_weights(net).keys() == plain.state_dict().keys()
-    assert len(net.state_dict()) > 2 * len(network.kept_weights(net)) - 10
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -473,10 +394,6 @@ def test_parts_that_only_train_are_not_counted_and_not_exported():
         {"target": "mean", "loss": "asymmetric"},
         {"target": "median"},
         {"covariance": -1.0},
-        {"target_momentum": 1.5},
-        {"target_momentum": 0.99, "stop_grad": False},
-        {"local_views": 17},
-        {"local_views": 2, "loss": "asymmetric"},
     ],
 )
 def test_what_others_have_added_does_not_go_with_all(flags):

@@ -46,7 +46,7 @@ def same(one, other):
     "flags",
     [
         "--covariance 0.01",
-        "--target_momentum 0.9 --local_views 1 --amp bf16",
+        "--target mean --num_views 3 --amp bf16",
     ],
 )
 def test_the_rest_of_a_run_has_the_same_bits_without(tmp_path, flags):

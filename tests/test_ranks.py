@@ -343,7 +343,7 @@ def test_images_are_not_sent_between_ranks(done):
 def to_be_killed(tiny, place):
     """Flags of the run whose rank is killed, and of the one that is left alone."""
     flags = [*tiny, "--batch_size", 48, "--epochs", 2, "--out", place / "killed"]
-    flags += ["--checkpoint_minutes", 0, "--target_momentum", 0.9]
+    flags += ["--checkpoint_minutes", 0]
     return list(map(str, flags))
 
 

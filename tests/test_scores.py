@@ -255,7 +255,7 @@ def test_views_change_nothing_and_are_functions_of_the_seed(training):
         scores.view_features(net, views, images, OFF, 2, seed, projector)
         for views, seed in (
             (make_views(), 3),
-            (make_views(number=4, seed=8, size_schedule=[4], local=2, local_size=4), 3),
+            (make_views(number=4, seed=8, size_schedule=[4]), 3),
             (make_views(), 4),
         )
     )

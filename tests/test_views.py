@@ -435,25 +435,3 @@ def test_views_grow_with_the_epochs():
             assert mine.shape == (8, 3, side, side)
             assert torch.equal(mine, theirs)
     assert growing.eval_transform(images).shape == (8, 3, 32, 32)
-
-
-def test_local_views_come_last_and_are_of_small_crops():
-    # A pixel's value is its column's and row's number: a view's range tells how large its crop is.
-    columns = torch.arange(64, dtype=torch.uint8).expand(64, 64)
-    image = torch.stack([columns, columns.T, columns])
-    images, still = image.expand(400, -1, -1, -1), Augmentation(jitter_p=0, gray_p=0, flip_p=0)
-    plain, ones = (0.0, 0.0, 0.0), (1 / 255,) * 3  # so that nothing is normalised
-    views = Views(64, plain, ones, still, local=3, local_size=16)
-    batch = Batch.alone(images)
-    found = views(batch)
-    assert [x.shape[-1] for x in found] == [64, 64, 16, 16, 16]
-    for mine, alone in zip(found, Views(64, plain, ones, still)(batch), strict=False):
-        assert torch.equal(mine, alone)
-    for x in found[2:]:
-        seen = x.flatten(2)
-        # The outer ones of 16 pixels are seen half a pixel, of 64 / 16 at most, within the crop.
-        wide, tall = (seen.amax(2) - seen.amin(2))[:, :2].mul(16 / 15).unbind(1)
-        area = wide * tall / 64**2
-        assert 0.03 < area.min() < 0.07
-        assert 0.36 < area.max() < 0.44
-    assert not torch.equal(found[2], found[3])

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/convert.
 import utils
 from simsiam.interop.export import EXPORTS, exported, remarks
 from simsiam.interop.weights import LoadedCheckpoint, part_of
-from simsiam.models.simsiam import kept_weights
 from simsiam.runtime import distributed, files
 
 FORMATS = (*EXPORTS, "safetensors", "onnx")
@@ -95,7 +94,7 @@ def convert(source: LoadedCheckpoint, to: str, encoder_only: bool = False) -> by
             from safetensors.torch import save
         except ImportError as error:
             raise ValueError("--to safetensors: pip install safetensors") from error
-        weights = {name: value.contiguous() for name, value in kept_weights(source.net).items()}
+        weights = {name: value.contiguous() for name, value in source.net.state_dict().items()}
         if encoder_only:
             weights = part_of(weights, "backbone")
         return save(weights, {"format": "pt"} | about)

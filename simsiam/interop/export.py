@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from simsiam.interop.layouts import LAYOUTS, renamed
 from simsiam.models.backbones import IMAGENET_ARCHS, is_of_library, name_of_classifier
-from simsiam.models.simsiam import Classifier, kept_weights
+from simsiam.models.simsiam import Classifier
 
 EXPORTS = {  # the formats of `exported`, and the layout of each
     "torchvision": "torchvision",
@@ -30,7 +30,7 @@ def exported(
     `encoder`: its arch and stem. `encoder_only`: without heads or classifier. Raises ValueError
     where that project has no such network.
     """
-    weights, layout = kept_weights(net), EXPORTS[to]
+    weights, layout = net.state_dict(), EXPORTS[to]
     if is_of_library(encoder["arch"]):
         return of_library(weights, encoder["arch"], to, encoder_only)
     refuse_other_encoders(encoder["arch"], encoder["stem"], to)

@@ -17,7 +17,7 @@ from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preproce
 from simsiam.data.loader import Files
 from simsiam.evaluation import metrics
 from simsiam.interop.layouts import translated
-from simsiam.models.simsiam import Classifier, SimSiam, kept_weights
+from simsiam.models.simsiam import Classifier, SimSiam
 from simsiam.runtime import reader
 from simsiam.runtime.files import error_prefix
 from simsiam.training import checkpoint
@@ -101,8 +101,7 @@ def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[s
     """
     given, encoder, notes = under_our_names(net, path)
     mine = net.state_dict()
-    every = ("backbone", "projector", "predictor", "local_predictor")
-    for part in ("backbone",) if parts == "backbone" else every:
+    for part in ("backbone",) if parts == "backbone" else ("backbone", "projector", "predictor"):
         theirs, wanted = part_of(given, part), part_of(mine, part)
         name = differing(wanted, theirs)
         if name is None:
@@ -124,7 +123,6 @@ def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[s
             raise ValueError(f"{reason}{fits}; --init_parts fitting starts that at random")
         notes.append(f"{reason}: that starts at random{fits}")
     checkpoint.load_strictly(net, mine)
-    net.start_momentum_encoder()
     return notes
 
 
@@ -138,12 +136,12 @@ def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], 
         state = checkpoint.parse(value)
         return state["model"], state["encoder"], []
     weights = find_weights(value)
-    if differing(kept_weights(net), weights) is None:
+    if differing(net.state_dict(), weights) is None:
         return weights, {}, []
     try:
         found, encoder, notes = translated(weights)
     except ValueError:  # else all of it under its library's own names, with a classifier at most
-        wanted = part_of(kept_weights(net), "backbone")
+        wanted = part_of(net.state_dict(), "backbone")
         named = {f"backbone.{name}": value for name, value in weights.items()}
         bare = {name: value for name, value in named.items() if name in wanted}
         rest = {name.rpartition(".")[0] for name in weights if f"backbone.{name}" not in wanted}

@@ -13,7 +13,6 @@ import thop
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from simsiam.models.backbones import backbone, channels_of
 
@@ -51,8 +50,6 @@ PAIRS = {"symmetric": ((0, 1), (1, 0)), "asymmetric": ((0, 1),), "asymmetric_2x"
 # What z a view's p meets: the other view's, or the mean of all the others'.
 TARGETS = ("other", "mean")
 PREDICTORS = ("mlp", "none", "fixed")
-# Parts that others' SimSiam has not, and that nobody needs once it is trained.
-ONLY_IN_TRAINING = ("local_predictor", "momentum_encoder")
 BN = ("default", "none", "hidden", "all")
 
 
@@ -77,26 +74,21 @@ def mlp(widths: list[int], hidden_bn: bool, output_bn: bool, affine: bool = True
 
 
 def target_assignment(
-    loss: str, target: str, num_views: int, local_views: int
+    loss: str, target: str, num_views: int
 ) -> tuple[int, list[tuple[int, list[int]]]]:
-    """How many views have a z to be met, and which view's p meets the mean of which views' z.
+    """Assign to each prediction the views whose embeddings are its target.
 
-    The arguments are `SimSiam`'s; views are numbered, the local ones last. Raises ValueError.
+    Returns the number of views, and pairs of a view's index and its targets' indices; a prediction
+    meets the mean of its targets. The arguments are `SimSiam`'s. Raises ValueError.
     """
-    if loss != "symmetric" and (target == "mean" or local_views):
-        flag = f"--local_views {local_views}" if local_views else "--target mean"
-        raise ValueError(f"{flag}: goes with --loss symmetric, not {loss}")
+    if loss != "symmetric" and target == "mean":
+        raise ValueError(f"--target mean: goes with --loss symmetric, not {loss}")
     if num_views != 2 and (target != "mean" or num_views not in range(2, 17)):
         raise ValueError(f"--num_views {num_views}: from 2 to 16, and goes with --target mean")
-    if local_views not in range(17):
-        raise ValueError(f"--local_views {local_views}: must be from 0 to 16")
     views = range(num_views)
     if target == "mean":
-        meets, met = [(i, [j for j in views if j != i]) for i in views], [list(views)]
-    else:
-        meets, met = [(i, [j]) for i, j in PAIRS[loss]], [[j] for j in views]
-        num_views = 1 + max(map(max, PAIRS[loss]))
-    return num_views, meets + [(num_views + i, js) for i in range(local_views) for js in met]
+        return num_views, [(i, [j for j in views if j != i]) for i in views]
+    return 1 + max(map(max, PAIRS[loss])), [(i, [j]) for i, j in PAIRS[loss]]
 
 
 class SimSiam(nn.Module):
@@ -126,15 +118,6 @@ class SimSiam(nn.Module):
     `covariance`: by so much `covariance` of z, mean over the views, is added to the loss; of each
     rank's part of the batch.
 
-    `target_momentum`: z comes from a momentum encoder, whose weights move toward the encoder's by
-    1 - `target_momentum` before each training step (BYOL: Grill et al. 2020, arXiv 2006.07733, sec.
-    3.1; the paper's sec. 5.2 compares them). None: from the encoder itself.
-    `local_views`: so many small views more, whose p meets the z of each of the others. Nobody meets
-    theirs (multi-crop: Caron et al. 2020, arXiv 2006.09882, sec. 3.2), and they have a predictor of
-    their own, since a shared one is unstable (MULAN, arXiv 2602.05845).
-
-    A step takes `num_views` views of an image, and then `local_views`.
-
     Raises ValueError for an unknown value, or a `feature_dim` below 4.
     """
 
@@ -154,8 +137,6 @@ class SimSiam(nn.Module):
         target: str = "other",
         num_views: int = 2,
         covariance: float = 0.0,
-        target_momentum: float | None = None,
-        local_views: int = 0,
         channels: int = 3,
     ):
         super().__init__()
@@ -170,55 +151,28 @@ class SimSiam(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"--{name} {value}: choose one of {', '.join(known)}")
-        self.num_views, self.meets = target_assignment(loss, target, num_views, local_views)
-        self.local_views = local_views
+        self.num_views, self.meets = target_assignment(loss, target, num_views)
         if not 0 <= covariance < math.inf:
             raise ValueError(f"--covariance {covariance}: must be at least 0")
-        if target_momentum is not None and not (stop_grad and 0 <= target_momentum <= 1):
-            raise ValueError(
-                f"--target_momentum {target_momentum}: from 0 to 1, and goes with --stop_grad on"
-            )
         d = feature_dim
         hidden_bn, output_bn = bn != "none", bn in ("default", "all")
         self.backbone, self.features = backbone(arch, stem, width, channels)
         self.channels = channels
         widths = [self.features] + [d] * projector_layers
         self.projector = mlp(widths, hidden_bn, output_bn, projector_affine)
-
-        def prediction_mlp() -> nn.Module:
-            if predictor == "none":
-                return nn.Identity()
-            h = mlp([d, d // 4, d], hidden_bn, bn == "all")
-            return h.requires_grad_(predictor != "fixed")
-
-        self.predictor = prediction_mlp()
-        self.local_predictor = prediction_mlp() if local_views else None
-        self.target_momentum, self.momentum_encoder = target_momentum, None
-        self.start_momentum_encoder()
+        self.predictor: nn.Module = nn.Identity()
+        if predictor != "none":
+            self.predictor = mlp([d, d // 4, d], hidden_bn, bn == "all")
+            self.predictor.requires_grad_(predictor != "fixed")
         self.stop_grad, self.D, self.covariance = stop_grad, SIMILARITIES[similarity], covariance
 
     def encoder_parameters(self) -> list[nn.Parameter]:
-        """All that learn but the predictors', which may have a learning rate of their own."""
+        """Backbone and projector parameters."""
         return [*self.backbone.parameters(), *self.projector.parameters()]
 
     def predictor_parameters(self) -> list[nn.Parameter]:
-        """Those of the predictors that learn."""
-        heads = nn.ModuleList([self.predictor, self.local_predictor])
-        return [p for p in heads.parameters() if p.requires_grad]
-
-    def start_momentum_encoder(self) -> None:
-        """Begin it, if there is one by the flags, as a copy of the encoder."""
-        if self.target_momentum is not None:
-            encoder = nn.Sequential(self.backbone, self.projector)
-            self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
-
-    @torch.no_grad()
-    def targets(self, views: tuple[Tensor, ...]) -> list[Tensor]:
-        """z of the momentum encoder, which in training makes its step toward the encoder first."""
-        if self.training:
-            move = get_ema_multi_avg_fn(self.target_momentum)
-            move(list(self.momentum_encoder.parameters()), self.encoder_parameters(), 0)
-        return [self.momentum_encoder(x) for x in views]
+        """Trainable predictor parameters."""
+        return [p for p in self.predictor.parameters() if p.requires_grad]
 
     def forward(self, *views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All views, N x C x H x W each -> the loss (a scalar), z1, and f(x1), N x `features`.
@@ -230,10 +184,7 @@ class SimSiam(nn.Module):
         first = self.backbone(views[0])
         z = [self.projector(first), *(self.projector(self.backbone(x)) for x in views[1:])]
         target = [one.detach() for one in z] if self.stop_grad else z  # detach: the stop-gradient
-        if self.momentum_encoder is not None:
-            target = self.targets(views[: self.num_views])
-        p = {i: self.predictor(z[i]) for i, _ in self.meets if i < self.num_views}
-        p |= {i: self.local_predictor(z[i]) for i in range(self.num_views, len(z))}
+        p = {i: self.predictor(z[i]) for i, _ in self.meets}
         D = [self.D(p[i], mean([target[j] for j in js])) for i, js in self.meets]
         loss = sum(D) / len(D)
         if self.covariance:
@@ -246,16 +197,6 @@ def mean(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).mean(0) if len(tensors) > 1 else tensors[0]
 
 
-def kept_weights(net: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of a network, less the parts `ONLY_IN_TRAINING`."""
-    weights = net.state_dict()
-    return {
-        name: value
-        for name, value in weights.items()
-        if name.partition(".")[0] not in ONLY_IN_TRAINING
-    }
-
-
 # What of main.py's flags makes a SimSiam, besides --stop_grad and those that are newer.
 NETWORK = tuple("arch stem feature_dim projector_layers width predictor bn similarity loss".split())
 
@@ -264,7 +205,7 @@ def simsiam(args: Mapping) -> SimSiam:
     """The network of main.py's flags. Raises ValueError as `SimSiam` does; KeyError."""
     more = {"stop_grad": args["stop_grad"] == "on"}
     # Checkpoints from before them lack these.
-    newer = "projector_affine target num_views covariance target_momentum local_views channels"
+    newer = "projector_affine target num_views covariance channels"
     more |= {name: args[name] for name in newer.split() if name in args}
     return SimSiam(**{name: args[name] for name in NETWORK}, **more)
 
@@ -297,8 +238,7 @@ def params_and_flops(net: SimSiam | Classifier, image_size: int) -> tuple[int, i
     counts layers with weights: attention's products of queries, keys and values are not in it.
     Raises ValueError for images of a size that the backbone cannot take.
     """
-    parts = [part for name, part in net.named_children() if name not in ONLY_IN_TRAINING]
-    whole = copy.deepcopy(nn.Sequential(*parts)).cpu().float()
+    whole = copy.deepcopy(nn.Sequential(*net.children())).cpu().float()
     image = torch.zeros(1, channels_of(net), image_size, image_size)
     try:
         flops, params = thop.profile(whole, inputs=(image,), verbose=False)

@@ -85,8 +85,7 @@ def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -
     for i, (x, chance) in enumerate(zip(views(batch), views.sample(batch), strict=True)):
         x = (x * std + mean).mul(255).round()
         shown.append(F.interpolate(x, shown[0].shape[2:], mode="nearest-exact").byte())
-        name = f"view {i + 1}" if i < views.number else f"local {i + 1 - views.number}"
-        names.append(name + f", {x.shape[-1]} px" * (x.shape != shown[0].shape))
+        names.append(f"view {i + 1}" + f", {x.shape[-1]} px" * (x.shape != shown[0].shape))
         shown.append(blank)  # a column for the words
         names.append("")
         words = enumerate(chance.describe(row, area) for row in range(len(x)))

@@ -277,7 +277,7 @@ def prepare_for_training(
         # like one that was never stopped, here is a pass before the first step; it changes nothing.
         nothing = torch.zeros(2, net.channels, image_size, image_size, device=device)
         with torch.compiler.set_stance("force_eager"):  # not to compile for this
-            trained.eval()(*[nothing] * (net.num_views + net.local_views))[0].backward()
+            trained.eval()(*[nothing] * net.num_views)[0].backward()
         net.zero_grad()
     return trained
 

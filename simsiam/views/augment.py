@@ -142,11 +142,6 @@ def crop_boxes(
     return np.concatenate([corner, sides], axis=1).astype(np.int64)
 
 
-# The area of a local view's crop over the image's: DINO (Caron et al. 2021, arXiv 2104.14294), sec.
-# 3.1 and its code.
-LOCAL_SCALE = (0.05, 0.4)
-
-
 class ViewParams(NamedTuple):
     """What chance has drawn for a view, a row for each image of the global batch.
 
@@ -250,8 +245,7 @@ class Views:
     `compiled`: the colour operations, each by torch.compile, which then runs through the images
     once or twice for each instead of five to twenty times; the last bits differ.
     `size_schedule`: the views' side in each epoch, in pixels, where it is not `size` throughout;
-    the test transform keeps to `size`. `local`: so many views more, of crops of `LOCAL_SCALE`,
-    `local_size` pixels wide.
+    the test transform keeps to `size`.
     """
 
     def __init__(
@@ -264,11 +258,8 @@ class Views:
         seed: int = 0,
         compiled: bool = False,
         size_schedule: Sequence[int] = (),
-        local: int = 0,
-        local_size: int = 0,
     ):
         self.size, self.mean, self.std, self.size_schedule = size, mean, std, size_schedule
-        self.local, self.local_size = local, local_size
         # Each for itself: their order is another one in each batch.
         self.colour = list(COLOUR)
         if compiled:
@@ -276,7 +267,7 @@ class Views:
         self.augmentation, self.number, self.seed = augmentation, number, seed
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """`number` views an image, then `local` ones: each normalised float32, n x C x side x side.
+        """`number` views per image: each normalised float32, n x C x side x side.
 
         A function of the seed and the batch. The first of two views does not depend on `number`.
         Raises ValueError where colours of other channels than three are to change.
@@ -297,7 +288,7 @@ class Views:
     def sizes_in(self, epoch: int) -> list[int]:
         """The side of each view of an image in an epoch, in pixels."""
         side = self.size_schedule[epoch] if self.size_schedule else self.size
-        return [side] * self.number + [self.local_size] * self.local
+        return [side] * self.number
 
     def remaining_work(self, epoch: int, epochs: int) -> float:
         """The pixels of all views in the epochs after this one of `epochs`, over this one's."""
@@ -309,12 +300,10 @@ class Views:
         start, a = [self.seed, batch.epoch, batch.step], self.augmentation
         rng, newer = np.random.default_rng(start), a.vflip_p or a.rotate90_p or a.solarize_p
         later = np.random.default_rng([*start, 1]) if newer else None
-        kinds, whole = [a] * self.number, batch.images.shape[2:]
+        number, whole = self.number, batch.images.shape[2:]
         if batch.images.dim() == 5:
-            kinds, whole = [a] * batch.images.shape[1], None
-        elif self.local:
-            kinds += [dataclasses.replace(a, crop_scale=LOCAL_SCALE)] * self.local
-        return [ViewParams.draw(rng, later, batch.size, kind, whole) for kind in kinds]
+            number, whole = batch.images.shape[1], None
+        return [ViewParams.draw(rng, later, batch.size, a, whole) for _ in range(number)]
 
     def view(self, images: Tensor, rows: slice, chance: ViewParams, side: int) -> Tensor:
         """One view of `images`, n x C x H x W, which are `rows` of the global batch.
