@@ -14,8 +14,14 @@ import torch
 
 import utils
 from simsiam.data import folders
-from simsiam.data.datasets import DATA_NAMES, DOWNLOADED, check_root, check_scored, load
-from simsiam.data.decode import DecodeOptions, check_reading, decode
+from simsiam.data.datasets import (
+    DATA_NAMES,
+    TORCHVISION_FILES,
+    check_data_root,
+    check_has_test,
+    load_dataset,
+)
+from simsiam.data.decode import DecodeOptions, check_decode_options, decode_files
 from simsiam.data.loader import Data
 from simsiam.evaluation import metrics
 from simsiam.evaluation.linear import evaluate
@@ -80,21 +86,21 @@ def images_of(
     if not ours or saved["data_name"] not in DATA_NAMES:
         raise ValueError(f"--model_path {args.model_path}: its data set is not one of ours")
     name = args.data_name or saved["data_name"]
-    check_reading({"exclude": args.exclude, "levels": args.levels}, name)
+    check_decode_options({"exclude": args.exclude, "levels": args.levels}, name)
     if args.data_root and name == "textures":
         raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
     same = name == saved["data_name"]
     root = args.data_root or (same and saved.get("data_root")) or "data"
     if args.data_root and not args.data_name:
-        check_root(name, root)
-    elif not args.data_root and name in DOWNLOADED and not os.path.isdir(root):
+        check_data_root(name, root)
+    elif not args.data_root and name in TORCHVISION_FILES and not os.path.isdir(root):
         root = "data"  # it was elsewhere, on another machine
     how = (source.encoder["image_size"], args.num_workers, args.bad_images, test_only)
-    images = load(name, root, *how, reading(args, source), split_names(args, source))
-    check_scored(images.test_images, root)
+    images = load_dataset(name, root, *how, reading(args, source), split_names(args, source))
+    check_has_test(images.test_images, root)
     if same and saved.get("train_size") is not None and not test_only:
         images = images.subset(saved["train_size"], saved["seed"])
-    return images.chosen(images.train_labels >= 0), name, root
+    return images.select(images.train_labels >= 0), name, root
 
 
 # ---- a linear model that is there ---------------------------------------------------------------
@@ -138,7 +144,7 @@ def evaluate_only(args: Namespace, flags: utils.Flags) -> None:
             )
         os.makedirs(args.out, exist_ok=True)
         path = confusion_file(args, source, data_name, root)
-    for line in filter(None, (images.found, *images.bad)):
+    for line in filter(None, (images.summary, *images.unreadable)):
         distributed.log(line)
     order = torch.tensor([classes.index(name) for name in images.classes])
     labels = order[images.test_labels].to(device)  # numbered as in training
@@ -168,7 +174,7 @@ def predict(args: Namespace, flags: utils.Flags) -> None:
         for path in map(Path, args.predict):
             files += folders.list_folder(path, labelled=False).files if path.is_dir() else [path]
         cut = (predictor.size, args.num_workers, args.bad_images, predictor.shorter)
-        images, bad = decode(files, *cut, reading=predictor.reading)
+        images, bad = decode_files(files, *cut, options=predictor.reading)
     for line in bad.values():
         print(line, file=sys.stderr)
     scores = predictor.scores(images, devices.autocast(device, amp_name))

@@ -33,8 +33,15 @@ from evaluation import (
     split_names,
 )
 from simsiam.data.datasets import DATA_NAMES
-from simsiam.data.decode import FOLDER_DATA, reading_flags
-from simsiam.data.loader import Data, Files, Loader, evenly_spaced, images_checksum, subset
+from simsiam.data.decode import FOLDER_DATA, add_decode_options
+from simsiam.data.loader import (
+    Data,
+    ImageFiles,
+    Loader,
+    balanced_subset,
+    evenly_spaced,
+    images_checksum,
+)
 from simsiam.evaluation import metrics
 from simsiam.evaluation.linear import (
     FeatureFn,
@@ -99,7 +106,7 @@ def make_flags() -> utils.Flags:
     add("data_root", utils.data_place, root, nargs="+", action=utils.Places, metavar="ROOT")
     parts = "its folders or lists to train on and to score with (as in pre-training)"
     add("split_names", str, parts, nargs="+", metavar="NAME")
-    reading_flags(add, pre_trained=True)
+    add_decode_options(add, pre_trained=True)
     fraction = "use a class-balanced, seeded fraction of the labels"
     add("label_fraction", number(float, 1e-9, 1), fraction, 1.0)
     add = flags.group("protocol")
@@ -228,7 +235,9 @@ def fit(
 
 def held_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Which of the training images an lr is chosen with: nine tenths, indices; a tenth, a mask."""
-    kept = subset(labels.cpu(), len(labels) - max(1, len(labels) // 10), seed).to(labels.device)
+    kept = balanced_subset(labels.cpu(), len(labels) - max(1, len(labels) // 10), seed).to(
+        labels.device
+    )
     out = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     out[kept] = False
     return kept, out
@@ -256,7 +265,7 @@ def best_on_held_out(
     head: nn.Linear,
     lrs: list[float],
     task: Task,
-    plain: Callable[[Tensor | Files], Tensor] | None,
+    plain: Callable[[Tensor | ImageFiles], Tensor] | None,
     args: Namespace,
 ) -> float:
     """The lr whose head does best on a held-out tenth of the training set, trained on the rest.
@@ -299,7 +308,7 @@ def pixels_baseline(images: Data, views: Views, amp: torch.autocast, args: Names
     The best on the test set, which favours the baseline: pixels have another scale than features.
     """
     pixels = metrics.raw_pixels(views.size)
-    images = images.at_most(metrics.PIXELS_OF, args.seed)
+    images = images.limit(metrics.PIXELS_OF, args.seed)
     inputs, test = (
         metrics.features(pixels, views.eval_transform, part, amp, False)
         for part in (images.train_images, images.test_images)
@@ -432,7 +441,7 @@ def prepare(run: Run) -> Prepared:
     protocol = {"linear": "Linear", "finetune": "Fine-tuned", "scratch": "From scratch"}[mode(args)]
     protocol += ", cached" * args.cached
     protocol += f", {100 * args.label_fraction:g}% of labels" * (args.label_fraction < 1)
-    run.list_bad_images(images.bad)
+    run.list_bad_images(images.unreadable)
     what, counts = f"{run.path}: {protocol}, {arch}", network.params_and_flops(net, size)
     if args.finetune:
         amp = devices.training_precision(device, args.amp, amp, counts[1])

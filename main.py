@@ -18,8 +18,8 @@ from torch import nn
 
 import utils
 from simsiam.data import survey
-from simsiam.data.datasets import DATA_NAMES, check_root, load
-from simsiam.data.decode import DecodeOptions, check_reading, reading_flags
+from simsiam.data.datasets import DATA_NAMES, check_data_root, load_dataset
+from simsiam.data.decode import DecodeOptions, add_decode_options, check_decode_options
 from simsiam.data.loader import Data, Loader, images_checksum
 from simsiam.evaluation import metrics, scores
 from simsiam.interop import weights
@@ -61,7 +61,7 @@ def make_flags() -> utils.Flags:
     add("data_root", utils.data_place, "of downloads, or of images of one's own", "data", **root)
     parts = "folders or lists in --data_root to train on and, if you like, to score with"
     add("split_names", str, parts, nargs="+", metavar="NAME")
-    reading_flags(add, pre_trained=False)
+    add_decode_options(add, pre_trained=False)
     add("train_size", count, "train on a class-balanced, seeded subset of this size")
     add("image_size", number(int, 8, 1024), "side of the views, in pixels; None: as the images")
     sides = "sides of the views, each for a part of the epochs: pixels, or parts of --image_size"
@@ -123,7 +123,7 @@ def fill(flags: dict, given: dict) -> dict:
     flags = for_channels(flags | RECIPES[recipe] | given | {"recipe": recipe}, given)
     if is_of_library(flags["arch"]):
         flags["stem"] = given.get("stem", "imagenet")
-    check_reading(flags, flags["data_name"])
+    check_decode_options(flags, flags["data_name"])
     if flags["init_parts"] != "fitting" and not flags["init"]:
         raise ValueError("--init_parts: goes with --init")
     if "view_sizes" not in given:
@@ -219,8 +219,8 @@ class Prepared(NamedTuple):
 def images_of(args: Namespace) -> Data:
     """The data set of the flags. Raises as `datasets.load`."""
     place = (args.data_name, args.data_root)
-    how = {"reading": DecodeOptions.of(vars(args)), "split_names": args.split_names}
-    images = load(*place, args.image_size, args.num_workers, args.bad_images, **how)
+    how = {"decode": DecodeOptions.from_args(vars(args)), "split_names": args.split_names}
+    images = load_dataset(*place, args.image_size, args.num_workers, args.bad_images, **how)
     return images if args.train_size is None else images.subset(args.train_size, args.seed)
 
 
@@ -243,7 +243,7 @@ def described(args: Namespace, images: Data) -> tuple[dict, Augmentation]:
     """The encoder of the flags with its input, as a checkpoint has it; and its augmentation."""
     encoder = {"arch": args.arch, "stem": args.stem, "width": args.width}
     encoder |= {"image_size": args.image_size or images.train_images.shape[-1]}
-    return encoder | survey.colours(args, images.train_images), augmentation_of(vars(args))
+    return encoder | survey.channel_stats(args, images.train_images), augmentation_of(vars(args))
 
 
 def views_of(args: Namespace, encoder: dict, augmentation: Augmentation, number: int) -> Views:
@@ -287,11 +287,11 @@ def prepare(run: Run) -> Prepared:
         raise ValueError(
             f"--data_root {args.data_root}: has test images, and {run.from_path} began without"
         )
-    run.list_bad_images(images.bad)
+    run.list_bad_images(images.unreadable)
     what = f"{run.path}: SimSiam {args.arch}, d = {args.feature_dim}"
     result = utils.print_summary(what, net, counts, images, args.data_name, size, device, amp)
     if not state:
-        survey.say(args, images)
+        survey.print_survey(args, images)
     if args.ddp:
         distributed.log(
             f"ranks: {distributed.world_size()}, {each} images each a step; whatever their number, "
@@ -397,7 +397,7 @@ def show_views(args: Namespace) -> None:
     views = views_of(args, encoder, augmentation, 2)
     path = os.path.join(args.out, f"{args.name}_views.png")
     os.makedirs(args.out, exist_ok=True)
-    survey.say(args, images)
+    survey.print_survey(args, images)
     pictures.draw_views(path, label, images.train_images, views, args.seed)
     distributed.log(f"wrote {path}")
 
@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     with utils.joined(args, flags), contextlib.ExitStack() as stack:
         with flags.bad_input():
             if "data_root" in given and "data_name" not in given and not args.resume:
-                check_root(args.data_name, args.data_root)
+                check_data_root(args.data_name, args.data_root)
             if args.show_views:
                 show_views(args)
                 return

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from simsiam.data.decode import BadImage, ignore_pil_warnings
+from simsiam.data.decode import UnreadableImageError, ignore_pil_warnings
 from simsiam.data.folders import split_roots
 from simsiam.data.loader import Data
 from simsiam.models.backbones import STEMS
@@ -82,7 +82,7 @@ def run_command(main: Callable[[], None]) -> None:
         if distributed.rank() == 0:  # all ranks meet it alike, or the first alone does
             print(f"{command}: {error}", file=sys.stderr)
         sys.exit(1)
-    except BadImage as error:
+    except UnreadableImageError as error:
         print(f"{command}: {distributed.rank_prefix(distributed.rank())}{error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -400,7 +400,7 @@ def print_summary(
     """
     on = f"{device}, {amp}" if amp != "off" else device
     params, flops = counts
-    found = f"{images.found}\n" if images.found else ""
+    found = f"{images.summary}\n" if images.summary else ""
     tests = 0 if images.test_images is None else len(images.test_images)
     distributed.log(
         f"{what}: {params / 1e6:.2f}M parameters, {flops / 1e6:.2f}M multiply-adds an image "

@@ -4,8 +4,8 @@
     encoder = simsiam.open_encoder("results/..._model.pth")
     features = encoder(["a.jpg", "b.jpg"])  # fp32, 2 x features
 
-`SimSiam` is the network, `Views` its input, `Augmentation` what chance does there, `load` a data
-set by its name, `knn` the vote of the nearest, `open_encoder` reads a checkpoint of any origin.
+`SimSiam` is the network, `Views` its input, `Augmentation` what chance does there, `load_dataset`
+reads a data set by its name, `knn` the vote of the nearest, `open_encoder` opens any checkpoint.
 A name's module is imported when the name is first used: `import simsiam` alone imports no torch.
 """
 
@@ -13,19 +13,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors, which do not run `__getattr__`
-    from simsiam.data.datasets import load
+    from simsiam.data.datasets import load_dataset
     from simsiam.evaluation.metrics import knn
     from simsiam.interop.weights import open_encoder
     from simsiam.models.simsiam import SimSiam
     from simsiam.views.augment import Augmentation, Views
 
-__all__ = ["Augmentation", "SimSiam", "Views", "knn", "load", "open_encoder"]
+__all__ = ["Augmentation", "SimSiam", "Views", "knn", "load_dataset", "open_encoder"]
 MODULE_OF = {
     "Augmentation": "views.augment",
     "SimSiam": "models.simsiam",
     "Views": "views.augment",
     "knn": "evaluation.metrics",
-    "load": "data.datasets",
+    "load_dataset": "data.datasets",
     "open_encoder": "interop.weights",
 }
 

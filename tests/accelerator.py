@@ -24,7 +24,7 @@ import linear
 import main
 import utils
 from simsiam.data.loader import Loader
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.models import simsiam as network
 from simsiam.runtime import batchnorm, devices, distributed
@@ -144,7 +144,7 @@ def trained(
     net = network.simsiam(vars(args)).to(device, memory_format=torch.channels_last)
     convert(net)
     optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
-    images, labels = (part.to(device) for part in textures(96, seed=1))
+    images, labels = (part.to(device) for part in make_textures(96, seed=1))
     augment = Views(32, *VIEWS["short"][1:])
     loader = Loader(images, args.batch_size, 0, labels, views=augment)
     probe = Probe(net.features, 10, args, device)
@@ -177,7 +177,7 @@ def steps(native: types.ModuleType) -> dict:
     except RuntimeError as error:
         found["mix"] = str(error)
     net = network.SimSiam("resnet8", feature_dim=32).to(device)
-    images, labels = (part.to(device) for part in textures(96, seed=1))
+    images, labels = (part.to(device) for part in make_textures(96, seed=1))
     views, off = Views(32, *VIEWS["short"][1:]), devices.autocast(device, "off")
     bank = metrics.features(net.backbone, views.eval_transform, images, off)
     work = {

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 import main
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 
 TIMES = ["images_per_sec", "seconds"]
 MOMENTS = tuple(
@@ -44,9 +44,9 @@ IN_STEPS = mmap.mmap(-1, 1)
 def make_folder(root: Path, train: int = 200, test: int = 40) -> None:
     """A folder of textures, to train on and to score with."""
     for split, number, seed in [("train", train, 1), ("test", test, 2)]:
-        images, labels = textures(number, seed)
+        images, labels = make_textures(number, seed)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            path = root / split / TEXTURES[label] / f"{i}.png"
+            path = root / split / TEXTURE_CLASSES[label] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 

@@ -37,7 +37,7 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.models.simsiam import Classifier, SimSiam
 from tests.test_serialization import Call, as_bytes
 from tools import features
@@ -54,7 +54,7 @@ TINY = (
 
 def good_files() -> dict[str, list[bytes]]:
     """Some of each format; runs' own checkpoints among them, and some with a program in them."""
-    images = [Image.fromarray(i) for i in textures(8, seed=0)[0].permute(0, 2, 3, 1).numpy()]
+    images = [Image.fromarray(i) for i in make_textures(8, seed=0)[0].permute(0, 2, 3, 1).numpy()]
     os.mkdir("pictures")
     for i, image in enumerate(images):
         image.save(f"pictures/{i}.png")

@@ -34,8 +34,8 @@ import torch.distributed as dist
 import linear
 import main
 import utils
-from simsiam.data.loader import Loader, end_workers
-from simsiam.data.textures import textures
+from simsiam.data.loader import Loader, kill_workers
+from simsiam.data.textures import make_textures
 from simsiam.evaluation import linear as fitting
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
@@ -56,11 +56,11 @@ def gradients() -> None:
         torch.manual_seed(0)
         net = network.simsiam(vars(args))
         trained = distributed.prepare_for_training(net, 32)
-        images = textures(640, seed=1)[0]
+        images = make_textures(640, seed=1)[0]
         views = Views(32, *VIEWS[args.recipe][1:])
         found = []
         for one, share in ((net, fitting.whole), (trained, distributed.local_slice)):
-            loader = Loader(images, args.batch_size, views=views, share=share)
+            loader = Loader(images, args.batch_size, views=views, local_slice=share)
             batch = next(loader.epoch(0))
             assert len(batch.images) == len(range(32)[share(32)])
             one.eval()  # else BN's statistics would be of other images
@@ -95,7 +95,7 @@ def tuned() -> None:
     flags = linear.make_flags()
     args, _ = flags.read("--ddp --finetune --lr 1 --batch_size 10 --device cpu".split())
     with utils.joined(args, flags):
-        found, (images, labels) = [], textures(10, seed=1)
+        found, (images, labels) = [], make_textures(10, seed=1)
         for share in (fitting.whole, distributed.local_slice):
             torch.manual_seed(0)
             pixels = [torch.nn.Flatten(), torch.nn.Linear(3 * 32**2, 6), torch.nn.ReLU()]
@@ -106,7 +106,7 @@ def tuned() -> None:
             embed = fitting.FinetunedEncoder(net.backbone, views, off, False, 10).augmented
             if alone:
                 embed = functools.partial(plainly, net.backbone, views)
-            loader = Loader(images, 10, 0, labels, views=views, share=share)
+            loader = Loader(images, 10, 0, labels, views=views, local_slice=share)
             heads = torch.nn.ModuleList([net.fc])
             optimizer = fitting.make_optimizer(args, heads, [1.0], None if alone else net.backbone)
             if alone:
@@ -137,7 +137,7 @@ def probes() -> None:
     args, _ = flags.read(FLAGS)
     with utils.joined(args, flags):
         device, amp = devices.setup_device(args)
-        images, labels = textures(128, seed=1)
+        images, labels = make_textures(128, seed=1)
         views, found = Views(32, *VIEWS[args.recipe][1:]), []
         probe = Probe(32, 10, args, device)
         for one in (probe, None):
@@ -278,7 +278,7 @@ def launch(number: int, work: Callable[[], None]) -> list[int]:
             except BaseException:
                 traceback.print_exc()
             finally:
-                end_workers()
+                kill_workers()
                 sys.stdout.flush()
                 os._exit(status)
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

@@ -11,7 +11,7 @@ from torch import nn
 
 import linear
 import main
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import backbones
 from simsiam.runtime import batchnorm
@@ -65,7 +65,7 @@ def test_its_weights_load_strictly_there_and_give_the_same_features(run, tmp_pat
     net.load_state_dict(torch.load(exported), strict=True)
     if arch == "timm:test_vit":  # made for 160 pixels; these are 32
         net.set_input_size((32, 32))
-    source, images = LoadedCheckpoint.open(out / "a_model.pth"), textures(4, seed=3)[0]
+    source, images = LoadedCheckpoint.open(out / "a_model.pth"), make_textures(4, seed=3)[0]
     with torch.no_grad():
         theirs = net(source.views.eval_transform(images))
     off = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -80,7 +80,7 @@ def test_it_comes_from_the_hub_and_goes_to_onnx(run, tmp_path):
         convert.command([str(path), f"{tmp_path}/a.onnx", "--to", "onnx"])
         assert (tmp_path / "a.onnx").stat().st_size > 1e5
     encoder = torch.hub.load(str(helpers.ROOT), "encoder", source="local", checkpoint=str(path))
-    source, images = LoadedCheckpoint.open(path), textures(4, seed=3)[0]
+    source, images = LoadedCheckpoint.open(path), make_textures(4, seed=3)[0]
     with torch.no_grad():
         found = encoder(source.views.eval_transform(images))
     assert torch.allclose(source.features(images, off), found, atol=1e-4)

@@ -16,7 +16,7 @@ from PIL import Image
 import linear
 import main
 from simsiam.data import arrays
-from simsiam.data.decode import DecodeOptions, head_of, read_image, resize_center_crop
+from simsiam.data.decode import DecodeOptions, read_header, read_image, resize_center_crop
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
@@ -51,7 +51,7 @@ def noise(*shape, seed=0, high=256, dtype=np.uint8):
     ],
 )
 def test_bytes_by_hand(values, levels, expected):
-    found = arrays.as_bytes(values, levels)
+    found = arrays.to_uint8(values, levels)
     assert (found.dtype, found.tolist()) == (np.uint8, expected)
 
 
@@ -68,7 +68,7 @@ def test_bytes_by_hand(values, levels, expected):
 )
 def test_values_that_nobody_can_know(values, levels, reason):
     with pytest.raises(ValueError, match=reason):
-        arrays.as_bytes(values, levels)
+        arrays.to_uint8(values, levels)
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_an_array_is_read_in_either_order_and_a_tiff_by_its_axes(tmp_path):
     tifffile.imwrite(tmp_path / "samples.tiff", pixels, planarconfig="contig", **gray)
     tifffile.imwrite(tmp_path / "packed.tif", first, compression="zlib", **gray)
     for name in "last.npy first.npy pages.tif planar.tif samples.tiff packed.tif".split():
-        assert head_of(tmp_path / name, FIVE) == ((24, 20), "uint8 x 5"), name
+        assert read_header(tmp_path / name, FIVE) == ((24, 20), "uint8 x 5"), name
         assert (np.asarray(read_image(tmp_path / name, FIVE)) == pixels).all(), name
 
 
@@ -139,7 +139,7 @@ class InMemory:
     def __str__(self):
         return "shard.tar/7"
 
-    def content(self):
+    def open(self):
         return io.BytesIO(self.path.read_bytes())
 
 

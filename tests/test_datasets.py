@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
-from simsiam.data.datasets import DATA_NAMES, load, load_torchvision, shorter_side
+from simsiam.data.datasets import DATA_NAMES, load_dataset, load_torchvision, resize_size
 from simsiam.data.decode import (
-    BadImage,
-    decode,
+    UnreadableImageError,
+    decode_files,
     ignore_pil_warnings,
     open_image,
     read_image,
@@ -25,7 +25,7 @@ from simsiam.data.decode import (
     to_rgb,
 )
 from simsiam.data.loader import images_checksum
-from simsiam.data.textures import SINE, TEXTURES, textures
+from simsiam.data.textures import SINE, TEXTURE_CLASSES, make_textures
 from tests.helpers import ROOT
 
 
@@ -39,14 +39,14 @@ def write_image(path, color, size=(12, 12), mode="RGB"):
 PROGRAM = """
 import ast, importlib, pathlib, warnings
 
-rooms = sorted(pathlib.Path("simsiam").glob("*.py"))
+rooms = sorted(pathlib.Path("simsiam").glob("*/[a-z]*.py"))
 for room in rooms:  # what others do to the filters, when they are imported, is theirs
     for node in ast.parse(room.read_text()).body:
         if isinstance(node, ast.Import | ast.ImportFrom) and "simsiam" not in ast.unparse(node):
             exec(ast.unparse(node))
 filters = list(warnings.filters)
 for room in rooms:
-    importlib.import_module(f"simsiam.{room.stem}")
+    importlib.import_module(f"simsiam.{room.parent.name}.{room.stem}")
 assert warnings.filters == filters, set(warnings.filters) ^ set(filters)
 print(len(rooms))
 """
@@ -117,16 +117,16 @@ def test_bad_files_are_left_out_and_named(tmp_path):
     (tmp_path / "2.png").write_bytes(b"no image")
     files = [tmp_path / f"{i}.png" for i in range(4)]
     with pytest.raises(ValueError, match="2.png: cannot be read"):
-        decode(files, 8)
-    images, bad = decode(files, 8, bad_images="skip")
+        decode_files(files, 8)
+    images, bad = decode_files(files, 8, bad_images="skip")
     assert images.shape == (3, 3, 8, 8)
     assert images.dtype == torch.uint8
     assert images[:, 0, 0, 0].tolist() == [0, 1, 3]
     assert list(bad) == [2]
     assert "2.png: cannot be read" in bad[2]
     with pytest.raises(ValueError, match="2.png"):  # none is left
-        decode(files[2:3], 8, bad_images="skip")
-    images, bad = decode(files[2:3], 8, bad_images="skip", allow_none=True)
+        decode_files(files[2:3], 8, bad_images="skip")
+    images, bad = decode_files(files[2:3], 8, bad_images="skip", allow_none=True)
     assert (len(images), list(bad)) == (0, [0])
 
 
@@ -134,7 +134,7 @@ def test_bad_files_are_left_out_and_named(tmp_path):
 
 
 def test_textures_are_the_same_bytes_everywhere():
-    images, labels = textures(500, seed=1)
+    images, labels = make_textures(500, seed=1)
     assert images.shape == (500, 3, 32, 32)
     assert labels.bincount().tolist() == [50] * 10
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
@@ -146,18 +146,18 @@ def test_textures_are_the_same_bytes_everywhere():
 
 
 def test_textures_need_no_files():
-    found = load("textures", "/nowhere")
+    found = load_dataset("textures", "/nowhere")
     assert found.train_images.shape == (4000, 3, 32, 32)
     assert found.test_images.shape == (1000, 3, 32, 32)
     assert found.train_labels.bincount().tolist() == [400] * 10
-    assert found.classes == list(TEXTURES)
+    assert found.classes == list(TEXTURE_CLASSES)
     assert not (found.train_images[:1000] == found.test_images).flatten(1).all(1).any()
     before = found.test_images.clone()
     found.test_images.zero_()  # what is done to them is not done to those of others
     found.classes.clear()
-    again = load("textures", "/nowhere")
+    again = load_dataset("textures", "/nowhere")
     assert torch.equal(again.test_images, before)
-    assert again.classes == list(TEXTURES)
+    assert again.classes == list(TEXTURE_CLASSES)
 
 
 # ---- torchvision's ------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def skip_checksums(monkeypatch):
 def test_torchvision_s_data_sets(tmp_path, monkeypatch, name, train, test, size, classes):
     write_torchvision_files(name, tmp_path)
     skip_checksums(monkeypatch)
-    found = load(name, tmp_path)
+    found = load_dataset(name, tmp_path)
     assert found.train_labels.tolist() == train
     assert found.test_labels.tolist() == test
     assert len(found.classes) == classes
@@ -242,12 +242,12 @@ def test_svhn_says_what_to_install(tmp_path, monkeypatch):
     write_torchvision_files("svhn", tmp_path)
     skip_checksums(monkeypatch)
     with pytest.raises(ValueError, match="pip install scipy"):
-        load("svhn", tmp_path)
+        load_dataset("svhn", tmp_path)
 
 
 def test_a_data_set_that_is_none_is_refused():
     with pytest.raises(ValueError, match="--data_name imagnet: choose one of cifar10, .*textures"):
-        load("imagnet", "/nowhere")
+        load_dataset("imagnet", "/nowhere")
     assert len(set(DATA_NAMES)) == 9
 
 
@@ -279,7 +279,7 @@ def test_folder_with_classes(tmp_path):
         for name, color in [("cat", (255, 0, 0)), ("dog", (0, 0, 255))]:
             for i in range(number):
                 write_image(tmp_path / split / name / f"{i}.png", color)
-    found = load("folder", tmp_path)
+    found = load_dataset("folder", tmp_path)
     assert found.classes == ["cat", "dog"]
     assert found.train_images.shape == (6, 3, 12, 12)
     assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -288,60 +288,60 @@ def test_folder_with_classes(tmp_path):
     assert found.test_images[3, :, 0, 0].tolist() == [0, 0, 255]
     write_image(tmp_path / "test" / "cow" / "0.png", 0)
     with pytest.raises(ValueError, match="class cow"):
-        load("folder", tmp_path)
+        load_dataset("folder", tmp_path)
 
 
 def test_flat_folder_of_mixed_sizes_and_modes(tmp_path):
     write_image(tmp_path / "a.png", 100, (40, 20), "L")
     write_image(tmp_path / "b.jpg", (9, 9, 9), (20, 60))
     write_image(tmp_path / "deep" / "c.png", (1, 2, 3, 4), (30, 20), "RGBA")
-    found = load("folder", tmp_path)
+    found = load_dataset("folder", tmp_path)
     assert found.train_images.shape == (3, 3, 20, 20)
     assert found.test_images is None
     assert found.classes == []
     assert found.train_labels.tolist() == [-1, -1, -1]
-    assert load("folder", tmp_path, image_size=8).train_images.shape[-1] == 8
+    assert load_dataset("folder", tmp_path, image_size=8).train_images.shape[-1] == 8
 
 
 def test_csv_list(tmp_path):
     for i in range(3):
         write_image(tmp_path / "img" / f"{i}.png", i)
     (tmp_path / "list.csv").write_text("path,label\nimg/2.png,x\nimg/0.png,\nimg/1.png,a\n")
-    found = load("folder", tmp_path / "list.csv")
+    found = load_dataset("folder", tmp_path / "list.csv")
     assert found.classes == ["a", "x"]
     assert found.train_labels.tolist() == [1, -1, 0]
     assert found.train_images[:, 0, 0, 0].tolist() == [2, 0, 1]
     (tmp_path / "list.csv").rename(tmp_path / "train.csv")
     (tmp_path / "test.csv").write_text("path,label\nimg/0.png,a\n")
-    found = load("folder", tmp_path)
+    found = load_dataset("folder", tmp_path)
     assert found.test_labels.tolist() == [0]
     (tmp_path / "test.csv").write_text("file\nimg/0.png\n")
     with pytest.raises(ValueError, match="column `path`"):
-        load("folder", tmp_path)
+        load_dataset("folder", tmp_path)
 
 
 def test_bad_images_are_named(tmp_path):
     write_image(tmp_path / "ok.png", 0)
     (tmp_path / "empty.png").write_bytes(b"")
     with pytest.raises(ValueError, match="empty.png"):
-        load("folder", tmp_path)
+        load_dataset("folder", tmp_path)
     write_image(tmp_path / "empty.png", 0, (64, 64))
     whole = (tmp_path / "empty.png").read_bytes()
     (tmp_path / "empty.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="empty.png"):
-        load("folder", tmp_path)
+        load_dataset("folder", tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        load("folder", tmp_path / "nowhere")
+        load_dataset("folder", tmp_path / "nowhere")
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="none"):
-        load("folder", tmp_path / "none")
+        load_dataset("folder", tmp_path / "none")
 
 
 def test_imagenet_is_a_folder_left_in_its_files(tmp_path):
     for split, number in [("train", 6), ("val", 4)]:
         for i in range(number):
             write_image(tmp_path / split / ("cat", "dog")[i % 2] / f"{i}.png", (i, 0, 0))
-    found = load("imagenet", tmp_path, 8)
+    found = load_dataset("imagenet", tmp_path, 8)
     assert found.train_images.shape == (6, 3, 8, 8)
     assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.cat(list(found.test_images.split(3)))[:, 0, 0, 0].tolist() == [0, 2, 1, 3]
@@ -349,13 +349,13 @@ def test_imagenet_is_a_folder_left_in_its_files(tmp_path):
     assert len(half.train_images) == 2
     assert half.train_labels.tolist() == [0, 1]
     (tmp_path / "train" / "cat" / "2.png").write_bytes(b"no image")
-    with pytest.raises(BadImage, match="2.png"):
-        list(load("imagenet", tmp_path, 8).train_images.split(9))
-    found = load("imagenet", tmp_path, 8, bad_images="skip")
+    with pytest.raises(UnreadableImageError, match="2.png"):
+        list(load_dataset("imagenet", tmp_path, 8).train_images.split(9))
+    found = load_dataset("imagenet", tmp_path, 8, bad_images="skip")
     assert found.train_labels.tolist() == [0, 0, 1, 1, 1]
     assert len(next(iter(found.train_images.split(9)))) == 5
-    assert len(found.bad) == 1
-    other = load("imagenet", tmp_path, 8)
+    assert len(found.unreadable) == 1
+    other = load_dataset("imagenet", tmp_path, 8)
     assert images_checksum(other.train_images) != images_checksum(found.train_images)
 
 
@@ -365,12 +365,12 @@ def test_tests_alone_decode_no_training_image(tmp_path):
             write_image(tmp_path / split / ("cat", "dog")[i % 2] / f"{i}.png", (i, 0, 0))
     (tmp_path / "train" / "cat" / "bad.png").write_bytes(b"no image")
     for name in ("folder", "imagenet"):
-        found = load(name, tmp_path, 12, test_only=True)
+        found = load_dataset(name, tmp_path, 12, test_only=True)
         assert len(found.train_images) == len(found.train_labels) == 0
         assert found.test_labels.tolist() == [0, 0, 1]
         assert found.classes == ["cat", "dog"]  # of the training images' folders all the same
     with pytest.raises(ValueError, match="bad.png"):
-        load("folder", tmp_path, 12)
+        load_dataset("folder", tmp_path, 12)
 
 
 def test_test_is_taken_before_val_and_links_are_followed(tmp_path):
@@ -379,13 +379,13 @@ def test_test_is_taken_before_val_and_links_are_followed(tmp_path):
     write_image(tmp_path / "elsewhere" / "1.PNG", (9, 0, 0))
     write_image(tmp_path / "train" / "cat" / ".hidden.png", (5, 0, 0))
     os.symlink(tmp_path / "elsewhere", tmp_path / "train" / "dog")
-    found = load("folder", tmp_path)
+    found = load_dataset("folder", tmp_path)
     assert found.classes == ["cat", "dog"]
     assert found.train_images[:, 0, 0, 0].tolist() == [0, 9]
     assert found.test_images[:, 0, 0, 0].tolist() == [2]
 
 
 def test_what_the_test_transform_resizes_to():
-    assert shorter_side("imagenet", 224) == shorter_side("webdataset", 224) == 256
-    assert shorter_side("imagenet", 112) == 128
-    assert shorter_side("folder", 224) == shorter_side("cifar10", 224) == 224
+    assert resize_size("imagenet", 224) == resize_size("webdataset", 224) == 256
+    assert resize_size("imagenet", 112) == 128
+    assert resize_size("folder", 224) == resize_size("cifar10", 224) == 224

@@ -18,7 +18,7 @@ import linear
 import main
 import utils
 from simsiam.data.loader import Loader
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
@@ -207,7 +207,7 @@ def halved(scale):
     torch.manual_seed(0)
     net, device = network.simsiam(vars(args)), torch.device("cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    images, views = textures(12, seed=1)[0], Views(32, *STATS)
+    images, views = make_textures(12, seed=1)[0], Views(32, *STATS)
     optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
     amp, weight = devices.autocast(device, "fp16"), net.backbone.conv1.weight
     seen = [weight.detach().clone()]

@@ -9,9 +9,9 @@ from torchvision.transforms.v2 import MixUp
 
 import linear
 import main
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.data.loader import Loader
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.evaluation.linear import FinetunedEncoder
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
@@ -76,7 +76,7 @@ def test_twenty_steps_are_a_plain_loop_s(pretrained, tmp_path, monkeypatch, opti
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 20)
     encoder = state["encoder"]
     views = Views(32, encoder["mean"], encoder["std"], linear.AUGMENTATION, 1, 0)
-    data = load("textures", "").subset(400, 0)
+    data = load_dataset("textures", "").subset(400, 0)
     loader = Loader(data.train_images, 40, 0, data.train_labels)
     net.train()
     found = []
@@ -169,7 +169,7 @@ def test_the_best_lr_is_chosen_on_held_out_images(pretrained, tmp_path, capsys):
 
 
 def test_mixup_is_torchvision_s_and_a_function_of_the_step():
-    images, labels = textures(8, seed=1)
+    images, labels = make_textures(8, seed=1)
     backbone, _ = backbones.backbone("resnet8", width=4)
     views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), linear.AUGMENTATION, 1)
     off = torch.autocast("cpu", enabled=False)

@@ -9,9 +9,9 @@ from PIL import Image
 
 import linear
 import main
-from simsiam.data.datasets import load
-from simsiam.data.folders import SOLUTION, find
-from simsiam.data.textures import textures
+from simsiam.data.datasets import load_dataset
+from simsiam.data.folders import KAGGLE_SOLUTION, find_images
+from simsiam.data.textures import make_textures
 from tests.helpers import refused
 from tools import features
 
@@ -28,7 +28,7 @@ def write(root, *names):
 
 def photos(root, split="train", test="test", number=8):
     """Textures in a folder: two classes, `number` of each to train on, four to score with."""
-    images = textures(200, seed=1)[0].permute(0, 2, 3, 1).numpy()
+    images = make_textures(200, seed=1)[0].permute(0, 2, 3, 1).numpy()
     for part, each in ((split, number), (test, 4)):
         for i in range(2 * each):
             path = root / part / ("cat", "dog")[i % 2] / f"{i}.png"
@@ -49,40 +49,40 @@ def names(listing, root):
 )
 def test_parts_by_their_usual_names(tmp_path, train, test):
     write(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/dog/3.png")
-    found = load("folder", tmp_path)
+    found = load_dataset("folder", tmp_path)
     assert found.classes == ["cat", "dog"]
     assert (found.train_labels.tolist(), found.test_labels.tolist()) == ([0, 1], [1])
     said = f"{tmp_path.name}: 2 classes, 2 training images in {train}/, 1 test images in {test}/"
-    assert found.found == said
+    assert found.summary == said
 
 
 def test_parts_that_may_both_be_meant_are_asked_for(tmp_path):
     write(tmp_path, "Train/cat/1.png", "training/cat/2.png", "training/dog/3.png", "x/dog/4.png")
     with pytest.raises(ValueError, match="Train/ and training/ may both .*--split_names TRAIN"):
-        load("folder", tmp_path)
-    found = load("folder", tmp_path, split_names=["training", "x"])
+        load_dataset("folder", tmp_path)
+    found = load_dataset("folder", tmp_path, split_names=["training", "x"])
     assert (found.train_labels.tolist(), found.test_labels.tolist()) == ([0, 1], [1])
-    assert load("folder", tmp_path, split_names=["training"]).test_images is None
+    assert load_dataset("folder", tmp_path, split_names=["training"]).test_images is None
     with pytest.raises(FileNotFoundError, match="--split_names y: .* has no such"):
-        load("folder", tmp_path, split_names=["training", "y"])
+        load_dataset("folder", tmp_path, split_names=["training", "y"])
     with pytest.raises(ValueError, match="--split_names: goes with --data_name folder"):
-        load("textures", tmp_path, split_names=["training"])
+        load_dataset("textures", tmp_path, split_names=["training"])
 
 
 def test_a_list_beside_a_folder_of_images_without_classes_is_asked_for(tmp_path):
     write(tmp_path, "train/1.png")
     (tmp_path / "train.csv").write_text("path,label\ntrain/1.png,cat\n")
     with pytest.raises(ValueError, match=r"train/ and train.csv may both"):
-        load("folder", tmp_path)
-    assert load("folder", tmp_path, split_names=["train.csv"]).classes == ["cat"]
+        load_dataset("folder", tmp_path)
+    assert load_dataset("folder", tmp_path, split_names=["train.csv"]).classes == ["cat"]
 
 
 def test_classes_without_a_train_folder_are_no_classes_and_it_is_said(tmp_path):
     write(tmp_path, "cat/1.png", "dog/2.png")
-    found = load("folder", tmp_path)
+    found = load_dataset("folder", tmp_path)
     assert found.classes == []
-    assert found.found.startswith(f"{tmp_path.name}: no classes, 2 images; its folders are no cl")
-    assert found.found.endswith(f"{tmp_path.name}/train/")
+    assert found.summary.startswith(f"{tmp_path.name}: no classes, 2 images; its folders are no cl")
+    assert found.summary.endswith(f"{tmp_path.name}/train/")
 
 
 def test_links_double_nothing_and_end(tmp_path):
@@ -92,12 +92,12 @@ def test_links_double_nothing_and_end(tmp_path):
     os.symlink("dog", tmp_path / "train" / "a_dog")  # before dog by name; yet dog is the class
     os.symlink("../far", tmp_path / "train" / "far")
     os.symlink("round", tmp_path / "train" / "round")
-    found = find(tmp_path)
+    found = find_images(tmp_path)
     assert found.train.labels == ["cat", "dog", "far"]
     assert names(found.train, tmp_path) == ["train/cat/1.png", "train/dog/2.png", "train/far/4.png"]
-    assert "3 links to folders that are read already" in found.line
+    assert "3 links to folders that are read already" in found.summary
     os.symlink(".", tmp_path / "far" / "again")
-    assert len(find(tmp_path / "far").train.files) == 1
+    assert len(find_images(tmp_path / "far").train.files) == 1
 
 
 def test_what_systems_leave_is_not_read(tmp_path):
@@ -105,10 +105,10 @@ def test_what_systems_leave_is_not_read(tmp_path):
     for place in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git"):
         write(tmp_path, f"train/{place}/1.png", f"train/cat/{place}/1.png", f"test/{place}/1.png")
     (tmp_path / "train" / "Thumbs.db").write_bytes(b"")
-    found = load("folder", tmp_path)
+    found = load_dataset("folder", tmp_path)
     assert found.classes == ["cat", "dog"]
     assert (found.train_labels.tolist(), found.test_labels.tolist()) == ([0, 1], [0])
-    assert "left out" not in found.found
+    assert "left out" not in found.summary
 
 
 def test_what_is_left_out_is_counted_by_its_ending(tmp_path):
@@ -120,14 +120,14 @@ def test_what_is_left_out_is_counted_by_its_ending(tmp_path):
         folder = os.open(tmp_path, os.O_RDONLY)
         door.bind(f"/proc/self/fd/{folder}/k.jpg")  # a socket's path must be short
         os.close(folder)
-        found = load("folder", tmp_path)
+        found = load_dataset("folder", tmp_path)
     assert found.train_images.shape[0] == 3
     kinds = "3 .heic, 3 without an ending, 2 pipes or devices, 1 .txt"
-    assert f"left out 9 files: {kinds};" in found.found
+    assert f"left out 9 files: {kinds};" in found.summary
     for name in ("a.png", "b.GIF", "c.jfif"):
         (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"there are no images .*; there are 3 .heic"):
-        load("folder", tmp_path)
+        load_dataset("folder", tmp_path)
 
 
 def kaggle(root):
@@ -142,30 +142,32 @@ def kaggle(root):
     text += "ILSVRC2012_val_00000003,n02119789 255 142 454 329 \n"
     text += "ILSVRC2012_val_00000001,n01440764 1 1 9 9 n01440764 7 5 8 8 \n"
     text += "ILSVRC2012_val_00000002,n02119789 0 10 499 272 \n"
-    (root / SOLUTION).write_text(text)
+    (root / KAGGLE_SOLUTION).write_text(text)
 
 
 def test_kaggle_s_imagenet(tmp_path):
     kaggle(tmp_path)
     place = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
     for root in (tmp_path, tmp_path / "ILSVRC", place):
-        found = load("imagenet", root, 8)
+        found = load_dataset("imagenet", root, 8)
         assert found.classes == ["n01440764", "n02119789"]
         assert found.train_labels.tolist() == [0, 0, 1, 1]
         assert found.test_labels.tolist() == [0, 1, 1]
         line = "2 classes, 4 training images in train/, 3 test images in val/; not read: test/"
-        assert found.found.endswith(line)
-    (tmp_path / SOLUTION).unlink()
-    with pytest.raises(ValueError, match=rf"val: .*{SOLUTION} .* val/<class>/.*--split_names tr"):
-        load("imagenet", tmp_path, 8)
+        assert found.summary.endswith(line)
+    (tmp_path / KAGGLE_SOLUTION).unlink()
+    with pytest.raises(
+        ValueError, match=rf"val: .*{KAGGLE_SOLUTION} .* val/<class>/.*--split_names tr"
+    ):
+        load_dataset("imagenet", tmp_path, 8)
 
 
 def test_test_images_without_classes_are_told_apart(tmp_path):
     write(tmp_path, "train/cat/1.png", "test/2.png")
     with pytest.raises(ValueError, match=r"test: has no class folders.*--split_names train"):
-        load("folder", tmp_path)
+        load_dataset("folder", tmp_path)
     write(tmp_path, "val/cat/3.png")
-    assert "1 test images in val/; not read: test/" in load("folder", tmp_path).found
+    assert "1 test images in val/; not read: test/" in load_dataset("folder", tmp_path).summary
 
 
 # ---- lists --------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def test_a_list_s_header_as_people_write_it(tmp_path, header):
     write(tmp_path, "a.png", "b.png")
     path = tmp_path / "list.csv"
     path.write_text(f"{header}\na.png,cat\n\nb.png, dog\n", encoding="utf-8")
-    found = load("folder", path)
+    found = load_dataset("folder", path)
     assert found.classes == ["cat", "dog"]
     assert found.train_labels.tolist() == [0, 1]
 
@@ -203,7 +205,7 @@ def test_a_list_that_cannot_be_read_is_one_line(tmp_path, capsys, content, named
     path = tmp_path / "list.csv"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"list.csv.*{named}"):
-        load("folder", path)
+        load_dataset("folder", path)
     flags = f"--data_name folder --data_root {path} --out {tmp_path}/out"
     assert "list.csv" in refused(capsys, main, *flags.split())
 
@@ -267,7 +269,7 @@ def test_names_that_are_no_utf_8(tmp_path, capsys):
     flags = ["--model_path", model, "--data_root", root / "test", "--out", out]
     features.command(list(map(str, flags)))
     assert set(np.load(out)["labels"]) == {"Gr\\xf6\\xdfe", "cat"}
-    files = load("imagenet", root, 8, bad_images="skip")
+    files = load_dataset("imagenet", root, 8, bad_images="skip")
     assert files.classes == ["Gr\\xf6\\xdfe", "cat"]
     assert files.train_labels.sum() == 8
 
@@ -303,13 +305,13 @@ def test_several_places_are_one_data_set(tmp_path):
     write(tmp_path / "a", "train/cat/1.png", "train/dog/2.png", "test/dog/3.png")
     write(tmp_path / "b", "train/cow/4.png", "train/dog/5.png", "val/cow/6.png")
     write(tmp_path / "c", "7.png")
-    found = load("folder", os.pathsep.join(str(tmp_path / name) for name in "abc"))
+    found = load_dataset("folder", os.pathsep.join(str(tmp_path / name) for name in "abc"))
     assert found.classes == ["cat", "cow", "dog"]
     assert found.train_labels.tolist() == [0, 2, 1, 2, -1]
     assert found.test_labels.tolist() == [2, 1]
-    assert found.found.startswith("a: 2 classes, 2 training images in train/, 1 test images")
-    assert "; b: 2 classes" in found.found
-    assert "; c: no classes, 1 images" in found.found
+    assert found.summary.startswith("a: 2 classes, 2 training images in train/, 1 test images")
+    assert "; b: 2 classes" in found.summary
+    assert "; c: no classes, 1 images" in found.summary
 
 
 def test_a_run_on_several_places_is_resumed_and_judged(tmp_path, capsys):
@@ -368,9 +370,9 @@ def test_several_places_that_cannot_be_are_refused(tmp_path, capsys):
 )
 def test_patterns_are_of_names_and_of_paths(tmp_path, patterns, left):
     write(tmp_path, "a/1.png", "a/1_mask.png", "masks/2.png", "masks/sub/3.png")
-    found = find(tmp_path, exclude=patterns)
+    found = find_images(tmp_path, exclude=patterns)
     assert names(found.train, tmp_path) == left
-    assert found.train.left_out["excluded"] == 4 - len(left)
+    assert found.train.skipped["excluded"] == 4 - len(left)
 
 
 def test_a_run_and_its_judge_leave_out_the_same(tmp_path, capsys):
@@ -412,7 +414,7 @@ def test_a_run_and_its_judge_leave_out_the_same(tmp_path, capsys):
 )
 def test_a_list_without_a_header(tmp_path, text, labels):
     (tmp_path / "list.csv").write_text(text)
-    listing = find(tmp_path / "list.csv").train
+    listing = find_images(tmp_path / "list.csv").train
     assert [path.name.lower() for path in listing.files] == ["1.png", "2.png"]
     assert listing.labels == labels
 
@@ -420,4 +422,4 @@ def test_a_list_without_a_header(tmp_path, text, labels):
 def test_a_row_of_another_length_in_a_list_without_a_header_is_named(tmp_path):
     (tmp_path / "list.csv").write_text("1.png,cat\n2.png\n")
     with pytest.raises(ValueError, match="line 2: has 1 fields, and the header 2"):
-        find(tmp_path / "list.csv")
+        find_images(tmp_path / "list.csv")

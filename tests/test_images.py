@@ -10,18 +10,18 @@ from PIL import ExifTags, Image, ImageOps
 
 import linear
 import main
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.data.decode import (
     DecodeOptions,
-    decode,
+    decode_files,
     ignore_pil_warnings,
     open_image,
     read_image,
     resize_center_crop,
     to_rgb,
 )
-from simsiam.data.loader import CropDataset, Files
-from simsiam.data.textures import textures
+from simsiam.data.loader import CropDataset, ImageFiles
+from simsiam.data.textures import make_textures
 from simsiam.interop.weights import LoadedCheckpoint, Predictor
 from simsiam.views.augment import Augmentation
 from tests.helpers import refused
@@ -135,8 +135,8 @@ def test_a_line_of_pixels_takes_no_memory(tmp_path):
         image = read_image(tmp_path / f"{name}.png")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert resize_center_crop(image, 96, 110).shape == (96, 96, 3)
-        cutter = CropDataset(Files([], 96, 0), 2, Augmentation(), seed=0)
-        assert cutter.cut(image, [0]).shape == (2, 96, 96, 3)
+        cutter = CropDataset(ImageFiles([], 96, 0), 2, Augmentation(), seed=0)
+        assert cutter.crop(image, [0]).shape == (2, 96, 96, 3)
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB
         assert used < 100_000
 
@@ -161,7 +161,7 @@ def test_what_is_no_file_is_refused_unopened(tmp_path):
         with pytest.raises(ValueError, match="cannot be read .not a file."):
             open_image(path)
     with pytest.raises(ValueError, match="a.jpg: cannot be read"):
-        load("folder", tmp_path / "list.csv")
+        load_dataset("folder", tmp_path / "list.csv")
 
 
 def test_postscript_is_not_run(tmp_path):
@@ -174,7 +174,7 @@ def test_a_bad_image_is_named_with_both_ways_on(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a.jpg: cannot be read .*--bad_images skip"):
-        decode([tmp_path / "images" / "a.jpg"], 8)
+        decode_files([tmp_path / "images" / "a.jpg"], 8)
     flags = ["--data_name", "folder", "--data_root", tmp_path / "images", "--out", tmp_path / "r"]
     assert "--bad_images skip" in refused(capsys, main, *flags)
 
@@ -186,7 +186,7 @@ def test_a_bad_image_is_named_with_both_ways_on(tmp_path, capsys):
 def run(tmp_path_factory):
     """A run of main.py on images that are turned and transparent, as they are stored."""
     root = tmp_path_factory.mktemp("run")
-    images = textures(200, seed=1)[0].permute(0, 2, 3, 1).numpy()
+    images = make_textures(200, seed=1)[0].permute(0, 2, 3, 1).numpy()
     notes = Image.Exif()
     notes[ExifTags.Base.Orientation] = 6
     for part, number in (("train", 16), ("test", 8)):

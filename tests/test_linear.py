@@ -14,7 +14,7 @@ from torch import nn
 
 import linear
 import main
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
 from simsiam.training import checkpoint
@@ -29,10 +29,10 @@ def folder(tmp_path_factory):
     """Textures as a folder of images, four classes: 80 of each to train on, 20 to score with."""
     root = tmp_path_factory.mktemp("images")
     for split, number, seed in [("train", 800, 1), ("val", 200, 2)]:
-        images, labels = textures(number, seed)
+        images, labels = make_textures(number, seed)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             if label in (0, 1, 2, 9):
-                path = root / split / TEXTURES[label] / f"{i}.png"
+                path = root / split / TEXTURE_CLASSES[label] / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     return root
@@ -201,7 +201,7 @@ def test_the_frozen_check_sees_one_bit_of_any_tensor():
     off = torch.autocast("cpu", enabled=False)
     views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), Augmentation(), 1)
     encoder = linear.Encoder(backbone, views, off, compiled=False)
-    images = textures(10, seed=1)[0]
+    images = make_textures(10, seed=1)[0]
     encoder.augmented(Batch.alone(images))
     encoder.plain(images)
     encoder.check()
@@ -488,7 +488,7 @@ def test_transfer_to_another_data_set(pretrained, tmp_path):
     flags = ("--cached", "--no-pictures", "--epochs", 1, "--data_name", "textures")
     judge(pretrained, tmp_path, *flags)
     state = torch.load(tmp_path / "pre_linear_cached_textures_model.pth")
-    assert state["classes"] == list(TEXTURES)
+    assert state["classes"] == list(TEXTURE_CLASSES)
     assert state["args"]["data_name"] == "textures"
     assert pandas.read_csv(tmp_path / "results.csv")["data"].tolist() == ["textures"]
 

@@ -12,9 +12,16 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
-from simsiam.data.datasets import shorter_side
-from simsiam.data.decode import BadImage, decode
-from simsiam.data.loader import Data, Files, Loader, images_checksum, readable, subset
+from simsiam.data.datasets import resize_size
+from simsiam.data.decode import UnreadableImageError, decode_files
+from simsiam.data.loader import (
+    Data,
+    ImageFiles,
+    Loader,
+    balanced_subset,
+    filter_readable,
+    images_checksum,
+)
 from simsiam.views.augment import Augmentation, Batch, Views, crop_boxes
 
 CUT = Augmentation(crop_scale=(0.3, 0.9))
@@ -59,12 +66,12 @@ def test_a_loader_visits_every_image_once_in_a_reproducible_order():
 @pytest.mark.parametrize("in_files", [False, True])
 def test_a_rank_s_batches_are_rows_of_the_whole_ones(jpegs, in_files):
     """Three ranks, of which the last has two rows of four; what `share` says is all they know."""
-    images = Files(jpegs, 32, 0) if in_files else decode(jpegs, 40)[0]
+    images = ImageFiles(jpegs, 32, 0) if in_files else decode_files(jpegs, 40)[0]
     views, labels = make_views(), torch.arange(5)
     whole = list(Loader(images, 4, 1, labels, views=views).epoch(2))
     assert len(whole) == 1
     for rows in (slice(0, 1), slice(1, 2), slice(2, 4)):
-        mine = Loader(images, 4, 1, labels, views=views, share=lambda n, rows=rows: rows)
+        mine = Loader(images, 4, 1, labels, views=views, local_slice=lambda n, rows=rows: rows)
         for batch, every in zip(mine.epoch(2), whole, strict=True):
             assert (batch.size, batch.rows) == (4, rows)
             assert torch.equal(batch.images, every.images[rows])
@@ -75,17 +82,17 @@ def test_a_rank_s_batches_are_rows_of_the_whole_ones(jpegs, in_files):
 
 def test_a_subset_is_balanced_and_seeded():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
-    chosen = subset(labels, 30, seed=0)
+    chosen = balanced_subset(labels, 30, seed=0)
     assert labels[chosen].bincount().tolist() in ([13, 12, 5], [12, 13, 5])
     assert len(set(chosen.tolist())) == 30
     assert chosen.tolist() == sorted(chosen.tolist())
-    assert torch.equal(chosen, subset(labels, 30, seed=0))
-    assert not torch.equal(chosen, subset(labels, 30, seed=1))
+    assert torch.equal(chosen, balanced_subset(labels, 30, seed=0))
+    assert not torch.equal(chosen, balanced_subset(labels, 30, seed=1))
     for size in (0, 86):
         with pytest.raises(ValueError, match=f"--train_size {size}: must be from 1 to 85"):
-            subset(labels, size, seed=0)
+            balanced_subset(labels, size, seed=0)
     with pytest.raises(ValueError, match="--bank_size 86"):
-        subset(labels, 86, seed=0, flag="--bank_size")
+        balanced_subset(labels, 86, seed=0, flag="--bank_size")
 
 
 def test_a_part_of_the_data_keeps_images_labels_and_tests_together():
@@ -94,14 +101,14 @@ def test_a_part_of_the_data_keeps_images_labels_and_tests_together():
     part = whole.subset(8, seed=0)
     assert part.train_labels.bincount().tolist() == [2] * 4
     assert torch.equal(part.train_images[:, 0, 0, 0] % 4, part.train_labels)
-    mask = whole.chosen(whole.train_labels == 1)
+    mask = whole.select(whole.train_labels == 1)
     assert mask.train_images[:, 0, 0, 0].tolist() == [1, 5, 9, 13, 17]
     for some in (part, mask, whole.to(torch.device("cpu"))):
         assert torch.equal(some.test_images, whole.test_images)
         assert torch.equal(some.test_labels, whole.test_labels)
-        assert (some.classes, some.bad) == (list("abcd"), ["x"])
-    assert whole.at_most(20, seed=0) is whole
-    assert torch.equal(whole.at_most(8, seed=0).train_images, part.train_images)
+        assert (some.classes, some.unreadable) == (list("abcd"), ["x"])
+    assert whole.limit(20, seed=0) is whole
+    assert torch.equal(whole.limit(8, seed=0).train_images, part.train_images)
 
 
 # ---- images in files ----------------------------------------------------------------------------
@@ -121,7 +128,7 @@ def jpegs(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_of_files_equal_torchvision_bit_for_bit(jpegs, workers):
-    loader = Loader(Files(jpegs, 32, workers), 2, 1, torch.arange(5), True, make_views())
+    loader = Loader(ImageFiles(jpegs, 32, workers), 2, 1, torch.arange(5), True, make_views())
     seen = []
     for batch in loader.epoch(4):
         assert batch.images.shape == (len(batch.labels), 2, 3, 32, 32)
@@ -141,19 +148,19 @@ def test_crops_of_files_equal_torchvision_bit_for_bit(jpegs, workers):
 
 
 def test_files_under_the_test_transform_equal_torchvision(jpegs):
-    files = Files(jpegs, 28, workers=1)  # resized to 32, so that margins are whole pixels
+    files = ImageFiles(jpegs, 28, workers=1)  # resized to 32, so that margins are whole pixels
     images = torch.cat(list(files.split(2)))
     assert images.shape == files.shape == (5, 3, 28, 28)
     for path, ours in zip(jpegs, images, strict=True):
         image = Image.open(path).convert("RGB")
         theirs = T.center_crop(T.resize(image, [32]), [28])
         assert (ours.int() - T.pil_to_tensor(theirs).int()).abs().max() <= 1
-    decoded = decode(jpegs, 28, shorter=shorter_side("imagenet", 28))[0]
+    decoded = decode_files(jpegs, 28, shorter=resize_size("imagenet", 28))[0]
     assert torch.equal(decoded, images)
 
 
 def test_a_part_of_files_is_chosen_as_of_a_tensor(jpegs):
-    files = Files(jpegs, 28, workers=0)
+    files = ImageFiles(jpegs, 28, workers=0)
     images = torch.cat(list(files.split(5)))
     mask = torch.tensor([True, False, False, True, False])
     for chosen in (torch.tensor([3, 1]), mask, slice(1, 4), slice(None, None, 2)):
@@ -168,7 +175,7 @@ def test_crops_go_into_views(jpegs):
     """From a file to its two views: decoded and cut once, then normalised; here without chance."""
     still = Augmentation((0.3, 0.9), jitter_p=0.0, gray_p=0.0, flip_p=0.0)
     views = make_views(2, still)
-    (batch,) = Loader(Files(jpegs, 32, 0), 5, 1, torch.arange(5), views=views).epoch(0)
+    (batch,) = Loader(ImageFiles(jpegs, 32, 0), 5, 1, torch.arange(5), views=views).epoch(0)
     found = views(batch)
     assert len(found) == 2
     for i, x in enumerate(found):
@@ -180,10 +187,10 @@ def test_crops_go_into_views(jpegs):
 def test_a_bad_file_in_a_run_is_named(jpegs, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(Path(jpegs[0]).read_bytes()[:-200])
-    files = Files([*jpegs, str(bad)], 16, workers=1)
-    with pytest.raises(BadImage, match=r"bad\.jpg: cannot be read .*--bad_images skip"):
+    files = ImageFiles([*jpegs, str(bad)], 16, workers=1)
+    with pytest.raises(UnreadableImageError, match=r"bad\.jpg: cannot be read .*--bad_images skip"):
         list(files.split(2))
-    with pytest.raises(BadImage, match=r"bad\.jpg: cannot be read .*--bad_images skip"):
+    with pytest.raises(UnreadableImageError, match=r"bad\.jpg: cannot be read .*--bad_images skip"):
         list(Loader(files, 3, views=make_views()).epoch(0))
 
 
@@ -191,19 +198,19 @@ def test_what_is_skipped_is_known_before_the_first_epoch(jpegs, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
     files = [jpegs[0], str(bad), jpegs[1]]
-    assert readable(files, 1, "error") == (files, {})  # looks at none of them
-    good, reasons = readable(files, 1, "skip")
+    assert filter_readable(files, 1, "error") == (files, {})  # looks at none of them
+    good, reasons = filter_readable(files, 1, "skip")
     assert good == jpegs[:2]
     assert list(reasons) == [1]
     assert "bad.jpg: cannot be read" in reasons[1]
     with pytest.raises(ValueError, match=r"bad\.jpg"):  # none is left
-        readable([str(bad)], 1, "skip")
+        filter_readable([str(bad)], 1, "skip")
 
 
 def test_workers_leave_signals_to_the_run(jpegs):
     """Ctrl-C and a scheduler's SIGTERM go to all of a run's processes; its step is still to end."""
     before = multiprocessing.active_children()
-    loader = Loader(Files(20 * jpegs, 16, workers=2), 5, views=make_views())
+    loader = Loader(ImageFiles(20 * jpegs, 16, workers=2), 5, views=make_views())
     batches = loader.epoch(0)
     next(batches), next(batches)  # of one worker each: both are at work
     workers = [one for one in multiprocessing.active_children() if one not in before]
@@ -223,9 +230,9 @@ def test_a_checksum_tells_images_apart_and_follows_files_that_move(jpegs, tmp_pa
     changed = images.clone()
     changed[1, 2, 1, 1] += 1
     assert images_checksum(images) != images_checksum(changed)
-    files = Files(jpegs, 32)
+    files = ImageFiles(jpegs, 32)
     moved = [shutil.copy(path, tmp_path) for path in jpegs]
-    assert images_checksum(Files(moved, 32)) == images_checksum(files)
+    assert images_checksum(ImageFiles(moved, 32)) == images_checksum(files)
     assert images_checksum(files[:4]) != images_checksum(files)
     assert images_checksum(files[torch.tensor([1, 0, 2, 3, 4])]) != images_checksum(files)
 

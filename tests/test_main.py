@@ -19,10 +19,10 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.data.decode import DecodeOptions
-from simsiam.data.loader import Data, Files
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.loader import Data, ImageFiles
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import simsiam as network
@@ -83,9 +83,9 @@ def photos(tmp_path_factory):
     """A folder as ImageNet's: 120 images to train on and 40 to score with, of three modes."""
     root = tmp_path_factory.mktemp("photos")
     for split, number, seed in [("train", 120, 1), ("val", 40, 2)]:
-        images, labels = textures(number, seed)
+        images, labels = make_textures(number, seed)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            path = root / split / TEXTURES[label] / f"{i}.jpg"
+            path = root / split / TEXTURE_CLASSES[label] / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((40 + i % 9, 40))
             image.convert(("RGB", "L", "CMYK")[i % 3]).save(path)
@@ -140,7 +140,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         "optimizer probe seconds step tally version"
     )
     assert state["args"].keys() == main.make_flags().defaults.keys()  # flags, and nothing else
-    assert (state["command"], state["classes"]) == ("main.py", list(TEXTURES))
+    assert (state["command"], state["classes"]) == ("main.py", list(TEXTURE_CLASSES))
     mean, std = NORMALISATION["cifar"]
     encoder = {"arch": "resnet8", "stem": "cifar", "width": 4, "image_size": 32}
     assert state["encoder"] == encoder | {"mean": mean, "std": std}
@@ -461,7 +461,7 @@ def test_compile_trains_the_same_network(tmp_path):
 
 
 def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
-    images, _ = textures(24, seed=3)
+    images, _ = make_textures(24, seed=3)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).resize((40, 48)).save(tmp_path / f"{i}.png")
     main.main(
@@ -474,7 +474,7 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
     assert table["test_acc@1"].isna().all()
     encoder = LoadedCheckpoint.open(tmp_path / "r" / "folder_resnet18_16_200_8_1_model.pth")
     of_photos_alone = DecodeOptions(exclude=("r",))  # not of the pictures that the run has drawn
-    images = load("folder", tmp_path, 16, reading=of_photos_alone).train_images
+    images = load_dataset("folder", tmp_path, 16, decode=of_photos_alone).train_images
     augmentation, mean, std = VIEWS["imagenet"]
     views, seen = Views(16, mean, std, augmentation, number=1), []
     for epoch in range(2):  # two views of each image
@@ -711,7 +711,7 @@ def test_views_stand_beside_their_own_image(tmp_path, in_files, more):
     if in_files:
         for i, colour in enumerate(colours):
             Image.new("RGB", (32, 32), colour).save(tmp_path / f"{i}.png")
-        images = Files([tmp_path / f"{i}.png" for i in range(16)], 32, workers=0)
+        images = ImageFiles([tmp_path / f"{i}.png" for i in range(16)], 32, workers=0)
     views = Views(32, *NORMALISATION["cifar"], Augmentation(jitter_p=0.0, gray_p=0.0), **more)
     path = tmp_path / "a_views.png"
     pictures.draw_views(str(path), "a", images, views, 0)
@@ -843,7 +843,7 @@ def test_tensorboard_gets_scalars_pictures_and_features(photos, tmp_path, capsys
     torch.testing.assert_close(torch.tensor(found).float(), wanted, atol=1e-4, rtol=0)
     metadata = (folder / "metadata.tsv").read_text().split()
     assert metadata == sorted(metadata)  # as the folders are
-    assert {name: metadata.count(name) for name in metadata} == dict.fromkeys(TEXTURES, 4)
+    assert {name: metadata.count(name) for name in metadata} == dict.fromkeys(TEXTURE_CLASSES, 4)
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     assert "pip install tensorboard" in refused(capsys, *TINY.split(), "--tensorboard")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from simsiam.data.loader import Data, evenly_spaced
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation import metrics
 from simsiam.training.collapse import (
     Meters,
@@ -207,9 +207,9 @@ class Pixels(nn.Module):
 @pytest.fixture(scope="module")
 def watched():
     """Textures: 200 training images, of which each third has no label, and 50 test images."""
-    images, labels = textures(200, seed=1)
+    images, labels = make_textures(200, seed=1)
     labels[::3] = -1
-    return Data(images, labels, *textures(50, seed=2), list(TEXTURES))
+    return Data(images, labels, *make_textures(50, seed=2), list(TEXTURE_CLASSES))
 
 
 VIEWS = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 import main
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.data.loader import Loader
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.models import simsiam as network
 from simsiam.runtime.files import read_csv
 from simsiam.training import checkpoint
@@ -128,7 +128,7 @@ def loop(images, labels):
 @pytest.mark.parametrize("unlabelled", [slice(0), slice(0, 48, 3), slice(None)])
 def test_two_epochs_of_it_are_pytorch_s(unlabelled):
     """Of two steps each; all labels, some of them, none."""
-    images, labels = textures(32, seed=1)
+    images, labels = make_textures(32, seed=1)
     labels[unlabelled] = -1
     net, seen, probe, loader, steps = loop(images, labels)
     by_hand = ByHand(net.features, 10, 16, 2)
@@ -201,7 +201,7 @@ def test_its_column_is_there_where_a_knn_is(tmp_path, capsys):
     # Before the training the head is zero: there is nothing to measure.
     assert table["probe_acc@1"].isna().tolist() == [True, True, False, False]
     state = state_of(tmp_path, "a")
-    net, images = checkpoint.network(state).eval(), load("textures", "")
+    net, images = checkpoint.network(state).eval(), load_dataset("textures", "")
     bank = images.subset(96, 0).train_images
     with torch.no_grad():
         bank, features = (
@@ -229,7 +229,7 @@ def test_its_column_is_there_where_a_knn_is(tmp_path, capsys):
 
 def write(folder, number, seed):
     folder.mkdir(parents=True)
-    for i, image in enumerate(textures(number, seed)[0].permute(0, 2, 3, 1).numpy()):
+    for i, image in enumerate(make_textures(number, seed)[0].permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(folder / f"{i}.png")
 
 

@@ -25,9 +25,9 @@ from PIL import Image
 
 import linear
 import main
-from simsiam.data.datasets import load
-from simsiam.data.loader import Files, Loader
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.datasets import load_dataset
+from simsiam.data.loader import ImageFiles, Loader
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.runtime import distributed
 from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor
@@ -65,7 +65,7 @@ def image_files(root, number=240, side=64):
     rng = np.random.default_rng(0)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03junk"
     for split, many, seed in (("train", number, 1), ("val", 61, 2)):
-        for i, (image, label) in enumerate(zip(*textures(many, seed), strict=True)):
+        for i, (image, label) in enumerate(zip(*make_textures(many, seed), strict=True)):
             file = io.BytesIO()
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
             image = image.resize(tuple(rng.integers(side, 2 * side, 2).tolist()))
@@ -74,7 +74,7 @@ def image_files(root, number=240, side=64):
             content = file.getvalue()
             if i % 10 == 7:
                 content = content[:2] + b"\xff\xe1" + struct_size(exif) + exif + content[2:]
-            path = Path(root, split, TEXTURES[label], f"{i}.jpg")
+            path = Path(root, split, TEXTURE_CLASSES[label], f"{i}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     return root
@@ -92,7 +92,7 @@ def shard_files(folder, root, each=30):
         for first in range(0, len(files), each):
             with tarfile.open(folder / f"{split}-{first // each:06d}.tar", "w") as archive:
                 for path in files[first : first + each]:
-                    label = str(TEXTURES.index(path.parent.name)).encode()
+                    label = str(TEXTURE_CLASSES.index(path.parent.name)).encode()
                     for end, content in (("cls", label), ("jpg", path.read_bytes())):
                         info = tarfile.TarInfo(f"images/{path.stem}.{end}")
                         info.size = len(content)
@@ -170,7 +170,7 @@ def test_every_row_has_one_rank():
 @pytest.mark.parametrize("looks", [1, 2])
 @pytest.mark.parametrize("files", [False, True])
 def test_views_and_order_do_not_depend_on_ranks_and_workers(tmp_path, monkeypatch, files, looks):
-    images, labels = textures(50, seed=1)
+    images, labels = make_textures(50, seed=1)
     found = []
     if files:
         paths = sorted(map(str, image_files(tmp_path, 50).rglob("train/*/*.jpg")))
@@ -182,7 +182,7 @@ def test_views_and_order_do_not_depend_on_ranks_and_workers(tmp_path, monkeypatc
             monkeypatch.setattr(dist, "get_world_size", lambda: count)  # noqa: B023
             blurred = Augmentation(blur_p=0.5)
             views = Views(24, (0.5,) * 3, (0.2,) * 3, blurred, looks, seed=3)
-            source = Files(paths, 24, workers) if files else images
+            source = ImageFiles(paths, 24, workers) if files else images
             loader = Loader(source, 16, 3, labels, keep_last=True, views=views)
             parts = []
             for batch in loader.epoch(1, 1):
@@ -256,7 +256,7 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(done, place, capsys):
         checkpoint.network(state),
         state["encoder"],
     )
-    images = load("imagenet", root, 32, 0).subset(100, 0)
+    images = load_dataset("imagenet", root, 32, 0).subset(100, 0)
     views = Views(32, encoder["mean"], encoder["std"])
     off = torch.autocast("cpu", enabled=False)
     again = Monitor(net, views, images, args, 0.05, off).measure()
@@ -458,13 +458,13 @@ def test_features_of_files_are_sent_by_workers_in_small_parts(tmp_path, monkeypa
             yield part
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", watched)
-    files = Files(paths, 32, workers=2)
+    files = ImageFiles(paths, 32, workers=2)
     chunks = list(files.split(100))
     assert [len(chunk) for chunk in chunks] == [100, 50]
     assert sum(sent) == 150
     assert max(sent) <= 64
     monkeypatch.undo()
-    one_by_one = torch.cat(list(Files(paths, 32, workers=0).split(1)))
+    one_by_one = torch.cat(list(ImageFiles(paths, 32, workers=0).split(1)))
     assert torch.equal(torch.cat(chunks), one_by_one)
 
 
@@ -498,14 +498,14 @@ def shards(tmp_path_factory):
 
 def streams(shards, count, workers, epoch, start=0, whole=False, size=None):
     """Each rank's batches of an epoch, as bytes of the single images."""
-    images = load("webdataset", shards, 32, workers)
+    images = load_dataset("webdataset", shards, 32, workers)
     images = images.subset(size, 0) if size else images
     augmentation = Augmentation(crop_scale=(1.0, 1.0) if whole else (0.2, 1.0))
     found = []
     for rank in range(count):
         share = partial(distributed.slice_for_rank, rank=rank, count=count)
         views = Views(32, (0,) * 3, (1,) * 3, augmentation)
-        loader = Loader(images.train_images, 24, views=views, share=share)
+        loader = Loader(images.train_images, 24, views=views, local_slice=share)
         steps = [batch.images for batch in loader.epoch(epoch, start)]
         assert len(steps) == len(loader) - start
         found.append([[image.numpy().tobytes() for image in batch] for batch in steps])
@@ -555,14 +555,14 @@ def test_shards_go_on_after_any_step(shards):
 
 def test_shards_are_judged_like_files(shards):
     """Their labels and pixels, each by its own name, are those of the files in them."""
-    found = load("webdataset", shards, 32, 0)
-    files = load("imagenet", shards.parent / "images", 32, 0)
+    found = load_dataset("webdataset", shards, 32, 0)
+    files = load_dataset("imagenet", shards.parent / "images", 32, 0)
     assert len(found.train_images) == 240
     names = [member.key.split("/")[-1] for member in found.train_images.paths]
     order = {Path(path).stem: i for i, path in enumerate(files.train_images.paths)}
     where = torch.tensor([order[name] for name in names])
     assert [int(found.classes[i]) for i in found.train_labels] == [
-        TEXTURES.index(files.classes[i]) for i in files.train_labels[where]
+        TEXTURE_CLASSES.index(files.classes[i]) for i in files.train_labels[where]
     ]
     for part in (slice(0, 3), slice(100, 103)):
         mine, theirs = (

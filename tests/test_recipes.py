@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import main
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.training import checkpoint
 from simsiam.training.recipes import RECIPES, VIEWS, augmentation_of
 from simsiam.training.run import Run
@@ -142,7 +142,7 @@ def test_mean_and_std_are_measured_once_and_kept(tmp_path, capsys):
     assert "measured on the training images: mean 0." in capsys.readouterr().out
     args = main.make_flags().read(TINY.split())[0]
     pixels = main.images_of(args).train_images.double() / 255
-    assert len(pixels) == 64 < len(textures(100, 1)[0])
+    assert len(pixels) == 64 < len(make_textures(100, 1)[0])
     assert views.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-12)
     std = pixels.transpose(0, 1).flatten(1).std(1, correction=0)
     assert views.std == pytest.approx(std.tolist(), abs=1e-12)

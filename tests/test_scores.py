@@ -9,7 +9,7 @@ from lightly.loss.hypersphere_loss import HypersphereLoss
 from PIL import Image
 from torch import nn
 
-from simsiam.data.loader import Files
+from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics, scores
 from simsiam.models.simsiam import SimSiam
 from simsiam.views.augment import Augmentation, Views
@@ -353,7 +353,7 @@ def test_scores_of_files_are_those_of_their_images(tmp_path):
     paths = [str(tmp_path / f"{i}.png") for i in range(6)]
     for path, image in zip(paths, pixels(6, size=12), strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    files = Files(paths, 8, workers=0)
+    files = ImageFiles(paths, 8, workers=0)
     images = torch.cat(list(files.split(6)))
     in_files, in_memory = (
         scores.unlabelled_scores(small_net(), make_views(), of, OFF, **NUMBERS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import main
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.evaluation import scores as library
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.views.augment import Augmentation, Views
@@ -92,7 +92,7 @@ def test_a_table_of_runs_is_the_library_s_and_is_gone_on_with(runs, tmp_path, ca
     assert table["data"].tolist() == ["textures, 200 images"] * 2
     source = LoadedCheckpoint.open(runs[1])
     views = Views(32, *(source.encoder[key] for key in ("mean", "std")), Augmentation())
-    images = load("textures", "").subset(200, 1).train_images
+    images = load_dataset("textures", "").subset(200, 1).train_images
     wanted = library.unlabelled_scores(source.net, views, images, OFF, 0)
     for name, value in wanted.items():
         assert table[name][1] == pytest.approx(value, rel=1e-4, nan_ok=True), name

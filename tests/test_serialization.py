@@ -23,7 +23,7 @@ from PIL import Image
 
 import linear
 import main
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.interop import weights
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import reader
@@ -252,7 +252,7 @@ def test_there_is_one_reader(tmp_path):
 
 
 def test_a_shard_s_name_is_no_command(tmp_path, monkeypatch, capsys):
-    shards, pixels = tmp_path / "tars", textures(16, seed=0)[0].permute(0, 2, 3, 1).numpy()
+    shards, pixels = tmp_path / "tars", make_textures(16, seed=0)[0].permute(0, 2, 3, 1).numpy()
     shards.mkdir()
     (tmp_path / "images").mkdir()
     for i, image in enumerate(pixels):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from sklearn.neighbors import NearestNeighbors
 
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import open_encoder
 from tests import helpers
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images") / "mine"
     for place in ("train/a", "other/b/c"):
         (root / place).mkdir(parents=True)
-    for i, image in enumerate(textures(40, 3)[0]):
+    for i, image in enumerate(make_textures(40, 3)[0]):
         path = root / ("train/a" if i % 2 else "other/b/c") / f"{i}.png"
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     one = root / "train" / "a" / "7.png"
@@ -79,7 +79,7 @@ def test_a_copy_and_a_brightened_image_are_found_first(encoder, folder, tmp_path
 def test_its_nearest_are_scikit_learn_s(encoder, folder, tmp_path):
     files = sorted(folder.rglob("*.png"))
     queries = [tmp_path / f"{i}.png" for i in range(6)]
-    for path, image in zip(queries, textures(6, 9)[0], strict=True):
+    for path, image in zip(queries, make_textures(6, 9)[0], strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     rows = found(tmp_path / "s.pdf", *flags_of(encoder, folder), "--query", *queries, "--top", 5)
     source = open_encoder(encoder)

@@ -10,22 +10,22 @@ from PIL import Image
 
 import main
 from simsiam.data import survey
-from simsiam.data.loader import Data, Files
-from simsiam.data.survey import Seen
+from simsiam.data.loader import Data, ImageFiles
+from simsiam.data.survey import Survey
 from simsiam.training.recipes import RECIPES
 from tests import helpers
 
 USUAL = RECIPES["cifar"]
-COLOURFUL = Seen(
-    number=20,
-    looked=20,
+COLOURFUL = Survey(
+    total=20,
+    sampled=20,
     sizes=[(60, 40)] * 20,
     modes=Counter(RGB=20),
-    side=40,
-    gray=0,
-    copies=0,
-    varied=60.0,
-    classes={},
+    image_size=40,
+    gray_count=0,
+    duplicates=0,
+    pixel_std=60.0,
+    class_sizes={},
     mean=(0.5, 0.5, 0.4),
 )
 
@@ -33,7 +33,7 @@ COLOURFUL = Seen(
 def data_of(images, labels=(), classes=(), files=()):
     images = torch.as_tensor(images, dtype=torch.uint8)
     labels = torch.tensor(labels or [-1] * len(images))
-    return Data(images, labels, None, None, list(classes), files=files)
+    return Data(images, labels, None, None, list(classes), train_files=files)
 
 
 def test_mean_and_std_of_a_few_pixels():
@@ -42,7 +42,7 @@ def test_mean_and_std_of_a_few_pixels():
     images[1, 0] = 255
     images[:, 1] = 51
     images[1, 2, 0, 1] = 255
-    mean, std = survey.measured(images)
+    mean, std = survey.measure_channels(images)
     assert mean == pytest.approx((0.5, 0.2, 0.25), abs=1e-12)
     assert std == pytest.approx((0.5, 0.0, (3 / 16) ** 0.5), abs=1e-12)
 
@@ -50,17 +50,17 @@ def test_mean_and_std_of_a_few_pixels():
 def test_mean_of_images_in_files(tmp_path):
     for i, level in enumerate((0, 51, 102)):
         Image.new("RGB", (20, 20), (level, 0, 255)).save(tmp_path / f"{i}.png")
-    files = Files([tmp_path / f"{i}.png" for i in range(3)], 8, workers=0)
-    assert survey.measured(files)[0] == pytest.approx((0.2, 0.0, 1.0), abs=1e-12)
+    files = ImageFiles([tmp_path / f"{i}.png" for i in range(3)], 8, workers=0)
+    assert survey.measure_channels(files)[0] == pytest.approx((0.2, 0.0, 1.0), abs=1e-12)
 
 
 def test_a_channel_without_contrast_is_refused():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="--std auto: a channel"):
-        survey.colours(Namespace(mean=(0.5, 0.5, 0.5), std="auto"), images)
+        survey.channel_stats(Namespace(mean=(0.5, 0.5, 0.5), std="auto"), images)
     given = {"mean": (0.1, 0.2, 0.3), "std": (0.2, 0.2, 0.2)}
-    assert survey.colours(Namespace(**given), images) == given
-    found = survey.colours(Namespace(mean="auto", std=given["std"]), images)
+    assert survey.channel_stats(Namespace(**given), images) == given
+    found = survey.channel_stats(Namespace(mean="auto", std=given["std"]), images)
     assert found == {"mean": (0.0, 0.0, 0.0), "std": given["std"]}
 
 
@@ -72,42 +72,42 @@ def test_what_a_survey_sees(tmp_path):
     Image.new("RGB", (10, 50)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_text("no image")
     files = [tmp_path / f"{name}.png" for name in "abc"]
-    seen = survey.see(data_of(images, [0, 1, 1, 1, -1], ["cat", "dog"], files))
-    assert (seen.number, seen.looked, seen.side) == (5, 5, 4)
+    seen = survey.survey_images(data_of(images, [0, 1, 1, 1, -1], ["cat", "dog"], files))
+    assert (seen.total, seen.sampled, seen.image_size) == (5, 5, 4)
     assert seen.sizes == [(30, 20), (10, 50)]
     assert seen.modes == {"L": 1, "RGB": 1}
-    assert (seen.gray, seen.copies) == (3, 1)
-    assert seen.classes == {"cat": 1, "dog": 3}
+    assert (seen.gray_count, seen.duplicates) == (3, 1)
+    assert seen.class_sizes == {"cat": 1, "dog": 3}
     assert seen.mean == pytest.approx((435 / 1275, 180 / 1275, 189 / 1275))
     levels = np.array(colours)
-    assert seen.varied == pytest.approx(levels.std(0, ddof=1).mean(), rel=1e-5)
+    assert seen.pixel_std == pytest.approx(levels.std(0, ddof=1).mean(), rel=1e-5)
 
 
 def test_a_survey_looks_at_a_sample(monkeypatch):
-    monkeypatch.setattr(survey, "SAMPLE", 10)
-    seen = survey.see(data_of(torch.zeros(99, 3, 2, 2)))
-    assert (seen.number, seen.looked, seen.copies) == (99, 10, 9)
+    monkeypatch.setattr(survey, "SURVEY_SIZE", 10)
+    seen = survey.survey_images(data_of(torch.zeros(99, 3, 2, 2)))
+    assert (seen.total, seen.sampled, seen.duplicates) == (99, 10, 9)
 
 
 def test_what_is_described():
-    line = survey.described(COLOURFUL)
+    line = survey.summarize(COLOURFUL)
     assert line == (
         "a look at 20 training images: 60 x 40 pixels (median shorter side 40); 20 RGB; none "
         "grayscale; no exact copies"
     )
-    assert survey.described(COLOURFUL._replace(classes={"cat": 10, "dog": 10})) == (
+    assert survey.summarize(COLOURFUL._replace(class_sizes={"cat": 10, "dog": 10})) == (
         line + "; 10 images of each class"
     )
     seen = COLOURFUL._replace(
-        number=5000,
-        looked=1000,
+        total=5000,
+        sampled=1000,
         sizes=[(20, 18), (640, 480), (30, 25)],
         modes=Counter(L=1, RGB=2),
-        gray=1000,
-        copies=1,
-        classes={"cat": 12, "dog": 4000, "eel": 88},
+        gray_count=1000,
+        duplicates=1,
+        class_sizes={"cat": 12, "dog": 4000, "eel": 88},
     )
-    assert survey.described(seen) == (
+    assert survey.summarize(seen) == (
         "a look at 1,000 of 5,000 training images: 20 x 18 to 640 x 480 pixels (median shorter "
         "side 25); 2 RGB, 1 L; all grayscale; 1 exact copy; classes of 12 (cat) to 4,000 (dog) "
         "images"
@@ -118,44 +118,44 @@ def test_what_is_described():
     ("change", "flags", "told"),
     [
         ({}, {}, ""),
-        ({"gray": 19}, {}, ""),
+        ({"gray_count": 19}, {}, ""),
         (
-            {"gray": 20},
+            {"gray_count": 20},
             {},
             "all images are grayscale: colour jitter of saturation and hue does nothing: "
             "--jitter 0.4 0.4 0 0 --gray_p 0, or --channels 1",
         ),
-        ({"gray": 20}, {"jitter": (0.4, 0.4, 0.0, 0.0), "gray_p": 0.0}, ""),
+        ({"gray_count": 20}, {"jitter": (0.4, 0.4, 0.0, 0.0), "gray_p": 0.0}, ""),
         (
-            {"side": 16},  # sqrt(0.2) * 16 = 7.2; sqrt(0.3) * 16 = 8.8
+            {"image_size": 16},  # sqrt(0.2) * 16 = 7.2; sqrt(0.3) * 16 = 8.8
             {},
             "the images are tiny: a crop of 0.2 of 16 x 16 pixels is 7 wide: --crop_scale 0.3 1",
         ),
-        ({"side": 16}, {"crop_scale": (0.3, 1.0)}, ""),
+        ({"image_size": 16}, {"crop_scale": (0.3, 1.0)}, ""),
         (
             {"mean": (0.5, 0.5, 0.9)},
             {},
             "their mean, 0.50 0.50 0.90, is far from --mean: --mean auto --std auto",
         ),
         ({"mean": (0.5, 0.5, 0.9)}, {"mean": "auto"}, ""),
-        ({"mean": (0.5,), "gray": 20}, {"mean": "auto"}, ""),  # one channel
+        ({"mean": (0.5,), "gray_count": 20}, {"mean": "auto"}, ""),  # one channel
         (
-            {"modes": Counter({"I;16": 20}), "brightest": 15},  # 12 bits: 4095 // 256
+            {"modes": Counter({"I;16": 20}), "max_value": 15},  # 12 bits: 4095 // 256
             {},
             "the values of 16 bits are below 4,096, so that only 16 of 256 levels are used: "
             "--levels 0 4095",
         ),
-        ({"modes": Counter({"I;16": 20}), "brightest": 15}, {"levels": (0, 4095)}, ""),
-        ({"brightest": 15}, {}, ""),  # 8 bits
+        ({"modes": Counter({"I;16": 20}), "max_value": 15}, {"levels": (0, 4095)}, ""),
+        ({"max_value": 15}, {}, ""),  # 8 bits
         (
-            {"varied": 3.04},
+            {"pixel_std": 3.04},
             {},
             "the images hardly differ (by 3.0 of 255 levels): look at --show_views",
         ),
     ],
 )
 def test_flags_are_advised_where_they_would_suit(change, flags, told):
-    assert survey.advice(COLOURFUL._replace(**change), USUAL | flags) == told
+    assert survey.suggest_flags(COLOURFUL._replace(**change), USUAL | flags) == told
 
 
 def test_a_folder_s_images_are_surveyed_in_two_lines(tmp_path, capsys):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import linear
 import main
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.models import simsiam as network
 from simsiam.runtime.files import RunError, read_csv
 from simsiam.training import checkpoint
@@ -311,7 +311,7 @@ def test_features_label_as_training_and_replace_nothing_unasked(runs, tmp_path, 
     found.append(
         pandas.DataFrame({name: arrays[f"{name}s"] for name in ("file", "split", "label")})
     )
-    data = load("folder", root)
+    data = load_dataset("folder", root)
     classes = [data.classes[i] for i in (*data.train_labels, *data.test_labels)]
     for table in found:
         assert table["split"].tolist() == ["train"] * 3 + ["test"]

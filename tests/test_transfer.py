@@ -14,9 +14,9 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 import linear
-from simsiam.data.datasets import load
-from simsiam.data.loader import subset
-from simsiam.data.textures import textures
+from simsiam.data.datasets import load_dataset
+from simsiam.data.loader import balanced_subset
+from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from tests import helpers
@@ -34,7 +34,7 @@ def encoder(tmp_path_factory):
 
 def save(root, sizes, seed):
     """Images at `root`, such as x/train: of each class, one of CLASSES or "", so many."""
-    images, labels = textures(600, seed)
+    images, labels = make_textures(600, seed)
     for name, number in sizes.items():
         for i, image in enumerate(images[labels == CLASSES.get(name, 1)][:number]):
             path = root / name / f"{i}.png"
@@ -102,10 +102,10 @@ def test_its_numbers_are_scikit_learn_s_and_the_knn_s(kind, encoder, folder, tmp
         flags, root, size = ("--data_name", "textures", "--train_size", 120), "data", 120
     flags = (*flags, "--model_path", encoder, "--seed", 5)
     row = transferred(tmp_path / "t.csv", *flags).iloc[0]
-    source, images = LoadedCheckpoint.open(encoder), load(kind, root, 32)
-    images = images.chosen(images.train_labels >= 0)
+    source, images = LoadedCheckpoint.open(encoder), load_dataset(kind, root, 32)
+    images = images.select(images.train_labels >= 0)
     if size:
-        images = images.chosen(subset(images.train_labels, size, 5))
+        images = images.select(balanced_subset(images.train_labels, size, 5))
     labels, truth = images.train_labels.numpy(), images.test_labels.numpy()
     out = transfer.held_out(images.train_labels, 5).numpy()
     train, pixels = arrays(source, images.train_images)

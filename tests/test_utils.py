@@ -18,9 +18,9 @@ from PIL import Image
 import linear
 import main
 import utils
-from simsiam.data.decode import BadImage
+from simsiam.data.decode import UnreadableImageError
 from simsiam.data.loader import Data
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.models import simsiam as network
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import devices
@@ -283,7 +283,7 @@ def test_mistakes_of_ours_keep_their_traceback():
     ("error", "code", "line"),
     [
         (RunError("the disk is full"), 1, "some.py: the disk is full\n"),
-        (BadImage("a.jpg: cannot be read"), 2, "some.py: a.jpg: cannot be read\n"),
+        (UnreadableImageError("a.jpg: cannot be read"), 2, "some.py: a.jpg: cannot be read\n"),
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
@@ -400,7 +400,7 @@ def test_auto_is_the_accelerator_that_is_there(monkeypatch):
 
 def test_a_run_introduces_itself(capsys):
     net = SimSiam("resnet8", feature_dim=64)
-    images, labels = textures(30, seed=1)
+    images, labels = make_textures(30, seed=1)
     data = Data(images, labels, images[:7], labels[:7], list("abcdefghij"))
     counts = network.params_and_flops(net, 32)
     columns = utils.print_summary(

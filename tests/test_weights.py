@@ -17,7 +17,7 @@ import hubconf
 import linear
 import main
 from simsiam.data import decode
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.interop import weights
 from simsiam.interop.weights import LoadedCheckpoint, Predictor
 from simsiam.models.simsiam import SimSiam
@@ -94,7 +94,7 @@ def test_a_source_of_ours(tmp_path, classes):
     assert source.state.keys() == checkpoint.FORMAT.keys() - {"model", "optimizer"}
     assert (source.is_linear, source.notes, source.data_name) == (bool(classes), [], "textures")
     assert source.classes == ([f"class {i}" for i in range(classes)] if classes else [])
-    pixels = textures(5, seed=3)[0]
+    pixels = make_textures(5, seed=3)[0]
     off = torch.autocast("cpu", enabled=False)
     expected = net.backbone(Views(48, *NORMALISATION["imagenet"]).eval_transform(pixels))
     torch.testing.assert_close(source.features(pixels, off), expected)
@@ -286,9 +286,9 @@ def test_a_run_starts_from_the_weights_of_init(tmp_path):
 def texture_folder(root):
     """Textures as files, some of them to score with."""
     for split, number in (("train", 40), ("test", 20)):
-        pixels, labels = textures(number, seed=number)
+        pixels, labels = make_textures(number, seed=number)
         for i, label in enumerate(labels.tolist()):
-            place = root / split / TEXTURES[label]
+            place = root / split / TEXTURE_CLASSES[label]
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).save(place / f"{i}.png")
     return root
@@ -424,7 +424,7 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
     net, path = ours(tmp_path, stem="cifar", classes=4)
     predictor = Predictor(LoadedCheckpoint.open(path))
     files = sorted(pictures(tmp_path / "images").rglob("*.png"))
-    pixels, _ = decode.decode(files, predictor.size, shorter=predictor.shorter)
+    pixels, _ = decode.decode_files(files, predictor.size, shorter=predictor.shorter)
     views = Views(48, *NORMALISATION["imagenet"])
     with torch.no_grad():
         expected = net(views.eval_transform(pixels)).softmax(1)

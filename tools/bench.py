@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/bench.py
 import linear
 import main
 import utils
-from simsiam.data.loader import Data, Files, Loader
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.loader import Data, ImageFiles, Loader
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation import metrics
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, files
@@ -158,7 +158,7 @@ def bench_precision() -> Iterator[Row]:
 
 def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
     """resnet20 on 5,000 textures: an epoch and the kNN at its end, against lightly's example."""
-    images = Data(*textures(5000, seed=1), *textures(1000, seed=2), list(TEXTURES))
+    images = Data(*make_textures(5000, seed=1), *make_textures(1000, seed=2), list(TEXTURE_CLASSES))
     seconds, accuracies = ([], []), ([], [])
     for seed in range(seeds):
         # lr 0.06, as in lightly's example
@@ -285,7 +285,7 @@ def bench_jpeg(number: int = 256, batch: int = 64) -> Iterator[Row]:
         paths = [f"{place}/{i}.jpg" for i in range(number)]
         print(f"jpeg: {sum(map(os.path.getsize, paths)) / number / 1000:.0f} kB a file")
         views = views_of("imagenet", 224)
-        loader = Loader(Files(paths, 224, workers=1), batch, views=views)
+        loader = Loader(ImageFiles(paths, 224, workers=1), batch, views=views)
         with Peer(peers.torchvision_files, paths, recipe, batch) as torchvision:
             ours, theirs = in_turns(lambda: list(loader.epoch(0)), torchvision)
         crops = list(loader.epoch(0))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import utils
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.data.loader import Data
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots import curves as figures
@@ -47,8 +47,8 @@ def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None
     """
     saved = source.state["args"]
     place = saved["data_name"], data_root or saved["data_root"], source.encoder["image_size"]
-    how = {"reading": source.reading, "split_names": saved.get("split_names")}
-    images = load(*place, args["num_workers"], args["bad_images"], **how)
+    how = {"decode": source.reading, "split_names": saved.get("split_names")}
+    images = load_dataset(*place, args["num_workers"], args["bad_images"], **how)
     size = saved["train_size"]
     return images if size is None else images.subset(size, saved["seed"])
 

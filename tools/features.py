@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/features
 
 import utils
 from simsiam.data import folders
-from simsiam.data.decode import decode, ignore_pil_warnings
+from simsiam.data.decode import decode_files, ignore_pil_warnings
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.runtime import devices, distributed
@@ -34,9 +34,9 @@ def listed(root: Path, split_names: list[str] | None) -> pandas.DataFrame:
     Where the folder has no splits, the first folder within it is a file's label.
     """
     rows = []
-    found = folders.find(root, split_names, scored=False)
-    distributed.log(found.line)
-    for split, part in (("train" if found.split else "", found.train), ("test", found.test)):
+    found = folders.find_images(root, split_names, scored=False)
+    distributed.log(found.summary)
+    for split, part in (("train" if found.has_splits else "", found.train), ("test", found.test)):
         pairs = zip(part.files, part.labels, strict=True) if part else ()
         rows += [(path, split, label or "") for path, label in pairs]
     return pandas.DataFrame(rows, columns=["file", "split", "label"])
@@ -66,7 +66,7 @@ def of_files(
     for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
         some = files[start : start + BATCH]
         cut = (views.size, args.num_workers, args.bad_images, source.shorter)
-        images, bad = decode(some, *cut, allow_none=True, reading=source.reading)
+        images, bad = decode_files(some, *cut, allow_none=True, options=source.reading)
         for reason in bad.values():
             distributed.log(reason)
         kept += [start + i for i in range(len(some)) if i not in bad]

@@ -13,7 +13,7 @@ from torch import Tensor
 import main
 import utils
 from simsiam.data.loader import Data, Loader
-from simsiam.data.textures import textures
+from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
@@ -148,7 +148,7 @@ def bench(*flags: str) -> Iterator[Row]:
     yield f"gpu: a matrix product, {dtype}", flops, None, None, "FLOP/s"
     yield "gpu: a copy", bandwidth, None, None, "B/s"
 
-    images, labels = (part.to(device) for part in textures(number * batch, seed=1))
+    images, labels = (part.to(device) for part in make_textures(number * batch, seed=1))
     parts = [Batch.alone(part) for part in images.split(batch)]
     (seconds,) = timed(device, lambda: [run.views(part) for part in parts])
     n = run.views.number * len(images)

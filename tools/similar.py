@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/similar.
 
 import utils
 from simsiam.data import arrays, folders
-from simsiam.data.decode import decode, ignore_pil_warnings
+from simsiam.data.decode import decode_files, ignore_pil_warnings
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots import sheets
@@ -59,9 +59,9 @@ def listed(root: Path) -> list[Path]:
     Raises FileNotFoundError or ValueError, naming it.
     """
     if not root.is_dir():
-        return folders.find(root, scored=False).train.files
+        return folders.find_images(root, scored=False).train.files
     listing = folders.list_folder(root, labelled=False)
-    distributed.log(folders.described(root, [("", listing)]).replace("no classes, ", ""))
+    distributed.log(folders.summarize(root, [("", listing)]).replace("no classes, ", ""))
     return listing.files
 
 
@@ -141,7 +141,7 @@ def sheet(
     tiles = tiles + [Tile()] * (-len(tiles) % columns)
     there = [tile.file is not None for tile in tiles]
     files = [tile.file for tile in tiles if tile.file is not None]
-    images, _ = decode(files, TILE, args.num_workers, reading=source.reading)
+    images, _ = decode_files(files, TILE, args.num_workers, options=source.reading)
     pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
     pixels[there] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
     rows = range(0, len(tiles), columns)

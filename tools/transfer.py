@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/transfer
 
 import utils
 from simsiam.data import folders
-from simsiam.data.datasets import DATA_NAMES, check_scored, load
+from simsiam.data.datasets import DATA_NAMES, check_has_test, load_dataset
 from simsiam.data.decode import ignore_pil_warnings
-from simsiam.data.loader import Data, Files, subset
+from simsiam.data.loader import Data, ImageFiles, balanced_subset
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.runtime import devices, distributed
@@ -57,7 +57,9 @@ class Problem(NamedTuple):
     test_labels: Tensor
 
     @classmethod
-    def of(cls, images: Data, embed: Callable[[Tensor | Files], Tensor], seed: int) -> "Problem":
+    def of(
+        cls, images: Data, embed: Callable[[Tensor | ImageFiles], Tensor], seed: int
+    ) -> "Problem":
         """That of a data set, with what `embed` makes of its images. Raises ValueError."""
         held = held_out(images.train_labels, seed)
         inputs, test = (embed(part).cpu() for part in (images.train_images, images.test_images))
@@ -74,7 +76,7 @@ def held_out(labels: Tensor, seed: int) -> Tensor:
     if len(classes) < 2:
         raise ValueError("the labelled training images are of fewer than two classes")
     ours = [torch.nonzero(labels == label)[:, 0] for label in classes]
-    spare = [own[subset(labels[own], len(own) // 2, seed)] for own in ours if len(own) > 1]
+    spare = [own[balanced_subset(labels[own], len(own) // 2, seed)] for own in ours if len(own) > 1]
     if not 0 < number // 10 <= sum(map(len, spare)):
         raise ValueError(
             f"{number} training images of {len(classes)} classes are too few: to choose C a tenth "
@@ -82,7 +84,7 @@ def held_out(labels: Tensor, seed: int) -> Tensor:
         )
     spare = torch.cat(spare)
     found = torch.zeros(number, dtype=torch.bool)
-    found[spare[subset(labels[spare], number // 10, seed)]] = True
+    found[spare[balanced_subset(labels[spare], number // 10, seed)]] = True
     return found
 
 
@@ -138,12 +140,12 @@ def logistic(problem: Problem, name: str, step: Callable[[], object]) -> tuple[n
 def labelled(args: Namespace, source: LoadedCheckpoint, root: str) -> Data:
     """The labelled images at a root, read as the encoder's own were. Raises ValueError, OSError."""
     how = (source.encoder["image_size"], args.num_workers, args.bad_images)
-    more = {"reading": source.reading, "split_names": args.split_names}
-    images = load(args.data_name, root, *how, **more)
-    check_scored(images.test_images, root)
-    for line in filter(None, (images.found, *images.bad)):
+    more = {"decode": source.reading, "split_names": args.split_names}
+    images = load_dataset(args.data_name, root, *how, **more)
+    check_has_test(images.test_images, root)
+    for line in filter(None, (images.summary, *images.unreadable)):
         distributed.log(line)
-    return images.chosen(images.train_labels >= 0)
+    return images.select(images.train_labels >= 0)
 
 
 def problems(
@@ -169,10 +171,10 @@ def problems(
     views, device = source.views, next(source.net.parameters()).device
     raw = metrics.raw_pixels(views.size)
 
-    def embed(part: Tensor | Files) -> Tensor:
+    def embed(part: Tensor | ImageFiles) -> Tensor:
         return metrics.features(raw, views.eval_transform, part.to(device), amp, normalise=False)
 
-    images = images.at_most(metrics.PIXELS_OF, args.seed)
+    images = images.limit(metrics.PIXELS_OF, args.seed)
     return known, features, Problem.of(images, embed, args.seed)
 
 
@@ -210,7 +212,7 @@ def opened(args: Namespace) -> LoadedCheckpoint:
     args.data_root = args.data_root or ["data"]
     if args.data_name in ("folder", "imagenet"):  # the last of many is not found missing at the end
         for root in args.data_root:
-            check_scored(folders.find(Path(root), args.split_names).test, root)
+            check_has_test(folders.find_images(Path(root), args.split_names).test, root)
     source = open_source(args)
     if source.is_linear:
         distributed.log(f"{args.model_path}: is a linear model, of which the encoder alone is used")

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-ARRAYS = (".npy",)
-TIFF = (".tif", ".tiff")
-MAGIC = b"\x93NUMPY"  # how an array begins, where its file has no name
+NUMPY_EXTENSIONS = (".npy",)
+TIFF_EXTENSIONS = (".tif", ".tiff")
+NUMPY_MAGIC = b"\x93NUMPY"  # how an array begins, where its file has no name
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MOST_CHANNELS = 32
-COLOUR = (1, 3)  # numbers of channels of which one is made of the other, as PIL does
+MAX_CHANNELS = 32
+PIL_CHANNELS = (1, 3)  # numbers of channels of which one is made of the other, as PIL does
 
 
-class Planes:
+class MultibandImage:
     """An image of any number of channels: PIL's images of bytes, cut and resized alike.
 
     It has those methods of PIL's images that are used here; as an array it is H x W x channels.
@@ -26,19 +26,19 @@ class Planes:
         self.planes = list(planes)
         self.size = self.width, self.height = self.planes[0].size
 
-    def crop(self, box: tuple) -> "Planes":
+    def crop(self, box: tuple) -> "MultibandImage":
         """The part of the image within left, top, right, bottom."""
-        return Planes(plane.crop(box) for plane in self.planes)
+        return MultibandImage(plane.crop(box) for plane in self.planes)
 
-    def resize(self, size: tuple[int, int], resample: int, box: tuple | None = None) -> "Planes":
+    def resize(self, size: tuple[int, int], resample: int, box: tuple | None = None) -> "MultibandImage":
         """The image, or a part of it, in another width and height."""
-        return Planes(plane.resize(size, resample, box) for plane in self.planes)
+        return MultibandImage(plane.resize(size, resample, box) for plane in self.planes)
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
         return np.stack([np.asarray(plane) for plane in self.planes], axis=-1)
 
 
-def as_bytes(values: np.ndarray, levels: tuple[float, float] | None = None) -> np.ndarray:
+def to_uint8(values: np.ndarray, levels: tuple[float, float] | None = None) -> np.ndarray:
     """Pixels of any type as uint8: of `levels` the first becomes 0, the second 255.
 
     Without `levels` bytes stay as they are, 16 bits lose the lower 8, and floats are taken for 0 to
@@ -80,20 +80,20 @@ def rgb_channels(channels: int) -> list[int]:
 # ---- files of arrays ----------------------------------------------------------------------------
 
 
-class Head(NamedTuple):
+class ImageHeader(NamedTuple):
     """What a file says of its image before it is decoded: width and height, and its kind."""
 
     size: tuple[int, int]
     mode: str
 
 
-def kind_of(name: str, content: io.BytesIO | None) -> str:
+def array_format(name: str, content: io.BytesIO | None) -> str:
     """`npy` or `tiff`, by a file's name or, where it lies in memory, its first bytes; else ""."""
     if content is None:
         end = Path(name).suffix.lower()
-        return "npy" if end in ARRAYS else "tiff" if end in TIFF else ""
+        return "npy" if end in NUMPY_EXTENSIONS else "tiff" if end in TIFF_EXTENSIONS else ""
     first = bytes(content.getbuffer()[:6])
-    return "npy" if first == MAGIC else "tiff" if first[:4] in TIFF_MAGIC else ""
+    return "npy" if first == NUMPY_MAGIC else "tiff" if first[:4] in TIFF_MAGIC else ""
 
 
 def read_array(
@@ -104,14 +104,14 @@ def read_array(
     None for a file that PIL opens. `content`: of a file that lies in memory. With `head` the values
     need not be those of the file. Raises ValueError where they are no image of `channels`.
     """
-    kind = kind_of(str(path), content)
-    if not kind or (kind == "tiff" and channels in COLOUR):
+    kind = array_format(str(path), content)
+    if not kind or (kind == "tiff" and channels in PIL_CHANNELS):
         return None
     if kind == "tiff":
         values = read_tiff(path if content is None else content, head)
     else:
         values = np.load(content or path, mmap_mode=None if content else "r", allow_pickle=False)
-        wanted = COLOUR if channels in COLOUR else (channels,)
+        wanted = PIL_CHANNELS if channels in PIL_CHANNELS else (channels,)
         if not isinstance(values, np.ndarray) or values.ndim not in (2, 3):
             found = f"shape {values.shape}" if isinstance(values, np.ndarray) else "several arrays"
             raise ValueError(f"{found} is no image; to leave such files out: --exclude '*.npy'")
@@ -129,7 +129,7 @@ def read_array(
 
 def check_channels(found: int, channels: int) -> None:
     """Raises ValueError where an image of `channels` cannot be made of one of `found`."""
-    if found != channels and not (found in COLOUR and channels in COLOUR):
+    if found != channels and not (found in PIL_CHANNELS and channels in PIL_CHANNELS):
         number = "one channel" if found == 1 else f"{found} channels"
         raise ValueError(f"it has {number}, and --channels is {channels}")
 
@@ -152,33 +152,33 @@ def read_tiff(file: str | Path | io.BytesIO, head: bool) -> np.ndarray:
     return values.reshape(*values.shape[:2], -1)
 
 
-def head_of(values: np.ndarray) -> Head:
+def array_header(values: np.ndarray) -> ImageHeader:
     """Of an array H x W x channels; its kind as "uint16 x 5"."""
-    return Head((values.shape[1], values.shape[0]), f"{values.dtype} x {values.shape[2]}")
+    return ImageHeader((values.shape[1], values.shape[0]), f"{values.dtype} x {values.shape[2]}")
 
 
 def image_from_array(
     values: np.ndarray, channels: int, levels: tuple[float, float] | None
-) -> Image.Image | Planes:
-    """The image of an array H x W x channels: RGB of three, else `Planes`."""
-    pixels = as_bytes(values, levels)
+) -> Image.Image | MultibandImage:
+    """The image of an array H x W x channels: RGB of three, else `MultibandImage`."""
+    pixels = to_uint8(values, levels)
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(pixels, 2, 0)]
     if channels == 3:
         return Image.merge("RGB", planes if len(planes) == 3 else planes * 3)
     if channels == 1 and len(planes) == 3:
-        return Planes([Image.merge("RGB", planes).convert("L")])
-    return Planes(planes)
+        return MultibandImage([Image.merge("RGB", planes).convert("L")])
+    return MultibandImage(planes)
 
 
-def image_from_bands(image: Image.Image, channels: int, levels: tuple[float, float] | None) -> Planes:
+def image_from_bands(image: Image.Image, channels: int, levels: tuple[float, float] | None) -> MultibandImage:
     """The bands of PIL's image as they are. Raises ValueError where they are not so many."""
     check_channels(len(image.getbands()), channels)
-    return Planes(apply_levels(band, levels) for band in image.split())
+    return MultibandImage(apply_levels(band, levels) for band in image.split())
 
 
 def apply_levels(image: Image.Image, levels: tuple[float, float] | None) -> Image.Image:
     """An image of bytes, of which `levels` become 0 and 255."""
     if levels is None:
         return image
-    table = as_bytes(np.arange(256, dtype=np.uint8), levels).tolist()
+    table = to_uint8(np.arange(256, dtype=np.uint8), levels).tolist()
     return image.point(table * len(image.getbands()))

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from simsiam.data import folders
 from simsiam.runtime import distributed
-from simsiam.data.decode import DEFAULT_DECODE, OR_SKIP, USER_DATA, DecodeOptions, decode, head_of, imagenet_resize
-from simsiam.data.loader import Data, Files, readable
+from simsiam.data.decode import DEFAULT_DECODE, SKIP_HINT, USER_DATA, DecodeOptions, decode_files, read_header, imagenet_resize_size
+from simsiam.data.loader import Data, ImageFiles, filter_readable
 from simsiam.data.shards import load_shards
-from simsiam.data.textures import TEXTURES, textures
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 
 DATA_NAMES = tuple(
     ("cifar10 cifar100 stl10 svhn fashion_mnist folder imagenet webdataset textures").split()
 )
 
 # What torchvision has downloaded: a folder of it holds one of these.
-DOWNLOADED = {
+TORCHVISION_FILES = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
     "stl10": ("stl10_binary", "stl10_binary.tar.gz"),
@@ -30,78 +30,78 @@ DOWNLOADED = {
 }
 
 
-def check_root(name: str, root: str | Path) -> None:
+def check_data_root(name: str, root: str | Path) -> None:
     """Raises ValueError where `root` holds images of the user's own, not the data set `name`.
 
     For where the user gave the one and not the other.
     """
-    there = any(Path(root, part).exists() for part in DOWNLOADED.get(name, ()))
-    if name in DOWNLOADED and not there and folders.has_images(Path(root)):
+    there = any(Path(root, part).exists() for part in TORCHVISION_FILES.get(name, ()))
+    if name in TORCHVISION_FILES and not there and folders.has_images(Path(root)):
         raise ValueError(
             f"--data_root {root}: holds images, and the data set is {name}: add --data_name "
             f"folder; or --data_name {name}, which is then downloaded there"
         )
 
 
-def check_scored(test: object, root: str | Path) -> None:
+def check_has_test(test: object, root: str | Path) -> None:
     """Raises ValueError where the data set at `root` has no part `test` to score with: None."""
     if test is None:
         raise ValueError(f"--data_root {root}: has no labelled test images to score with")
 
 
-def shorter_side(name: str, size: int) -> int:
+def resize_size(name: str, size: int) -> int:
     """What the test transform of the data set `name` resizes to before its centre crop of `size`.
 
     ImageNet's custom is 256 for a crop of 224; elsewhere no margin is cut off.
     """
-    return imagenet_resize(size) if name in ("imagenet", "webdataset") else size
+    return imagenet_resize_size(size) if name in ("imagenet", "webdataset") else size
 
 
-def load(
+def load_dataset(
     name: str,
     root: str | Path,
     image_size: int | None = None,
     workers: int = 2,
     bad_images: str = "error",
     test_only: bool = False,
-    reading: DecodeOptions = DEFAULT_DECODE,
+    decode: DecodeOptions = DEFAULT_DECODE,
     split_names: list[str] | None = None,
 ) -> Data:
     """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
 
     Images are uint8, N x C x H x W, `image_size` pixels a side where it is given; labels int64, N.
     `folder` takes the user's own images (see `load_folder`), of one root or several, decoded by
-    `workers` threads; `imagenet` too, but keeps them as `Files`, which each epoch decodes again,
-    and `webdataset` (see `load_shards`) as `Shards`. `reading` and `split_names` are for these.
+    `workers` threads; `imagenet` too, but keeps them as `ImageFiles`, which each epoch decodes again,
+    and `webdataset` (see `load_shards`) as `Shards`. `decode` and `split_names` are for these.
 
     Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
     folder that cannot be used, ConnectionError where a download fails.
     """
-    if reading.channels != 3 and name not in USER_DATA:
+    if decode.channels != 3 and name not in USER_DATA:
         raise ValueError(
-            f"--data_name {name}: its images have 3 channels, not {reading.channels}: give "
+            f"--data_name {name}: its images have 3 channels, not {decode.channels}: give "
             f"{', '.join(USER_DATA)} or another encoder"
         )
     if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
         raise ValueError("--split_names: goes with --data_name folder or imagenet, and a folder")
-    if name in DOWNLOADED and len(folders.split_roots(root)) > 1:
+    if name in TORCHVISION_FILES and len(folders.split_roots(root)) > 1:
         raise ValueError(f"--data_root: {name} has one; several are for --data_name folder")
     if name == "textures":
-        return copy.deepcopy(made_textures())  # what one run does to them is not another's
+        return copy.deepcopy(load_textures())  # what one run does to them is not another's
     if name in ("folder", "imagenet"):
-        how = (image_size, workers, bad_images, test_only, name == "folder", reading, split_names)
+        how = (image_size, workers, bad_images, test_only, name == "folder", decode, split_names)
         return load_folder(Path(root), *how)
     if name == "webdataset":
-        return load_shards(str(root), image_size, workers, bad_images, test_only, reading)
+        return load_shards(str(root), image_size, workers, bad_images, test_only, decode)
     if name not in DATA_NAMES:
         raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
     return load_torchvision(name, Path(root))
 
 
 @functools.cache
-def made_textures() -> Data:
+def load_textures() -> Data:
     """The textures, made once a process: many runs of it may ask for them, and they are 15 MB."""
-    return Data(*textures(4000, seed=1), *textures(1000, seed=2), list(TEXTURES))
+    return Data(*make_textures(4000, seed=1), *make_textures(1000, seed=2), list(TEXTURE_CLASSES))
 
 
 def load_torchvision(name: str, root: Path) -> Data:
@@ -166,10 +166,10 @@ def load_folder(
     bad_images: str = "error",
     test_only: bool = False,
     in_memory: bool = True,
-    reading: DecodeOptions = DEFAULT_DECODE,
+    decode: DecodeOptions = DEFAULT_DECODE,
     split_names: list[str] | None = None,
 ) -> Data:
-    """The user's own images, decoded once or left as `Files`; if `test_only`, no training image.
+    """The user's own images, decoded once or left as `ImageFiles`; if `test_only`, no training image.
 
     `root` is one of
     - a folder with `train/<class>/*` and, to score with, `test/<class>/*` or `val/<class>/*`;
@@ -178,8 +178,8 @@ def load_folder(
     - a folder of images at any depth, without labels;
     - Kaggle's ImageNet, as it is unpacked.
 
-    In the place of `train`, `test` and `val` there may be one of `folders.SPLITS`; `split_names`
-    says which to take. `reading`: of the files, and which of them to leave out.
+    In the place of `train`, `test` and `val` there may be one of `folders.SPLIT_NAMES`; `split_names`
+    says which to take. `decode`: of the files, and which of them to leave out.
 
     Each image's shorter side is resized to `image_size`, then its centre is cropped: the default
     is the median shorter side of (at most 100 of) the images, at most 96.
@@ -188,7 +188,7 @@ def load_folder(
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    train, test, line, _ = folders.find(root, split_names, exclude=reading.exclude)
+    train, test, line, _ = folders.find_images(root, split_names, exclude=decode.exclude)
     files, names = train.files, train.labels
     classes = sorted({name for name in names if name is not None})
     number = {name: i for i, name in enumerate(classes)} | {None: -1}
@@ -199,15 +199,15 @@ def load_folder(
             if name not in number:
                 raise ValueError(f"{path}: its class {name} is not among the training classes")
     if image_size is None:
-        image_size = usual_size(files[:: max(1, len(files) // 100)], bad_images, reading)
+        image_size = default_image_size(files[:: max(1, len(files) // 100)], bad_images, decode)
     bad: list[str] = []
 
-    def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | Files, Tensor]:
+    def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | ImageFiles, Tensor]:
         if in_memory:
-            images, found = decode(files, image_size, workers, bad_images, reading=reading)
+            images, found = decode_files(files, image_size, workers, bad_images, options=decode)
         else:
-            good, found = readable(list(map(str, files)), workers, bad_images, reading)
-            images = Files(good, image_size, workers, reading)
+            good, found = filter_readable(list(map(str, files)), workers, bad_images, decode)
+            images = ImageFiles(good, image_size, workers, decode)
         bad.extend(found.values())
         good = [name for i, name in enumerate(names) if i not in found]
         return images, torch.tensor([number[name] for name in good], dtype=torch.int64)
@@ -217,13 +217,13 @@ def load_folder(
     return Data(*trained, *tested, classes, bad, line, files if in_memory else ())
 
 
-def usual_size(files: list[Path], bad_images: str, reading: DecodeOptions) -> int:
+def default_image_size(files: list[Path], bad_images: str, decode: DecodeOptions) -> int:
     """The median shorter side of some images, at most 96."""
     sides = []
     for path in files:
         try:
-            sides.append(min(head_of(path, reading).size))
+            sides.append(min(read_header(path, decode).size))
         except ValueError as error:
             if bad_images == "error":
-                raise ValueError(f"{error}{OR_SKIP}") from error
+                raise ValueError(f"{error}{SKIP_HINT}") from error
     return min(96, int(np.median(sides))) if sides else 32

@@ -20,28 +20,28 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from simsiam.data import arrays
-from simsiam.data.arrays import Head, Planes
+from simsiam.data.arrays import ImageHeader, MultibandImage
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif", *arrays.ARRAYS)
+IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif", *arrays.NUMPY_EXTENSIONS)
 # Pillow 11.3 has it. (To ask it would load all its decoders, and try them before JPEG's.)
-EXTENSIONS += (".avif",) if importlib.util.find_spec("PIL._avif") else ()
+IMAGE_EXTENSIONS += (".avif",) if importlib.util.find_spec("PIL._avif") else ()
 BACKGROUNDS = ("white", "black", "none")
-OR_SKIP = ", or leave out what cannot be read: --bad_images skip"
+SKIP_HINT = ", or leave out what cannot be read: --bad_images skip"
 
 
-class BadImage(Exception):
+class UnreadableImageError(Exception):
     """A file that could not be decoded in the middle of a run; says which, and what to do."""
 
 
 @runtime_checkable
-class Stored(Protocol):
+class StoredFile(Protocol):
     """An image file that lies in another file, or in memory. `str()` of it is its name."""
 
-    def content(self) -> io.BytesIO:
+    def open(self) -> io.BytesIO:
         """The file's bytes."""
 
 
-ImageFile = str | Path | Stored
+ImageFile = str | Path | StoredFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DecodeOptions:
     levels: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, args: Mapping) -> "DecodeOptions":
+    def from_args(cls, args: Mapping) -> "DecodeOptions":
         """That of the flags of main.py. Raises ValueError for what cannot be such."""
         exif, background = args.get("exif"), args.get("background")
         exclude = args.get("exclude") or ()
@@ -71,8 +71,8 @@ class DecodeOptions:
         if not isinstance(exclude, list | tuple) or not all(type(x) is str for x in exclude):
             raise ValueError("its --exclude is none of ours")
         channels, levels = args.get("channels", 3), args.get("levels")
-        if type(channels) is not int or not 1 <= channels <= arrays.MOST_CHANNELS:
-            raise ValueError(f"--channels: must be from 1 to {arrays.MOST_CHANNELS}")
+        if type(channels) is not int or not 1 <= channels <= arrays.MAX_CHANNELS:
+            raise ValueError(f"--channels: must be from 1 to {arrays.MAX_CHANNELS}")
         if levels is not None:
             numbers = isinstance(levels, list | tuple) and len(levels) == 2
             if not numbers or not all(type(x) in (int, float) and abs(x) < 1e9 for x in levels):
@@ -85,10 +85,10 @@ class DecodeOptions:
 DEFAULT_DECODE = DecodeOptions()  # as a viewer shows an image
 # Data sets that are files of the user's own.
 FOLDER_DATA, USER_DATA = ("folder", "imagenet"), ("folder", "imagenet", "webdataset")
-EXCLUDE = "names or paths, with * and ?, of files and folders in --data_root to leave out"
+EXCLUDE_HELP = "names or paths, with * and ?, of files and folders in --data_root to leave out"
 
 
-def reading_flags(add: Callable[..., None], pre_trained: bool) -> None:
+def add_decode_options(add: Callable[..., None], pre_trained: bool) -> None:
     """The flags of a `DecodeOptions`; `add`: of utils.Flags.group. `pre_trained`: there was one before,
     which says how many channels there are, and the other flags where they are silent.
     """
@@ -96,26 +96,26 @@ def reading_flags(add: Callable[..., None], pre_trained: bool) -> None:
     add("exif", "two", f"turn images as EXIF says{end}", usual and usual.exif)
     background = f"what transparent pixels show{end}; none: the colours below"
     add("background", BACKGROUNDS, background, usual and usual.background)
-    add("exclude", str, EXCLUDE + end, nargs="+", metavar="PATTERN")
+    add("exclude", str, EXCLUDE_HELP + end, nargs="+", metavar="PATTERN")
     if not pre_trained:
         add("channels", int, "of the images; others than 1 and 3: as in TIFF or .npy", 3)
     levels = f"values in files that become 0 and 255; None: the whole range of their type{end}"
     add("levels", float, levels, nargs=2, metavar=("LOW", "HIGH"))
 
 
-def check_reading(flags: Mapping, name: str) -> None:
+def check_decode_options(flags: Mapping, name: str) -> None:
     """Raises ValueError for flags of a `DecodeOptions` that cannot be, or not with --data_name `name`."""
     for flag, names in (("exclude", FOLDER_DATA), ("levels", USER_DATA)):
         if flags[flag] and name not in names:
             last = f"{', '.join(names[:-1])} or {names[-1]}"
             raise ValueError(f"--{flag}: goes with --data_name {last}")
     told = {flag: flags[flag] for flag in ("channels", "levels") if flag in flags}
-    DecodeOptions.of(vars(DEFAULT_DECODE) | told)
+    DecodeOptions.from_args(vars(DEFAULT_DECODE) | told)
 
 
 # Where PIL keeps what may tell an orientation; and what makes such an image upright.
-NOTES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-UPRIGHT = {
+METADATA_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+ORIENTATION_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -143,7 +143,7 @@ def check_regular(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: ImageFile, otherwise: str | None = None) -> Iterator[None]:
+def file_errors(path: ImageFile, otherwise: str | None = None) -> Iterator[None]:
     """Whatever goes wrong becomes a ValueError that names the file, and why, or `otherwise`."""
     try:
         yield
@@ -164,12 +164,12 @@ def open_image(path: ImageFile) -> Image.Image:
 
     Raises ValueError naming the file; also for one of so many pixels that PIL warns of a bomb.
     """
-    tiff = str(path).lower().endswith(arrays.TIFF)
-    with naming(path, "not an image" + ", or of other --channels than 1 and 3" * tiff):
+    tiff = str(path).lower().endswith(arrays.TIFF_EXTENSIONS)
+    with file_errors(path, "not an image" + ", or of other --channels than 1 and 3" * tiff):
         in_file = isinstance(path, str | Path)
         if in_file:
             check_regular(path)
-        image = Image.open(path if in_file else path.content())
+        image = Image.open(path if in_file else path.open())
         if image.format == "EPS":  # PIL would run Ghostscript on it
             raise ValueError("EPS is a program, not pixels")
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -177,90 +177,90 @@ def open_image(path: ImageFile) -> Image.Image:
         return image
 
 
-def to_rgb(image: Image.Image, reading: DecodeOptions = DEFAULT_DECODE) -> Image.Image:
-    """Any mode to RGB, upright, on a background, with the levels that `reading` says.
+def to_rgb(image: Image.Image, options: DecodeOptions = DEFAULT_DECODE) -> Image.Image:
+    """Any mode to RGB, upright, on a background, with the levels that `options` says.
 
     16 bits a pixel become 8, where PIL's own conversion would clip. Raises ValueError for floats of
     a range that is not known.
     """
     image.load()  # PIL itself turns a TIFF, and then takes its orientation away
-    turn = upright(image) if reading.exif else None
+    turn = exif_transpose(image) if options.exif else None
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
-        if image.mode != "F" and reading.levels is None:  # PIL has 16 bits in more, too
+        if image.mode != "F" and options.levels is None:  # PIL has 16 bits in more, too
             values = values.clip(0, 65535).astype(np.uint16)
-        image = Image.fromarray(arrays.as_bytes(values, reading.levels)).convert("RGB")
+        image = Image.fromarray(arrays.to_uint8(values, options.levels)).convert("RGB")
     else:
-        if reading.background != "none" and image.has_transparency_data:
-            canvas = Image.new("RGBA", image.size, reading.background)
+        if options.background != "none" and image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, options.background)
             canvas.alpha_composite(image.convert("RGBA"))
             image = canvas
-        image = arrays.apply_levels(image.convert("RGB"), reading.levels)
-    return turned(image, turn)
+        image = arrays.apply_levels(image.convert("RGB"), options.levels)
+    return transpose_image(image, turn)
 
 
-def turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    """An image as `upright` says; then it is upright, and does not say otherwise."""
+def transpose_image(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """An image as `exif_transpose` says; then it is upright, and does not say otherwise."""
     if turn is not None:
         image = image.transpose(turn)
         image.info = {}
     return image
 
 
-def in_channels(image: Image.Image, reading: DecodeOptions = DEFAULT_DECODE) -> Image.Image | Planes:
-    """An image of the channels of `reading`: RGB of three, else `Planes`.
+def convert_channels(image: Image.Image, options: DecodeOptions = DEFAULT_DECODE) -> Image.Image | MultibandImage:
+    """An image of the channels of `options`: RGB of three, else `MultibandImage`.
 
     Of one it is the gray that PIL makes of RGB. Raises ValueError where an image has others.
     """
-    if reading.channels == 3:
-        return to_rgb(image, reading)
-    if reading.channels == 1:
-        return Planes([to_rgb(image, reading).convert("L")])
+    if options.channels == 3:
+        return to_rgb(image, options)
+    if options.channels == 1:
+        return MultibandImage([to_rgb(image, options).convert("L")])
     image.load()
-    image = turned(image, upright(image) if reading.exif else None)
-    return arrays.image_from_bands(image, reading.channels, reading.levels)
+    image = transpose_image(image, exif_transpose(image) if options.exif else None)
+    return arrays.image_from_bands(image, options.channels, options.levels)
 
 
-def upright(image: Image.Image) -> Image.Transpose | None:
+def exif_transpose(image: Image.Image) -> Image.Transpose | None:
     """How to turn an image as its EXIF orientation says; None where it has none, or is upright."""
-    if NOTES.isdisjoint(image.info) and image.format != "TIFF":  # most images: it saves time
+    if METADATA_KEYS.isdisjoint(image.info) and image.format != "TIFF":  # most images: it saves time
         return None
     with contextlib.suppress(Exception):  # a parser fed with junk may raise anything
-        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        return ORIENTATION_TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation))
     return None
 
 
-def array_of(path: ImageFile, reading: DecodeOptions, head: bool = False) -> np.ndarray | None:
+def read_array_file(path: ImageFile, options: DecodeOptions, head: bool = False) -> np.ndarray | None:
     """As `planes.read_array`; None for a file that PIL opens."""
     in_file = isinstance(path, str | Path)
     if not in_file:
-        return arrays.read_array("", path.content(), reading.channels, head)
-    if arrays.kind_of(str(path), None):
+        return arrays.read_array("", path.open(), options.channels, head)
+    if arrays.array_format(str(path), None):
         check_regular(path)
-        return arrays.read_array(path, None, reading.channels, head)
+        return arrays.read_array(path, None, options.channels, head)
     return None
 
 
-def head_of(path: ImageFile, reading: DecodeOptions = DEFAULT_DECODE) -> Head:
+def read_header(path: ImageFile, options: DecodeOptions = DEFAULT_DECODE) -> ImageHeader:
     """What a file says of its image, which is not decoded. Raises ValueError naming the file."""
-    with naming(path):
-        values = array_of(path, reading, head=True)
+    with file_errors(path):
+        values = read_array_file(path, options, head=True)
     if values is not None:
-        return arrays.head_of(values)
+        return arrays.array_header(values)
     with open_image(path) as image:
-        return Head(image.size, image.mode)
+        return ImageHeader(image.size, image.mode)
 
 
-def read_image(path: ImageFile, reading: DecodeOptions = DEFAULT_DECODE) -> Image.Image | Planes:
+def read_image(path: ImageFile, options: DecodeOptions = DEFAULT_DECODE) -> Image.Image | MultibandImage:
     """A file's image, decoded: RGB of three channels. Raises ValueError naming the file."""
-    with naming(path):
-        values = array_of(path, reading)
+    with file_errors(path):
+        values = read_array_file(path, options)
         if values is not None:
-            return arrays.image_from_array(values, reading.channels, reading.levels)
-        return in_channels(open_image(path), reading)
+            return arrays.image_from_array(values, options.channels, options.levels)
+        return convert_channels(open_image(path), options)
 
 
-def resize_center_crop(image: Image.Image | Planes, size: int, shorter: int) -> np.ndarray:
+def resize_center_crop(image: Image.Image | MultibandImage, size: int, shorter: int) -> np.ndarray:
     """Shorter side resized to `shorter`, then the centre cropped: uint8, size x size x channels."""
     width, height = image.size
     if min(width, height) != shorter:
@@ -276,19 +276,19 @@ def resize_center_crop(image: Image.Image | Planes, size: int, shorter: int) -> 
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def imagenet_resize(size: int) -> int:
+def imagenet_resize_size(size: int) -> int:
     """The shorter side before ImageNet's centre crop of `size`: 256 for 224, in this ratio."""
     return round(size * 256 / 224)
 
 
-def decode(
+def decode_files(
     files: Sequence[ImageFile],
     size: int,
     workers: int = 2,
     bad_images: str = "error",
     shorter: int | None = None,
     allow_none: bool = False,
-    reading: DecodeOptions = DEFAULT_DECODE,
+    options: DecodeOptions = DEFAULT_DECODE,
 ) -> tuple[Tensor, dict[int, str]]:
     """Image files -> uint8, N x channels x size x size, cut by `resize_center_crop` (`shorter`: else size).
 
@@ -296,14 +296,14 @@ def decode(
     it: its place in `files`, and why. Else it raises ValueError naming it, and so it does where no
     file is left, unless `allow_none`.
     """
-    images = np.empty((len(files), size, size, reading.channels), np.uint8)
+    images = np.empty((len(files), size, size, options.channels), np.uint8)
 
     def one(i: int) -> str | None:
         try:
-            images[i] = resize_center_crop(read_image(files[i], reading), size, shorter or size)
+            images[i] = resize_center_crop(read_image(files[i], options), size, shorter or size)
         except ValueError as error:
             if bad_images == "error":
-                raise ValueError(f"{error}{OR_SKIP}") from error
+                raise ValueError(f"{error}{SKIP_HINT}") from error
             return str(error)
         return None
 
@@ -332,32 +332,32 @@ def as_list(images: object) -> Sequence:
     return images if isinstance(images, list | tuple) else [images]
 
 
-def preprocess(images: object, reading: DecodeOptions, size: int, shorter: int) -> Tensor:
+def preprocess(images: object, options: DecodeOptions, size: int, shorter: int) -> Tensor:
     """What `to_pil` takes, or many of them, cut by `resize_center_crop`: uint8, N x channels x size x size.
 
     Raises ValueError for what is no image, naming a file.
     """
     many = as_list(images)
-    pixels = np.empty((len(many), size, size, reading.channels), np.uint8)
+    pixels = np.empty((len(many), size, size, options.channels), np.uint8)
     for i, image in enumerate(many):
-        pixels[i] = resize_center_crop(to_pil(image, reading), size, shorter)
+        pixels[i] = resize_center_crop(to_pil(image, options), size, shorter)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def to_pil(image: object, reading: DecodeOptions) -> Image.Image | Planes:
-    """An image in the channels of `reading`, of PIL's, of a file's path, of an array or a tensor.
+def to_pil(image: object, options: DecodeOptions) -> Image.Image | MultibandImage:
+    """An image in the channels of `options`, of PIL's, of a file's path, of an array or a tensor.
 
     Arrays are H x W x channels, tensors channels x H x W, of bytes or of floats from 0 to 1. Raises
     ValueError for all else.
     """
     if isinstance(image, Image.Image):
-        return in_channels(image, reading)
+        return convert_channels(image, options)
     if isinstance(image, str | Path):
-        return read_image(image, reading)
+        return read_image(image, options)
     pixels = image
     if isinstance(image, Tensor) and image.ndim == 3:
         pixels = image.detach().cpu().permute(1, 2, 0).numpy()
-    channels = reading.channels
+    channels = options.channels
     fits = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == channels
     if fits and pixels.dtype.kind == "f" and pixels.size:
         fits = pixels.min() >= 0 and pixels.max() <= 1

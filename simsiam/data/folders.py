@@ -15,42 +15,42 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simsiam.runtime.files import printable
-from simsiam.data.decode import EXTENSIONS
+from simsiam.data.decode import IMAGE_EXTENSIONS
 
 # Names of a folder's parts, in any case. Test images are scored with, or else validation images.
-SPLITS = {
+SPLIT_NAMES = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
     "val": ("val", "valid", "validation"),
 }
 # What systems leave in folders, besides files whose names begin with a dot.
-SKIPPED = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
+SYSTEM_FILES = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
 # Where Kaggle's ImageNet has its train/ and val/, and the classes of the latter.
-KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-SOLUTION, VAL = "LOC_val_solution.csv", "ILSVRC2012_val"
-NO_CLASSES = (
+KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+KAGGLE_SOLUTION, KAGGLE_VAL_PREFIX = "LOC_val_solution.csv", "ILSVRC2012_val"
+NO_CLASSES_ADVICE = (
     "has no class folders: put each image into {place}/<class>/, or train without a test: "
     "--split_names {train}"
 )
-NO_SOLUTION = (
-    f"are ImageNet's, whose classes are in {SOLUTION} of Kaggle's archive: put that file beside "
+NO_SOLUTION_ADVICE = (
+    f"are ImageNet's, whose classes are in {KAGGLE_SOLUTION} of Kaggle's archive: put that file beside "
     "the folder, or each image into {place}/<class>/, or train without a test: "
     "--split_names {train}"
 )
 
 
-class Listing(NamedTuple):
+class ImageList(NamedTuple):
     """Image files, each with its class or None; and how many files were left out, by kind."""
 
     files: list[Path]
     labels: list[str | None]
-    left_out: collections.Counter
+    skipped: collections.Counter
 
 
 # ---- one folder ---------------------------------------------------------------------------------
 
 
-def excluded(path: Path, root: Path, patterns: Sequence[str]) -> bool:
+def is_excluded(path: Path, root: Path, patterns: Sequence[str]) -> bool:
     """Whether a pattern is of a file: of its path below `root`, or of a name in that, in any case.
 
     Patterns are the shell's, with *, ? and [], where * may stand for slashes, too.
@@ -60,58 +60,58 @@ def excluded(path: Path, root: Path, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, one.lower()) for one in patterns for name in names)
 
 
-def without(listing: Listing, root: Path, patterns: Sequence[str]) -> Listing:
-    """A listing without the files that are `excluded`. Raises FileNotFoundError if none is left."""
+def drop_excluded(listing: ImageList, root: Path, patterns: Sequence[str]) -> ImageList:
+    """A listing without the files that are `is_excluded`. Raises FileNotFoundError if none is left."""
     if not patterns:
         return listing
-    left = [not excluded(path, root, patterns) for path in listing.files]
+    left = [not is_excluded(path, root, patterns) for path in listing.files]
     if not any(left):
         raise FileNotFoundError(f"--exclude: leaves no image of {root}")
     files, labels = (list(itertools.compress(part, left)) for part in listing[:2])
     number = len(left) - len(files)
-    return Listing(files, labels, listing.left_out + collections.Counter(excluded=number))
+    return ImageList(files, labels, listing.skipped + collections.Counter(excluded=number))
 
 
-def list_folder(folder: Path, labelled: bool) -> Listing:
+def list_folder(folder: Path, labelled: bool) -> ImageList:
     """Image files below `folder`, sorted, each with its class: the first folder's name, or None.
 
     Links are followed, but no folder is read twice, and none that `folder` lies in. Raises
     FileNotFoundError where there are no images.
     """
-    files, left_out = [], collections.Counter()
-    seen = {identity(above) for above in folder.resolve().parents}
+    files, skipped = [], collections.Counter()
+    seen = {inode(above) for above in folder.resolve().parents}
     waiting, links = [folder], []
     while waiting or links:
         # Links last: a folder is read where it lies, not where a link to it does.
         place = waiting.pop() if waiting else links.pop(links.index(min(links)))
-        if identity(place) in seen:
-            left_out["links to folders that are read already"] += 1
+        if inode(place) in seen:
+            skipped["links to folders that are read already"] += 1
             continue
-        seen.add(identity(place))
-        for entry in visible(place):
+        seen.add(inode(place))
+        for entry in visible_entries(place):
             if is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(Path(entry.path))
             elif is_special(entry):
-                left_out["pipes or devices"] += 1
-            elif entry.name.lower().endswith(EXTENSIONS):
+                skipped["pipes or devices"] += 1
+            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 files.append(Path(entry.path))
             else:
                 end = os.path.splitext(entry.name)[1].lower()
-                left_out[end if re.fullmatch(r"\.\w{1,8}", end) else "without an ending"] += 1
+                skipped[end if re.fullmatch(r"\.\w{1,8}", end) else "without an ending"] += 1
     if not files:
-        found = f"; there are {counted(left_out)}" if left_out else ""
-        raise FileNotFoundError(f"{folder}: there are no images ({', '.join(EXTENSIONS)}){found}")
+        found = f"; there are {format_counts(skipped)}" if skipped else ""
+        raise FileNotFoundError(f"{folder}: there are no images ({', '.join(IMAGE_EXTENSIONS)}){found}")
     files.sort()
     parts = [path.relative_to(folder).parts for path in files]
     labels = [printable(part[0]) if labelled and len(part) > 1 else None for part in parts]
-    return Listing(files, labels, left_out)
+    return ImageList(files, labels, skipped)
 
 
-def visible(folder: Path) -> Iterator[os.DirEntry]:
+def visible_entries(folder: Path) -> Iterator[os.DirEntry]:
     """The entries of a folder, but for what systems hide there."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name[0] != "." and entry.name.lower() not in SKIPPED:
+            if entry.name[0] != "." and entry.name.lower() not in SYSTEM_FILES:
                 yield entry
 
 
@@ -127,15 +127,15 @@ def is_special(entry: os.DirEntry) -> bool:
     return not entry.is_file()
 
 
-def identity(folder: Path) -> tuple[int, int]:
+def inode(folder: Path) -> tuple[int, int]:
     """What a folder has in common with the links to it."""
     info = os.stat(folder)
     return info.st_dev, info.st_ino
 
 
-def counted(left_out: collections.Counter) -> str:
+def format_counts(skipped: collections.Counter) -> str:
     """Such as "9 .gif, 3 without an ending": the most common first, at most six kinds."""
-    kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
+    kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
     told = [f"{number:,} {what}" for what, number in kinds[:6]]
     rest = sum(number for _, number in kinds[6:])
     return ", ".join(told + [f"{rest:,} others"] * (rest > 0))
@@ -144,7 +144,7 @@ def counted(left_out: collections.Counter) -> str:
 # ---- a CSV list ---------------------------------------------------------------------------------
 
 
-def table(path: Path, usual: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[str, str]]]:
+def read_csv_rows(path: Path, usual: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[str, str]]]:
     """Each row of a CSV table, and the number of its last line. Names of columns are lower case.
 
     Where the first row begins with the name of an image, there is no header: the columns are the
@@ -160,7 +160,7 @@ def table(path: Path, usual: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[s
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = [name.strip().lower() for name in next(reader, [])]
-        if usual and header and header[0].endswith(EXTENSIONS) and len(header) <= len(usual):
+        if usual and header and header[0].endswith(IMAGE_EXTENSIONS) and len(header) <= len(usual):
             reader = csv.reader(io.StringIO(text, newline=""))
             header = list(usual[: len(header)])
         if len(set(header)) < len(header):
@@ -177,7 +177,7 @@ def table(path: Path, usual: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[s
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def list_csv(path: Path) -> Listing:
+def list_csv(path: Path) -> ImageList:
     """The files and labels of a CSV list (columns `path`, optional `label`; or without a header).
 
     Raises FileNotFoundError, or ValueError that names the line.
@@ -185,7 +185,7 @@ def list_csv(path: Path) -> Listing:
     if not path.is_file():
         raise FileNotFoundError(f"--data_root {path}: there is no such list")
     files, labels = [], []
-    for line, row in table(path, ("path", "label")):
+    for line, row in read_csv_rows(path, ("path", "label")):
         if "path" not in row:
             break
         if not row["path"]:
@@ -197,7 +197,7 @@ def list_csv(path: Path) -> Listing:
             f"{path}: needs a header with a column `path`, and at least one row; commas between "
             "the columns"
         )
-    return Listing(files, labels, collections.Counter())
+    return ImageList(files, labels, collections.Counter())
 
 
 # ---- a folder's parts ---------------------------------------------------------------------------
@@ -206,13 +206,13 @@ def list_csv(path: Path) -> Listing:
 class FolderListing(NamedTuple):
     """The images to train on and those to score with, if there are; and a line that says so."""
 
-    train: Listing
-    test: Listing | None
-    line: str
-    split: bool  # whether these are parts of a folder
+    train: ImageList
+    test: ImageList | None
+    summary: str
+    has_splits: bool  # whether these are parts of a folder
 
 
-def find(
+def find_images(
     root: Path,
     split_names: list[str] | None = None,
     scored: bool = True,
@@ -223,31 +223,31 @@ def find(
     `split_names`: the folder or list within `root` of the images to train on and, if there are two,
     of those to score with. Where nothing is to be `scored`, these need no classes, and a folder
     without parts has the folders in it for classes. Several places, joined as by `split_roots`, are one
-    data set, whose classes of one name are one. What is `excluded` is left out. Raises
+    data set, whose classes of one name are one. What is `is_excluded` is left out. Raises
     FileNotFoundError or ValueError, naming the file.
     """
     roots = split_roots(root)
     if len(roots) > 1:
-        return find_all([Path(one) for one in roots], split_names, scored, exclude)
+        return find_in_roots([Path(one) for one in roots], split_names, scored, exclude)
     if root.suffix.lower() == ".csv" and not root.is_dir():
-        listing = without(list_csv(root), root.parent, exclude)
-        return FolderListing(listing, None, described(root, [("", listing)]), False)
+        listing = drop_excluded(list_csv(root), root.parent, exclude)
+        return FolderListing(listing, None, summarize(root, [("", listing)]), False)
     if not root.is_dir():
         raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
     name = root
-    root, (train, *tests) = places(root, split_names)
+    root, (train, *tests) = find_splits(root, split_names)
     if train is None:
-        listing = without(list_folder(root, labelled=not scored), root, exclude)
-        line = described(name, [("", listing)]) + (without_split(root) if scored else "")
+        listing = drop_excluded(list_folder(root, labelled=not scored), root, exclude)
+        line = summarize(name, [("", listing)]) + (explain_no_classes(root) if scored else "")
         return FolderListing(listing, None, line, False)
-    listing, test = without(list_place(train), root, exclude), None
-    parts = [(shown(root, train), listing)]
+    listing, test = drop_excluded(list_split(train), root, exclude), None
+    parts = [(display_name(root, train), listing)]
     if tests and (any(listing.labels) or not scored):
-        test = without(list_test(tests[0], train, scored), root, exclude)
-        parts.append((shown(root, tests[0]), test))
-    line = described(name, parts)
+        test = drop_excluded(list_test_split(tests[0], train, scored), root, exclude)
+        parts.append((display_name(root, tests[0]), test))
+    line = summarize(name, parts)
     read = [place for place, _ in parts]
-    unread = [f"{printable(entry.name)}/" for entry in visible(root) if is_folder(entry)]
+    unread = [f"{printable(entry.name)}/" for entry in visible_entries(root) if is_folder(entry)]
     unread = sorted(set(unread) - set(read))
     if unread and split_names is None:
         line += f"; not read: {', '.join(unread[:5])}" + ", ..." * (len(unread) > 5)
@@ -259,28 +259,28 @@ def split_roots(root: str | Path) -> list[str]:
     return [str(root)] if os.path.exists(root) else str(root).split(os.pathsep)
 
 
-def find_all(
+def find_in_roots(
     roots: list[Path], split_names: list[str] | None, scored: bool, exclude: Sequence[str]
 ) -> FolderListing:
-    """What `find` finds in several places, together."""
+    """What `find_images` finds in several places, together."""
     twice = [root for i, root in enumerate(roots) if root.resolve() in map(Path.resolve, roots[:i])]
     if twice:
         raise ValueError(f"--data_root: {twice[0]} is named twice")
-    parts = [find(root, split_names, scored, exclude) for root in roots]
+    parts = [find_images(root, split_names, scored, exclude) for root in roots]
     tests = [part.test for part in parts if part.test]
-    line = "; ".join(part.line for part in parts)
-    train = together([part.train for part in parts])
-    return FolderListing(train, together(tests) if tests else None, line, any(p.split for p in parts))
+    line = "; ".join(part.summary for part in parts)
+    train = concatenate([part.train for part in parts])
+    return FolderListing(train, concatenate(tests) if tests else None, line, any(p.has_splits for p in parts))
 
 
-def together(listings: list[Listing]) -> Listing:
+def concatenate(listings: list[ImageList]) -> ImageList:
     """Several listings as one."""
-    files, labels, left_out = zip(*listings, strict=True)
+    files, labels, skipped = zip(*listings, strict=True)
     one = itertools.chain.from_iterable
-    return Listing(list(one(files)), list(one(labels)), sum(left_out, collections.Counter()))
+    return ImageList(list(one(files)), list(one(labels)), sum(skipped, collections.Counter()))
 
 
-def places(root: Path, split_names: list[str] | None) -> tuple[Path, list[Path | None]]:
+def find_splits(root: Path, split_names: list[str] | None) -> tuple[Path, list[Path | None]]:
     """The folder of the parts, which Kaggle's ImageNet has deeper within, and the parts.
 
     Of the latter the first is None where there is none to train on.
@@ -293,15 +293,15 @@ def places(root: Path, split_names: list[str] | None) -> tuple[Path, list[Path |
                     f"--split_names {place.name}: {root} has no such folder or .csv list"
                 )
         return root, parts
-    train = named(root, "train")
-    for inner in () if train else KAGGLE:
+    train = find_split(root, "train")
+    for inner in () if train else KAGGLE_FOLDERS:
         if (root / inner / "train").is_dir():
             root = root / inner
             train = root / "train"
             break
     tests = []
     for kind in ("test", "val") if train else ():
-        place = named(root, kind)
+        place = find_split(root, kind)
         if place:
             tests = [place]
             if has_classes(place):
@@ -309,21 +309,21 @@ def places(root: Path, split_names: list[str] | None) -> tuple[Path, list[Path |
     return root, [train, *tests]
 
 
-def named(root: Path, kind: str) -> Path | None:
+def find_split(root: Path, kind: str) -> Path | None:
     """The folder or list of a part, one of SPLITS; a folder of classes rather than a list.
 
     Raises ValueError where two might be meant.
     """
-    found = [Path(entry.path) for entry in visible(root)]
-    folders = [path for path in found if path.is_dir() and path.name.lower() in SPLITS[kind]]
+    found = [Path(entry.path) for entry in visible_entries(root)]
+    folders = [path for path in found if path.is_dir() and path.name.lower() in SPLIT_NAMES[kind]]
     lists = [
         path
         for path in found
-        if path.suffix.lower() == ".csv" and path.stem.lower() in SPLITS[kind] and path.is_file()
+        if path.suffix.lower() == ".csv" and path.stem.lower() in SPLIT_NAMES[kind] and path.is_file()
     ]
     fitting = folders if len(folders) == 1 and has_classes(folders[0]) else sorted(folders + lists)
     if len(fitting) > 1:
-        names = " and ".join(shown(root, path) for path in fitting)
+        names = " and ".join(display_name(root, path) for path in fitting)
         raise ValueError(
             f"--data_root {root}: {names} may both be meant: say which by --split_names TRAIN "
             "[TEST], such as --split_names " + fitting[0].name
@@ -333,42 +333,42 @@ def named(root: Path, kind: str) -> Path | None:
 
 def has_classes(place: Path) -> bool:
     """Whether a part has labels: a list, a folder with folders in it, or one of ImageNet's."""
-    return place.is_file() or any(map(is_folder, visible(place))) or solution(place) is not None
+    return place.is_file() or any(map(is_folder, visible_entries(place))) or find_kaggle_solution(place) is not None
 
 
-def solution(val: Path) -> Path | None:
+def find_kaggle_solution(val: Path) -> Path | None:
     """The table of the classes of ImageNet's validation images, if it lies by their folder."""
-    some = (entry.name for entry in itertools.islice(visible(val), 9))
-    if not any(name.startswith(VAL) for name in some):
+    some = (entry.name for entry in itertools.islice(visible_entries(val), 9))
+    if not any(name.startswith(KAGGLE_VAL_PREFIX) for name in some):
         return None
     above = (val, *list(val.resolve().parents)[:4])
-    return next((folder / SOLUTION for folder in above if (folder / SOLUTION).is_file()), None)
+    return next((folder / KAGGLE_SOLUTION for folder in above if (folder / KAGGLE_SOLUTION).is_file()), None)
 
 
-def list_place(place: Path) -> Listing:
+def list_split(place: Path) -> ImageList:
     """The files of a part, with their classes."""
     return list_csv(place) if place.is_file() else list_folder(place, labelled=True)
 
 
-def list_test(place: Path, train: Path, scored: bool) -> Listing:
+def list_test_split(place: Path, train: Path, scored: bool) -> ImageList:
     """The files of a part to score with: if `scored`, ValueError where they have no classes."""
-    listing = list_place(place)
+    listing = list_split(place)
     if any(listing.labels):
         return listing
-    classes = solution(place)
+    classes = find_kaggle_solution(place)
     if classes:
-        return listing._replace(labels=imagenet_labels(listing.files, classes))
+        return listing._replace(labels=read_kaggle_labels(listing.files, classes))
     if not scored:
         return listing
-    imagenet = listing.files[0].name.startswith(VAL)
-    advice = f"{place}: its images " + NO_SOLUTION if imagenet else f"{place}: " + NO_CLASSES
+    imagenet = listing.files[0].name.startswith(KAGGLE_VAL_PREFIX)
+    advice = f"{place}: its images " + NO_SOLUTION_ADVICE if imagenet else f"{place}: " + NO_CLASSES_ADVICE
     raise ValueError(advice.format(place=place.name, train=train.name))
 
 
-def imagenet_labels(files: list[Path], classes: Path) -> list[str | None]:
+def read_kaggle_labels(files: list[Path], classes: Path) -> list[str | None]:
     """The class (wnid) of each of ImageNet's validation images, by the table of Kaggle's."""
     known = {}
-    for line, row in table(classes):
+    for line, row in read_csv_rows(classes):
         if not row.get("imageid") or not row.get("predictionstring"):
             raise ValueError(f"{classes}, line {line}: needs an ImageId and a PredictionString")
         known[row["imageid"]] = row["predictionstring"].split()[0]
@@ -380,38 +380,38 @@ def has_images(root: Path) -> bool:
     if root.is_file():
         return root.suffix.lower() == ".csv"
     names = (name for _, _, names in os.walk(root) for name in names)
-    wanted = (*EXTENSIONS, ".csv")
+    wanted = (*IMAGE_EXTENSIONS, ".csv")
     return any(name.lower().endswith(wanted) for name in itertools.islice(names, 1000))
 
 
 # ---- the line -----------------------------------------------------------------------------------
 
 
-def shown(root: Path, place: Path) -> str:
+def display_name(root: Path, place: Path) -> str:
     """A part's name, a slash after a folder's."""
     return printable(os.path.relpath(place, root)) + "/" * place.is_dir()
 
 
-def described(root: Path, parts: list[tuple[str, Listing]]) -> str:
+def summarize(root: Path, parts: list[tuple[str, ImageList]]) -> str:
     """What was found in the parts, each with its name: to train on and, if two, to score with."""
     classes = len(set(parts[0][1].labels) - {None})
     noun = "class" if classes == 1 else "classes"
     told = [f"{printable(root.resolve().name)}: {classes or 'no'} {noun}"]
-    left_out = collections.Counter()
+    skipped = collections.Counter()
     for kind, (place, listing) in zip(("training", "test"), parts, strict=False):
         told.append(f"{len(listing.files):,} {f'{kind} images in {place}' if place else 'images'}")
         without = listing.labels.count(None)
         if classes and without:
             told[-1] += f" ({without:,} without a class)"
-        left_out += listing.left_out
-    number = left_out.total()
+        skipped += listing.skipped
+    number = skipped.total()
     noun = "file" if number == 1 else "files"
-    return ", ".join(told) + f"; left out {number:,} {noun}: {counted(left_out)}" * (number > 0)
+    return ", ".join(told) + f"; left out {number:,} {noun}: {format_counts(skipped)}" * (number > 0)
 
 
-def without_split(root: Path) -> str:
+def explain_no_classes(root: Path) -> str:
     """Why a folder's images have no classes, as the end of a line."""
-    folders = sum(map(is_folder, visible(root)))
+    folders = sum(map(is_folder, visible_entries(root)))
     if folders:
         return f"; its folders are no classes, unless they are moved to {root.name}/train/"
     return "; classes would be folders in train/"

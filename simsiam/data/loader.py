@@ -20,14 +20,14 @@ from torch import Tensor
 from simsiam.runtime import distributed
 from simsiam.data.decode import (
     DEFAULT_DECODE,
-    OR_SKIP,
-    BadImage,
+    SKIP_HINT,
+    UnreadableImageError,
     ImageFile,
     DecodeOptions,
     resize_center_crop,
-    decode,
+    decode_files,
     ignore_pil_warnings,
-    imagenet_resize,
+    imagenet_resize_size,
     read_image,
 )
 from simsiam.views.augment import Augmentation, Batch, Views, crop_boxes
@@ -35,11 +35,11 @@ from simsiam.views.augment import Augmentation, Batch, Views, crop_boxes
 
 @dataclasses.dataclass
 class Data:
-    """A data set. Images: uint8, N x C x H x W, or `Files`. Labels: int64, N; -1 is "no label".
+    """A data set. Images: uint8, N x C x H x W, or `ImageFiles`. Labels: int64, N; -1 is "no label".
 
     Without test images (or without labels) there is nothing to score: `test_images` is None.
-    `bad`: the files that could not be read and were left out, each with the reason. `found`: a
-    line on how the files were read, or nothing. `files`: those of training images that were decoded
+    `unreadable`: the files that could not be read and were left out, each with the reason. `summary`: a
+    line on how the files were read, or nothing. `train_files`: those of training images that were decoded
     from files of the user's own, before any was left out.
     """
 
@@ -48,9 +48,9 @@ class Data:
     test_images: "Tensor | Files | None"
     test_labels: Tensor | None
     classes: list[str]
-    bad: list[str] = dataclasses.field(default_factory=list)
-    found: str = ""
-    files: Sequence[ImageFile] = ()
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+    summary: str = ""
+    train_files: Sequence[ImageFile] = ()
 
     def to(self, device: torch.device) -> "Data":
         """The same on `device`."""
@@ -58,7 +58,7 @@ class Data:
         there = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(self, **{name: x.to(device) for name, x in there.items()})
 
-    def chosen(self, which: Tensor) -> "Data":
+    def select(self, which: Tensor) -> "Data":
         """The training images that `which` (indices or a mask, on any device) says; all others."""
         which = which.to(self.train_labels.device)
         return dataclasses.replace(
@@ -67,14 +67,14 @@ class Data:
 
     def subset(self, size: int, seed: int, flag: str = "--train_size") -> "Data":
         """`size` of the training images, class-balanced and seeded; all test images."""
-        return self.chosen(subset(self.train_labels.cpu(), size, seed, flag))
+        return self.select(balanced_subset(self.train_labels.cpu(), size, seed, flag))
 
-    def at_most(self, size: int, seed: int) -> "Data":
-        """A `subset` of `size`, or all if they are fewer."""
+    def limit(self, size: int, seed: int) -> "Data":
+        """A `balanced_subset` of `size`, or all if they are fewer."""
         return self.subset(size, seed) if len(self.train_images) > size else self
 
 
-def subset(labels: Tensor, size: int, seed: int, flag: str = "--train_size") -> Tensor:
+def balanced_subset(labels: Tensor, size: int, seed: int, flag: str = "--train_size") -> Tensor:
     """Sorted indices of `size` samples, class-balanced as far as the classes reach, seeded.
 
     Images without a label count as one class. Raises ValueError for a size out of range,
@@ -100,7 +100,7 @@ def evenly_spaced(number: int, most: int) -> Tensor:
 
 # Images under the test transform that a worker sends at once: small parts of a chunk, since two of
 # each worker's wait in the shared memory.
-SENT = 64
+EVAL_BATCH_SIZE = 64
 
 
 class CropDataset(torch.utils.data.Dataset):
@@ -110,22 +110,22 @@ class CropDataset(torch.utils.data.Dataset):
     of (seed, epoch, i). With no views: the centre, as the test transform has it.
     """
 
-    def __init__(self, files: "Files", views: int, augmentation: Augmentation, seed: int):
+    def __init__(self, files: "ImageFiles", views: int, augmentation: Augmentation, seed: int):
         self.files, self.views, self.augmentation, self.seed = files, views, augmentation, seed
 
     def __getitem__(self, item: tuple[int, int]) -> np.ndarray | str:
         epoch, i = item
         try:
-            image = read_image(self.files.paths[i], self.files.reading)
-            return self.cut(image, [self.seed, epoch, i])
+            image = read_image(self.files.paths[i], self.files.decode)
+            return self.crop(image, [self.seed, epoch, i])
         except ValueError as error:
             return str(error)
 
-    def cut(self, image: Image.Image, chance: list[int]) -> np.ndarray:
+    def crop(self, image: Image.Image, chance: list[int]) -> np.ndarray:
         """The crops of an image, their boxes a function of `chance`."""
         size = self.files.size
         if not self.views:
-            return resize_center_crop(image, size, imagenet_resize(size))[None]
+            return resize_center_crop(image, size, imagenet_resize_size(size))[None]
         rng = np.random.default_rng(chance)
         scale, ratio = self.augmentation.crop_scale, self.augmentation.crop_ratio
         boxes = crop_boxes(rng, self.views, image.height, image.width, scale, ratio)
@@ -152,14 +152,14 @@ class EpochBatchSampler:
             yield [(self.epoch, i) for i in part.tolist()]
 
 
-def set_up_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """A worker leaves signals to the run, which needs it to the end of its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ignore_pil_warnings()
 
 
-def end_workers() -> None:
+def kill_workers() -> None:
     """At the process's exit, which would wait forever for workers that heed no SIGTERM."""
     for process in multiprocessing.active_children():
         if process.daemon:
@@ -167,7 +167,7 @@ def end_workers() -> None:
 
 
 @dataclasses.dataclass
-class Files:
+class ImageFiles:
     """Image files in the place of a uint8 tensor of images, N x C x size x size.
 
     They are decoded when needed, by `workers` processes, and what those cut goes to the device.
@@ -176,45 +176,45 @@ class Files:
     paths: Sequence[ImageFile]
     size: int
     workers: int = 2
-    reading: DecodeOptions = DEFAULT_DECODE
+    decode: DecodeOptions = DEFAULT_DECODE
     device: torch.device | str = "cpu"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self.paths), self.reading.channels, self.size, self.size
+        return len(self.paths), self.decode.channels, self.size, self.size
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, chosen: Tensor | slice) -> "Files":
+    def __getitem__(self, chosen: Tensor | slice) -> "ImageFiles":
         """A part of the files: indices, a mask or a slice, as of a tensor."""
         chosen = chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen
         chosen = np.arange(len(self))[chosen].tolist()
         return dataclasses.replace(self, paths=[self.paths[i] for i in chosen])
 
-    def to(self, device: torch.device) -> "Files":
+    def to(self, device: torch.device) -> "ImageFiles":
         """The same, to be brought to `device`."""
         return dataclasses.replace(self, device=device)
 
     def split(self, number: int) -> Iterator[Tensor]:
         """As of a tensor: chunks under the test transform, uint8, `number` x C x size x size."""
-        chunks = [chunk.split(SENT) for chunk in torch.arange(len(self)).split(number)]
-        crops = Crops(self, 0, Augmentation(), 0)
+        chunks = [chunk.split(EVAL_BATCH_SIZE) for chunk in torch.arange(len(self)).split(number)]
+        crops = CropLoader(self, 0, Augmentation(), 0)
         found = crops(0, 0, list(itertools.chain(*chunks)))
         for parts in chunks:
             yield torch.cat([images[:, 0] for images in itertools.islice(found, len(parts))])
 
-    def batches(
+    def crop_batches(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
     ) -> "Callable[[int, int, list[Tensor]], Iterator[Tensor]]":
-        """What a `Loader` calls in each epoch for the crops of its batches; see `Crops`.
+        """What a `Loader` calls in each epoch for the crops of its batches; see `CropLoader`.
 
         `rows` of the global `batch_size` are this rank's. `ordered`: whether the images must come
         in the loader's order (labels are looked up by an image's place).
         """
-        return Crops(self, views.number, views.augmentation, seed)
+        return CropLoader(self, views.number, views.augmentation, seed)
 
-    def started(
+    def make_dataloader(
         self, dataset: torch.utils.data.Dataset, **settings: object
     ) -> torch.utils.data.DataLoader:
         """A DataLoader with the settings that all of ours have."""
@@ -222,34 +222,34 @@ class Files:
             dataset,
             num_workers=self.workers,
             pin_memory=torch.device(self.device).type == "cuda",
-            worker_init_fn=set_up_worker,
+            worker_init_fn=init_worker,
             generator=torch.Generator(),  # else it would draw from the global one
             **settings,
         )
 
-    def read(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
+    def load_batches(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
         """What the workers cut, on the device: uint8, n x views x C x size x size."""
         distributed.wait_before_fork()
         batches = iter(loader)  # forks the workers
         pinned = loader.pin_memory  # only then the copy has its memory until it is done
-        atexit.unregister(end_workers)
-        atexit.register(end_workers)  # the last one to be registered is the first to be called
+        atexit.unregister(kill_workers)
+        atexit.register(kill_workers)  # the last one to be registered is the first to be called
         for found in batches:
             if isinstance(found, str):
-                raise BadImage(f"{found}{OR_SKIP}")
+                raise UnreadableImageError(f"{found}{SKIP_HINT}")
             found = found.to(self.device, non_blocking=pinned)
             yield found.permute(0, 1, 4, 2, 3)
 
 
-class Crops:
+class CropLoader:
     """The crops of chosen `files`, a batch at a time; its workers stay between epochs.
 
     Called with the epoch, the first step and, for each step of the epoch, the places of its files.
     """
 
-    def __init__(self, files: Files, views: int, augmentation: Augmentation, seed: int):
+    def __init__(self, files: ImageFiles, views: int, augmentation: Augmentation, seed: int):
         self.files = files
-        self.loader = files.started(
+        self.loader = files.make_dataloader(
             CropDataset(files, views, augmentation, seed),
             batch_sampler=EpochBatchSampler(),
             collate_fn=collate_crops,
@@ -259,13 +259,13 @@ class Crops:
     def __call__(self, epoch: int, start: int, places: list[Tensor]) -> Iterator[Tensor]:
         self.loader.batch_sampler.epoch = epoch
         self.loader.batch_sampler.parts = places[start:]
-        return self.files.read(self.loader)
+        return self.files.load_batches(self.loader)
 
 
-def readable(
-    files: Sequence[ImageFile], workers: int, bad_images: str, reading: DecodeOptions = DEFAULT_DECODE
+def filter_readable(
+    files: Sequence[ImageFile], workers: int, bad_images: str, decode: DecodeOptions = DEFAULT_DECODE
 ) -> tuple[Sequence[ImageFile], dict[int, str]]:
-    """Those of `files` that can be decoded, and the others as `decode` names them.
+    """Those of `files` that can be decoded, and the others as `decode_files` names them.
 
     All are taken for good unless `bad_images` is "skip": what is to be skipped must be known
     before the first epoch, so that all files are decoded once. The ranks share them.
@@ -273,7 +273,7 @@ def readable(
     if bad_images != "skip":
         return files, {}
     mine = distributed.slice_for_rank(len(files), distributed.rank(), distributed.world_size())
-    bad = decode(files[mine], 1, workers, "skip", allow_none=True, reading=reading)[1]
+    bad = decode_files(files[mine], 1, workers, "skip", allow_none=True, options=decode)[1]
     parts = distributed.all_gather_objects({mine.start + i: reason for i, reason in bad.items()})
     bad = {i: reason for part in parts for i, reason in part.items()}
     if files and len(bad) == len(files):
@@ -281,7 +281,7 @@ def readable(
     return [path for i, path in enumerate(files) if i not in bad], bad
 
 
-def room_between_processes(batch: int, workers: int) -> None:
+def check_shared_memory(batch: int, workers: int) -> None:
     """Whether the shared memory holds the batches, of so many bytes, that wait in it.
 
     Raises ValueError, where else a worker would die of a bus error in the middle of a run.
@@ -297,12 +297,12 @@ def room_between_processes(batch: int, workers: int) -> None:
             )
 
 
-def images_checksum(images: Tensor | Files) -> int:
+def images_checksum(images: Tensor | ImageFiles) -> int:
     """A checksum of the training images: a run goes on with those that it began with.
 
     Of files, the names below their common folder (which may have moved) are taken.
     """
-    if isinstance(images, Files):
+    if isinstance(images, ImageFiles):
         names = [str(path) for path in images.paths]
         common = os.path.commonpath(names)
         names = "\n".join(os.path.relpath(name, common) for name in names)
@@ -314,36 +314,36 @@ class Loader:
     """Shuffled batches of images, and of labels if you like, on the images' device.
 
     The last, incomplete batch is left out unless `keep_last`. `len(loader)`: the steps an epoch.
-    Of `Files` a batch is their crops, which `views` then make into views.
+    Of `ImageFiles` a batch is their crops, which `views` then make into views.
     `batch_size` is that of all ranks together: of a batch's n images `share(n)` are this rank's,
     while labels come whole. Raises ValueError for a batch that the images or ranks do not fit.
     """
 
     def __init__(
         self,
-        images: Tensor | Files,
+        images: Tensor | ImageFiles,
         batch_size: int,
         seed: int = 0,
         labels: Tensor | None = None,
         keep_last: bool = False,
         views: Views | None = None,
-        share: Callable[[int], slice] = distributed.local_slice,
+        local_slice: Callable[[int], slice] = distributed.local_slice,
     ):
         number = len(images)
         if not 0 < batch_size <= number:
             raise ValueError(
                 f"--batch_size {batch_size}: must be from 1 to {number}, the training images"
             )
-        self.images, self.labels, self.share = images, labels, share
+        self.images, self.labels, self.local_slice = images, labels, local_slice
         self.batch_size, self.seed = batch_size, seed
         self.steps = -(-number // batch_size) if keep_last else number // batch_size
-        self.crops = None
-        if isinstance(images, Files):
-            rows = share(batch_size)
+        self.crop_loader = None
+        if isinstance(images, ImageFiles):
+            rows = local_slice(batch_size)
             # What waits there in an epoch, or while the kNN looks at the images.
-            crops = max(views.number * (rows.stop - rows.start), SENT)
-            room_between_processes(crops * images.shape[1] * images.size**2, images.workers)
-            self.crops = images.batches(views, seed, batch_size, rows, labels is not None)
+            crops = max(views.number * (rows.stop - rows.start), EVAL_BATCH_SIZE)
+            check_shared_memory(crops * images.shape[1] * images.size**2, images.workers)
+            self.crop_loader = images.crop_batches(views, seed, batch_size, rows, labels is not None)
 
     def __len__(self) -> int:
         return self.steps
@@ -353,15 +353,15 @@ class Loader:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         order = torch.from_numpy(order[: self.steps * self.batch_size])
         places = order.split(self.batch_size)
-        rows = [self.share(len(part)) for part in places]
+        rows = [self.local_slice(len(part)) for part in places]
         # To the device at once: a transfer a step would let the host wait for it in each.
         device = self.images.device if self.labels is None else self.labels.device
         on_device = order.to(device).split(self.batch_size)
-        if self.crops is None:
+        if self.crop_loader is None:
             found = (self.images[on_device[step][rows[step]]] for step in range(start, self.steps))
         else:
             mine = [part[those] for part, those in zip(places, rows, strict=True)]
-            found = self.crops(epoch, start, mine)
+            found = self.crop_loader(epoch, start, mine)
         for step, images in enumerate(found, start):
             labels = None if self.labels is None else self.labels[on_device[step]]
             yield Batch(epoch, step, images, labels, len(places[step]), rows[step])

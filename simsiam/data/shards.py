@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.data.decode import DEFAULT_DECODE, EXTENSIONS, DecodeOptions, read_image
-from simsiam.data.loader import CropDataset, Data, Files, readable, collate_crops
+from simsiam.data.decode import DEFAULT_DECODE, IMAGE_EXTENSIONS, DecodeOptions, read_image
+from simsiam.data.loader import CropDataset, Data, ImageFiles, filter_readable, collate_crops
 from simsiam.views.augment import Views
 
 # Images that a worker keeps, as the bytes of their files, to draw the next one from.
-SHUFFLED = 1000
-LABEL = 1000  # bytes of a label's file that are read
+SHUFFLE_BUFFER = 1000
+MAX_LABEL_BYTES = 1000  # bytes of a label's file that are read
 
 
-class Member(NamedTuple):
+class ShardMember(NamedTuple):
     """An image file within a tar file; printed as a path."""
 
     shard: str
@@ -34,14 +34,14 @@ class Member(NamedTuple):
     def __str__(self) -> str:
         return f"{self.shard}/{self.key}"
 
-    def content(self) -> io.BytesIO:
+    def open(self) -> io.BytesIO:
         """The file's bytes."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
 
 
-class Sample(NamedTuple):
+class ShardSample(NamedTuple):
     """An image file that is already read; printed as a path."""
 
     name: str
@@ -50,54 +50,54 @@ class Sample(NamedTuple):
     def __str__(self) -> str:
         return self.name
 
-    def content(self) -> io.BytesIO:
+    def open(self) -> io.BytesIO:
         """The file's bytes."""
         return io.BytesIO(self.bytes)
 
 
-class Shards(Files):
-    """`Files` within tar files, which pre-training reads from their beginnings to their ends.
+class Shards(ImageFiles):
+    """`ImageFiles` within tar files, which pre-training reads from their beginnings to their ends.
 
     All else (test images, the kNN's bank, linear evaluation) goes to single members, as if they
     were files.
     """
 
-    def batches(
+    def crop_batches(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
     ) -> Callable[[int, int, list[Tensor]], Iterator[Tensor]]:
-        """As of `Files`; unless `ordered`, from the beginnings of the tar files to their ends.
+        """As of `ImageFiles`; unless `ordered`, from the beginnings of the tar files to their ends.
 
         Raises ValueError where there are more workers than shards.
         """
         if ordered:
-            return super().batches(views, seed, batch_size, rows, ordered)
+            return super().crop_batches(views, seed, batch_size, rows, ordered)
         size = rows.stop - rows.start  # the same on all ranks
         cutter = CropDataset(self, views.number, views.augmentation, seed)
-        return Streams(self, Stream(cutter, size, rows.start // size, batch_size // size))
+        return StreamLoader(self, ShardStream(cutter, size, rows.start // size, batch_size // size))
 
 
-class Streams:
+class StreamLoader:
     """What `stream` gives, on the device; called as `Crops` are, but in an order of its own."""
 
-    def __init__(self, files: Shards, stream: "Stream"):
+    def __init__(self, files: Shards, stream: "ShardStream"):
         if stream.ranks * max(1, files.workers) > len(stream.shards):
             raise ValueError(
                 f"--num_workers {files.workers}: on {stream.ranks} ranks these would be more than "
                 f"the {len(stream.shards)} shards, each of which one worker reads"
             )
-        self.files, self.loader = files, files.started(stream, batch_size=None)
+        self.files, self.loader = files, files.make_dataloader(stream, batch_size=None)
 
     def __call__(self, epoch: int, start: int, places: list[Tensor]) -> Iterator[Tensor]:
         self.loader.dataset.epoch = epoch
         self.loader.dataset.steps = range(start, len(places))
-        return self.files.read(self.loader)
+        return self.files.load_batches(self.loader)
 
 
-class Stream(torch.utils.data.IterableDataset):
+class ShardStream(torch.utils.data.IterableDataset):
     """The batches of one rank in an epoch, from step `start` on, `size` images each.
 
     The order of the shards is drawn an epoch, and they are dealt out to the ranks, then to a rank's
-    workers, whose batches take turns; a worker draws each image from `SHUFFLED` ones. One that has
+    workers, whose batches take turns; a worker draws each image from `SHUFFLE_BUFFER` ones. One that has
     come to its last shard's end, before the others, begins with its first again.
 
     All of it is a function of (seed, epoch, step) and of the numbers of ranks and workers.
@@ -105,7 +105,7 @@ class Stream(torch.utils.data.IterableDataset):
 
     def __init__(self, cutter: CropDataset, size: int, rank: int, ranks: int):
         self.cutter, self.size, self.rank, self.ranks = cutter, size, rank, ranks
-        self.members: dict[str, list[Member]] = {}  # of each shard, in their order there
+        self.members: dict[str, list[ShardMember]] = {}  # of each shard, in their order there
         for member in sorted(cutter.files.paths):
             self.members.setdefault(member.shard, []).append(member)
         self.shards = list(self.members)
@@ -123,14 +123,14 @@ class Stream(torch.utils.data.IterableDataset):
         rng = random.Random(repr([*chance, self.rank, worker]))
         samples = webdataset.DataPipeline(
             lambda: self.read([self.shards[i] for i in order]),
-            webdataset.shuffle(SHUFFLED, initial=SHUFFLED, rng=rng),
+            webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng),
         ).repeat()
         before = len(range(worker, self.steps.start, workers))  # its batches before the first step
         samples = itertools.islice(samples, before * self.size, None)
         for _ in range(worker + before * workers, self.steps.stop, workers):
             yield collate_crops([self.cut(sample) for sample in itertools.islice(samples, self.size)])
 
-    def read(self, shards: list[str]) -> Iterator["Sample"]:
+    def read(self, shards: list[str]) -> Iterator["ShardSample"]:
         """The images of shards, from their beginnings to their ends.
 
         The shards are opened here, and always as files: webdataset would take a name that begins
@@ -140,17 +140,17 @@ class Stream(torch.utils.data.IterableDataset):
             with open(shard, "rb") as file:
                 for member in self.members[shard]:
                     file.seek(member.offset)
-                    yield Sample(str(member), file.read(member.size))
+                    yield ShardSample(str(member), file.read(member.size))
 
-    def cut(self, sample: "Sample") -> np.ndarray | str:
+    def cut(self, sample: "ShardSample") -> np.ndarray | str:
         """What the cutter makes of an image file."""
         name = "/".join(Path(sample.name).parts[-2:])
         chance = zlib.crc32(name.encode("utf-8", "surrogateescape"))
         try:
-            image = read_image(sample, self.cutter.files.reading)
+            image = read_image(sample, self.cutter.files.decode)
         except ValueError as error:
             return str(error)
-        return self.cutter.cut(image, [self.cutter.seed, self.epoch, chance])
+        return self.cutter.crop(image, [self.cutter.seed, self.epoch, chance])
 
 
 def load_shards(
@@ -159,7 +159,7 @@ def load_shards(
     workers: int,
     bad_images: str,
     test_only: bool,
-    reading: DecodeOptions = DEFAULT_DECODE,
+    decode: DecodeOptions = DEFAULT_DECODE,
 ) -> Data:
     """Tar files in webdataset's layout: `<key>.jpg` (or another image) and, of labels, `<key>.cls`.
 
@@ -193,7 +193,7 @@ def load_shards(
             found = list_shard(shard)
             members += found
             labels += found.values()
-        good, found = readable(members, workers, bad_images, reading)
+        good, found = filter_readable(members, workers, bad_images, decode)
         bad.extend(found.values())
         if not numbers:  # the training set's classes, where it is listed
             classes = sorted(set(labels) - {None}, key=lambda text: (len(text), text))
@@ -203,7 +203,7 @@ def load_shards(
                 raise ValueError(f"{member}: its class {label} is not among the training classes")
         labels = [-1 if name is None else numbers[name] for name in labels]
         kept = torch.tensor([i not in found for i in range(len(members))], dtype=torch.bool)
-        images = Shards(good, image_size or 224, workers, reading)
+        images = Shards(good, image_size or 224, workers, decode)
         return images, torch.tensor(labels, dtype=torch.int64)[kept]
 
     train_part = part([] if test_only and test else train)
@@ -211,7 +211,7 @@ def load_shards(
     return Data(*train_part, *test_part, list(numbers), bad)
 
 
-def list_shard(shard: str) -> dict[Member, str | None]:
+def list_shard(shard: str) -> dict[ShardMember, str | None]:
     """The images of a tar file, each with its label."""
     if not Path(shard).is_file():
         raise FileNotFoundError(f"--data_root {shard}: there is no such file")
@@ -224,10 +224,10 @@ def list_shard(shard: str) -> dict[Member, str | None]:
                     raise ValueError(f"a size in it is {info.size}")
                 end = info.name.rpartition("/")[2].partition(".")[2]
                 key = info.name[: len(info.name) - len(end) - 1]
-                if info.isreg() and f".{end.lower()}" in EXTENSIONS:
-                    found.setdefault(key, Member(shard, info.offset_data, key, info.size))
+                if info.isreg() and f".{end.lower()}" in IMAGE_EXTENSIONS:
+                    found.setdefault(key, ShardMember(shard, info.offset_data, key, info.size))
                 elif info.isreg() and end.lower() == "cls":
-                    labels[key] = archive.extractfile(info).read(LABEL).decode().strip()
+                    labels[key] = archive.extractfile(info).read(MAX_LABEL_BYTES).decode().strip()
                 archive.members = []
     except OSError:
         raise

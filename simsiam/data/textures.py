@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TEXTURES = (
+TEXTURE_CLASSES = (
     "rows",
     "columns",
     "diagonals",
@@ -21,12 +21,12 @@ TEXTURES = (
 SINE = np.round(np.sin(2 * np.pi * np.arange(4096) / 4096) * 2**15) / 2**15
 
 
-def wave(cycles: np.ndarray) -> np.ndarray:
+def sine(cycles: np.ndarray) -> np.ndarray:
     """Sine of `cycles` turns, in [-1, 1]."""
     return SINE[np.floor(cycles * 4096).astype(np.int64) & 4095]
 
 
-def textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
+def make_textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
     """`number` generated 32 x 32 images of ten texture classes in turn, and their labels.
 
     Phase, scale, contrast, polarity, lighting and tint vary in every class alike, so that neither
@@ -37,11 +37,11 @@ def textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
     u = rng.random((number, 16, 1, 1))
     corners = rng.random((number, 14, 14))
     grain = rng.random((number, 32, 32)) - 0.5
-    labels = np.arange(number) % len(TEXTURES)
+    labels = np.arange(number) % len(TEXTURE_CLASSES)
     field = np.empty((number, 32, 32))
-    for label, name in enumerate(TEXTURES):
+    for label, name in enumerate(TEXTURE_CLASSES):
         of = labels == label
-        field[of] = texture(name, u[of], corners[of])
+        field[of] = draw_texture(name, u[of], corners[of])
     y, x = np.mgrid[0:32, 0:32].astype(float)
     field *= np.where(u[:, 7] < 0.5, 1.0, -1.0) * (0.10 + 0.25 * u[:, 8])  # polarity, contrast
     field += 0.3 * ((u[:, 9] - 0.5) * (x - 15.5) + (u[:, 10] - 0.5) * (y - 15.5)) / 16  # lighting
@@ -51,7 +51,7 @@ def textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
-def texture(name: str, u: np.ndarray, corners: np.ndarray) -> np.ndarray:
+def draw_texture(name: str, u: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """Brightness in [-1, 1], N x 32 x 32, of one class, from its N x 16 random numbers."""
     y, x = np.mgrid[0:32, 0:32].astype(float)
     period = 5 + 6 * u[:, 0]  # pixels
@@ -65,23 +65,23 @@ def texture(name: str, u: np.ndarray, corners: np.ndarray) -> np.ndarray:
         return np.abs(t - np.floor(t) - 0.5) * 2
 
     if name == "rows":
-        field = wave(b)
+        field = sine(b)
     elif name == "columns":
-        field = wave(a)
+        field = sine(a)
     elif name == "diagonals":
-        field = wave((a + side * b) * 0.7)
+        field = sine((a + side * b) * 0.7)
     elif name == "checks":
-        field = 1.5 * wave(a / 1.4) * wave(b / 1.4)
+        field = 1.5 * sine(a / 1.4) * sine(b / 1.4)
     elif name == "grid":
         field = 1 - 2.4 * np.minimum(line(a), line(b))
     elif name == "dots":
         field = 2.2 - 4.5 * np.sqrt((line(a) / 2) ** 2 + (line(b) / 2) ** 2)
     elif name == "rings":
-        field = wave(np.sqrt((x - 32 * u[:, 5]) ** 2 + (y - 32 * u[:, 6]) ** 2) / period)
+        field = sine(np.sqrt((x - 32 * u[:, 5]) ** 2 + (y - 32 * u[:, 6]) ** 2) / period)
     elif name == "bricks":
         field = 1 - 2.4 * np.minimum(2 * line(a / 2 + 0.5 * (np.floor(b) % 2)), line(b))
     elif name == "zigzag":
-        field = wave(b + 0.6 * line(a / 2))
+        field = sine(b + 0.6 * line(a / 2))
     elif name == "blobs":
         # Random values on a grid of half a period, joined bilinearly. Sums, not a matrix product:
         # two neighbours and zeros add up the same in every order.

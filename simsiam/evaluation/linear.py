@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchvision.transforms.v2 import MixUp
 
-from simsiam.data.loader import Files, Loader
+from simsiam.data.loader import ImageFiles, Loader
 from simsiam.evaluation import metrics
 from simsiam.runtime import batchnorm, distributed
 from simsiam.views.augment import Batch, Views
@@ -24,7 +24,7 @@ FeatureFn = Callable[[Batch], tuple[Tensor, Tensor]]
 class Task(NamedTuple):
     """What heads are fitted to: images, or features that are at hand, and their labels."""
 
-    inputs: Tensor | Files
+    inputs: Tensor | ImageFiles
     labels: Tensor
     embed: FeatureFn
     views: Views | None = None
@@ -39,7 +39,7 @@ class Task(NamedTuple):
         batch_size = min(args.batch_size, len(self.labels))
         share = distributed.local_slice if self.views else whole
         of_all = (self.inputs, batch_size, args.seed, self.labels, self.keep_last)
-        return Loader(*of_all, self.views, share=share)
+        return Loader(*of_all, self.views, local_slice=share)
 
 
 def whole(number: int) -> slice:
@@ -61,7 +61,7 @@ class FrozenEncoder:
         self.views, self.amp = views, amp
         self.before = {name: value.clone() for name, value in backbone.state_dict().items()}
 
-    def plain(self, images: Tensor | Files) -> Tensor:
+    def plain(self, images: Tensor | ImageFiles) -> Tensor:
         """Features under the test transform, N x d."""
         return metrics.features(self.backbone, self.views.eval_transform, images, self.amp, False)
 
@@ -102,7 +102,7 @@ class FinetunedEncoder(FrozenEncoder):
         self.run = torch.compile(backbone, dynamic=False) if compiled else backbone
         self.mix = MixUp(alpha=mixup, num_classes=classes) if mixup else None
 
-    def plain(self, images: Tensor | Files) -> Tensor:
+    def plain(self, images: Tensor | ImageFiles) -> Tensor:
         """As of `FrozenEncoder`, by the first rank's BN statistics."""
         distributed.broadcast_buffers(self.backbone)
         return super().plain(images)

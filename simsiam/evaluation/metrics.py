@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simsiam.data.loader import Files
+from simsiam.data.loader import ImageFiles
 from simsiam.runtime import distributed
 
 # The kNN's defaults: neighbours that vote, and the temperature of their vote.
@@ -21,7 +21,7 @@ PAIRS_TILE = (1024, 8192)  # as KNN_TILE, for `pairs`: 34 MB
 def features(
     backbone: nn.Module,
     transform: Callable[[Tensor], Tensor],
-    images: Tensor | Files,
+    images: Tensor | ImageFiles,
     amp: torch.autocast,
     normalise: bool = True,
 ) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.data.loader import Files
+from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
 from simsiam.models.simsiam import SimSiam
 from simsiam.views.augment import Batch, Views
@@ -129,7 +129,7 @@ def as_it_is(x: Tensor) -> Tensor:
 def view_features(
     backbone: nn.Module,
     views: Views,
-    images: Tensor | Files,
+    images: Tensor | ImageFiles,
     amp: torch.autocast,
     q: int = VIEWS,
     seed: int = 0,
@@ -156,7 +156,7 @@ def view_features(
     return z.unflatten(0, found.shape[:2])
 
 
-def sample(images: Tensor | Files, number: int, seed: int) -> Tensor | Files:
+def sample(images: Tensor | ImageFiles, number: int, seed: int) -> Tensor | ImageFiles:
     """At most `number` images, drawn at random, since data sets may come sorted; in their order."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
     return images[order[:number].sort().values]
@@ -175,7 +175,7 @@ def in_words(aligned: float, untrained: float | None) -> str:
 def unlabelled_scores(
     net: SimSiam,
     views: Views,
-    images: Tensor | Files,
+    images: Tensor | ImageFiles,
     amp: torch.autocast,
     seed: int = 0,
     most: int = IMAGES,

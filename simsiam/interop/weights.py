@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simsiam.data.datasets import shorter_side
+from simsiam.data.datasets import resize_size
 from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preprocess
-from simsiam.data.loader import Files
+from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
 from simsiam.interop.layouts import translated
 from simsiam.models.simsiam import Classifier, SimSiam
@@ -248,7 +248,7 @@ class LoadedCheckpoint:
             raise ValueError(f"--{name}: {path} is ours, and has its own")
         with error_prefix(str(path)):
             net = checkpoint.network(state).eval()
-            DecodeOptions.of(state["args"])
+            DecodeOptions.from_args(state["args"])
         rest = {name: state[name] for name in checkpoint.FORMAT}
         del rest["model"], rest["optimizer"]  # `net` has the weights, and ranks are sent no more
         return cls(str(path), net, rest["encoder"], [], rest)
@@ -281,13 +281,13 @@ class LoadedCheckpoint:
     @property
     def reading(self) -> DecodeOptions:
         """How the files of the training images were read, in the encoder's channels."""
-        reading = DecodeOptions.of(self.state["args"]) if self.state else DEFAULT_DECODE
+        reading = DecodeOptions.from_args(self.state["args"]) if self.state else DEFAULT_DECODE
         return dataclasses.replace(reading, channels=len(self.encoder["mean"]))
 
     @property
     def shorter(self) -> int:
         """Pixels of an image's shorter side before the centre crop; see `images.centre`."""
-        return shorter_side(self.data_name, self.encoder["image_size"])
+        return resize_size(self.data_name, self.encoder["image_size"])
 
     @property
     def classes(self) -> list[str]:
@@ -317,7 +317,7 @@ class LoadedCheckpoint:
         return torch.cat(parts)
 
     def features(
-        self, images: Tensor | Files, amp: torch.autocast, normalise: bool = False
+        self, images: Tensor | ImageFiles, amp: torch.autocast, normalise: bool = False
     ) -> Tensor:
         """The encoder's features, on its device; as `metrics.features`, not normalised by default.
 

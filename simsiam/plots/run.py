@@ -76,7 +76,9 @@ def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -
     """
     images = images[evenly_spaced(len(images), 8)]
     places = torch.arange(len(images))
-    loader = Loader(images, len(images), seed, places, views=views, share=lambda n: slice(0, n))
+    loader = Loader(
+        images, len(images), seed, places, views=views, local_slice=lambda n: slice(0, n)
+    )
     batch = next(loader.epoch(0))
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (views.mean, views.std))
     shown = [torch.cat(list(images.split(512)))[batch.labels]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simsiam.data.arrays import MOST_CHANNELS
+from simsiam.data.arrays import MAX_CHANNELS
 from simsiam.models.backbones import backbone
 from simsiam.models.simsiam import Classifier, SimSiam, simsiam
 from simsiam.runtime import distributed, reader
@@ -262,7 +262,7 @@ def read_encoder(encoder: dict) -> dict:
     size, mean, std = encoder["image_size"], encoder["mean"], encoder["std"]
     fits = all(
         isinstance(several, list | tuple)
-        and 1 <= len(several) <= MOST_CHANNELS
+        and 1 <= len(several) <= MAX_CHANNELS
         and all(type(value) is float and math.isfinite(value) for value in several)
         for several in (mean, std)
     )

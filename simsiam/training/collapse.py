@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simsiam.data.loader import Data, Files, evenly_spaced
+from simsiam.data.loader import Data, ImageFiles, evenly_spaced
 from simsiam.data.survey import FLAT_IMAGES
 from simsiam.evaluation import metrics, scores
 from simsiam.runtime import distributed
@@ -262,7 +262,7 @@ class Monitor:
 
         Raises RunError for features that are not finite.
         """
-        if isinstance(self.images.train_images, Files):  # it may take as long as an epoch
+        if isinstance(self.images.train_images, ImageFiles):  # it may take as long as an epoch
             distributed.log(f"before training: features of {len(self.images.train_images)} images")
         try:
             row = {"epoch": 0} | self.measure()
@@ -272,7 +272,7 @@ class Monitor:
             distributed.log("no labelled test images: no kNN; std, rank and alignment are watched")
             return row
         pixels = metrics.raw_pixels(self.views.size)
-        images = self.images.at_most(metrics.PIXELS_OF, self.args.seed)
+        images = self.images.limit(metrics.PIXELS_OF, self.args.seed)
         bank, queries = (
             metrics.features(pixels, self.views.eval_transform, part, self.amp)
             for part in (images.train_images, images.test_images)
