@@ -308,9 +308,9 @@ def pixels_baseline(images: Data, views: Views, amp: torch.autocast, args: Names
     The best on the test set, which favours the baseline: pixels have another scale than features.
     """
     pixels = metrics.raw_pixels(views.size)
-    images = images.limit(metrics.PIXELS_OF, args.seed)
+    images = images.limit(metrics.MAX_RAW_PIXEL_IMAGES, args.seed)
     inputs, test = (
-        metrics.features(pixels, views.eval_transform, part, amp, False)
+        metrics.extract_features(pixels, views.eval_transform, part, amp, False)
         for part in (images.train_images, images.test_images)
     )
     lrs = [args.lr[0] * part for part in PARTS_OF_LR]

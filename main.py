@@ -21,7 +21,8 @@ from simsiam.data import survey
 from simsiam.data.datasets import DATA_NAMES, check_data_root, load_dataset
 from simsiam.data.decode import DecodeOptions, add_decode_options, check_decode_options
 from simsiam.data.loader import Data, Loader, images_checksum
-from simsiam.evaluation import metrics, scores
+from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import KNN_K, KNN_TEMPERATURE
 from simsiam.interop import weights
 from simsiam.models import simsiam as network
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, has_bn, is_of_library
@@ -102,8 +103,8 @@ def make_flags() -> utils.Flags:
     add("warmup_epochs", number(float, 0), "epochs of linear warm-up")
     add("fix_pred_lr", "two", "keep the predictor's lr constant")
     add = flags.group("monitor")
-    add("k", count, "neighbours that vote in the kNN", metrics.K)
-    add("temperature", positive, "of the kNN's vote", metrics.TEMPERATURE)
+    add("k", count, "neighbours that vote in the kNN", KNN_K)
+    add("temperature", positive, "of the kNN's vote", KNN_TEMPERATURE)
     add("bank_size", count, "images of the kNN's bank, class-balanced and seeded; None: all")
     add("knn_every", count, "epochs from one kNN to the next; the last epoch has one", 1)
     probe = "a linear head that learns beside, from detached features (where there are labels)"
@@ -372,7 +373,7 @@ def pretrain(run: Run, made: Prepared) -> None:
                 f"{start['raw_acc@1']:.1f} %"
             )
         elif "alignment" in end:
-            distributed.log(scores.in_words(end["alignment"], start.get("alignment")))
+            distributed.log(metrics.alignment_summary(end["alignment"], start.get("alignment")))
         if args.pictures:
             pictures.draw_run(run.path, args.name, run.history, monitor, board)
     if board:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors, which do not run `__getattr__`
     from simsiam.data.datasets import load_dataset
-    from simsiam.evaluation.metrics import knn
+    from simsiam.evaluation.knn import knn
     from simsiam.interop.weights import open_encoder
     from simsiam.models.simsiam import SimSiam
     from simsiam.views.augment import Augmentation, Views
@@ -24,7 +24,7 @@ MODULE_OF = {
     "Augmentation": "views.augment",
     "SimSiam": "models.simsiam",
     "Views": "views.augment",
-    "knn": "evaluation.metrics",
+    "knn": "evaluation.knn",
     "load_dataset": "data.datasets",
     "open_encoder": "interop.weights",
 }

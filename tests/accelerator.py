@@ -26,6 +26,7 @@ import utils
 from simsiam.data.loader import Loader
 from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.models import simsiam as network
 from simsiam.runtime import batchnorm, devices, distributed
 from simsiam.training.collapse import TrainMeters
@@ -179,10 +180,12 @@ def steps(native: types.ModuleType) -> dict:
     net = network.SimSiam("resnet8", feature_dim=32).to(device)
     images, labels = (part.to(device) for part in make_textures(96, seed=1))
     views, off = Views(32, *VIEWS["short"][1:]), devices.autocast(device, "off")
-    bank = metrics.features(net.backbone, views.eval_transform, images, off)
+    bank = metrics.extract_features(net.backbone, views.eval_transform, images, off)
     work = {
-        "features": lambda: metrics.features(net.backbone, views.eval_transform, images, off),
-        "knn": lambda: metrics.knn(bank, labels, bank),
+        "features": lambda: metrics.extract_features(
+            net.backbone, views.eval_transform, images, off
+        ),
+        "knn": lambda: knn(bank, labels, bank),
         "rank": lambda: metrics.effective_rank(bank),
     }
     return found | {name: waits(native, some) for name, some in work.items()}

@@ -96,7 +96,7 @@ def steps_on_fakes(flags, amp, fault=lambda x: None):
         rest = (views, tally, 0, 0, args, amp, main.UNSCALED, Probe(512, 10, args, CUDA))
         watch.waits = []
         assert list(main.train(net, optimizer, loader, *rest)) == [0, 1, 2]
-        metrics.features(net.backbone, augment.eval_transform, images, amp)
+        metrics.extract_features(net.backbone, augment.eval_transform, images, amp)
     return watch.waits
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import main
 import simsiam
 from simsiam.data import datasets, decode
-from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.interop import weights
 from simsiam.models import simsiam as network
 from simsiam.views import augment
@@ -24,7 +24,7 @@ NAMES = {
     "Views": augment.Views,
     "Augmentation": augment.Augmentation,
     "load_dataset": datasets.load_dataset,
-    "knn": metrics.knn,
+    "knn": knn,
     "open_encoder": weights.open_encoder,
 }
 

@@ -13,6 +13,7 @@ from torch import nn
 from simsiam.data.loader import Data, evenly_spaced
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.training.collapse import (
     Meters,
     Monitor,
@@ -228,7 +229,7 @@ def expected(images, size):
         for part in (images.train_images, images.test_images)
     ]
     voters = images.train_labels >= 0
-    ranking = metrics.knn(pooled[0][voters], images.train_labels[voters], pooled[1], 20)
+    ranking = knn(pooled[0][voters], images.train_labels[voters], pooled[1], 20)
     return metrics.effective_rank(pooled[0]), *metrics.accuracy(ranking, images.test_labels)
 
 

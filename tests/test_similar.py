@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 from sklearn.neighbors import NearestNeighbors
 
 from simsiam.data.textures import make_textures
-from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import nearest_neighbors, similar_pairs
 from simsiam.interop.weights import open_encoder
 from tests import helpers
 from tools import similar
@@ -119,12 +119,12 @@ def test_duplicates_are_all_pairs_from_a_similarity_on(encoder, folder, tmp_path
 
 @pytest.mark.parametrize("most", [1000, 60, 1])
 def test_pairs_of_many_tiles_are_those_of_the_whole_matrix(most, monkeypatch):
-    monkeypatch.setattr(metrics, "PAIRS_TILE", (7, 11))
+    monkeypatch.setattr("simsiam.evaluation.knn.PAIRS_TILE", (7, 11))
     generator = torch.Generator().manual_seed(0)
     bank = F.normalize(torch.randn(61, 5, generator=generator), dim=1)
     whole = (bank @ bank.T).triu(1)
     expected = whole[whole >= 0.5].sort(descending=True).values
-    values, places, number = metrics.pairs(bank, 0.5, most)
+    values, places, number = similar_pairs(bank, 0.5, most)
     assert number == len(expected) > 60
     torch.testing.assert_close(values, expected[:most])
     assert (places[:, 0] < places[:, 1]).all()
@@ -133,24 +133,24 @@ def test_pairs_of_many_tiles_are_those_of_the_whole_matrix(most, monkeypatch):
 
 
 def test_pairs_never_hold_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr(metrics, "PAIRS_TILE", (100, 200))
+    monkeypatch.setattr("simsiam.evaluation.knn.PAIRS_TILE", (100, 200))
     bank = F.normalize(torch.rand(2000, 8), dim=1)  # all of them are similar
     with helpers.Large(4 * 2000**2 // 8) as large:
-        values, _, number = metrics.pairs(bank, -1.0, 50)
+        values, _, number = similar_pairs(bank, -1.0, 50)
     assert not large.seen
     assert number == 2000 * 1999 // 2
     assert len(values) == 50
 
 
 def test_the_nearest_of_many_tiles_are_those_of_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr(metrics, "KNN_TILE", (7, 11))
+    monkeypatch.setattr("simsiam.evaluation.knn.KNN_TILE", (7, 11))
     generator = torch.Generator().manual_seed(0)
     bank, queries = (F.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (61, 20))
-    values, places = metrics.nearest(bank, queries, 9)
+    values, places = nearest_neighbors(bank, queries, 9)
     expected = (queries @ bank.T).topk(9)
     torch.testing.assert_close(values, expected.values)
     assert torch.equal(places, expected.indices)
-    assert metrics.nearest(bank, queries, 100)[1].shape == (20, 61)
+    assert nearest_neighbors(bank, queries, 100)[1].shape == (20, 61)
 
 
 # ---- limits, and what is said -------------------------------------------------------------------

@@ -18,6 +18,7 @@ from simsiam.data.datasets import load_dataset
 from simsiam.data.loader import balanced_subset
 from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.interop.weights import LoadedCheckpoint
 from tests import helpers
 from tools import transfer
@@ -113,7 +114,7 @@ def test_its_numbers_are_scikit_learn_s_and_the_knn_s(kind, encoder, folder, tmp
     accuracy, balanced, c = by_hand(train, labels, test, truth, out)
     wanted = {"train_size": len(train), "test_size": len(test), "classes": len(images.classes)}
     bank, queries = (F.normalize(torch.from_numpy(x), dim=1) for x in (train, test))
-    ranking = metrics.knn(bank, images.train_labels, queries)
+    ranking = knn(bank, images.train_labels, queries)
     wanted["knn"] = metrics.accuracy(ranking, images.test_labels)[0]
     wanted |= {"linear": accuracy, "linear_balanced": balanced, "c": c}
     wanted["pixels"] = by_hand(pixels, labels, test_pixels, truth, out)[0]

@@ -33,7 +33,7 @@ import main
 import utils
 from simsiam.data.loader import Data, ImageFiles, Loader
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
-from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, files
 from simsiam.training.collapse import Monitor, TrainMeters
@@ -195,7 +195,7 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
 
 
 def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
-    """metrics.knn for a process of its own: its peak of memory besides its arguments, in MB."""
+    """knn for a process of its own: its peak of memory besides its arguments, in MB."""
 
     def resident() -> int:
         """Pages of this process's own: the arguments are shared."""
@@ -203,7 +203,7 @@ def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
         return int(pages) - int(shared)
 
     devices.keep_freed_memory()
-    metrics.knn(bank[:1000], labels[:1000], queries[:100])  # the libraries' own memory
+    knn(bank[:1000], labels[:1000], queries[:100])  # the libraries' own memory
 
     def run() -> float:
         before = peak = resident()
@@ -216,7 +216,7 @@ def knn_memory(bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor):
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        metrics.knn(bank, labels, queries)
+        knn(bank, labels, queries)
         done.set()
         watcher.join()
         return (peak - before) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -234,7 +234,7 @@ def bench_knn() -> Iterator[Row]:
         centres[labels] + 6 * torch.randn(len(labels), 512), dim=1
     )
     bank, queries = draw(bank_labels), draw(query_labels)
-    ours = lambda: metrics.knn(bank, bank_labels, queries)[:, 0]  # noqa: E731
+    ours = lambda: knn(bank, bank_labels, queries)[:, 0]  # noqa: E731
     lightly_name = versioned("lightly", "knn_predict, chunks of 512")
     scikit_name = versioned("scikit-learn", "brute force, n_jobs=-1")
     with (
@@ -264,7 +264,7 @@ def bench_knn() -> Iterator[Row]:
     for size in (10_000, 50_000, 200_000, 1_000_000):
         large, some = F.normalize(torch.randn(size, 512), dim=1), queries[:2000]
         labels = torch.arange(size) % 10
-        run = lambda: metrics.knn(large, labels, some)  # noqa: B023, E731
+        run = lambda: knn(large, labels, some)  # noqa: B023, E731
         yield f"knn, bank of {size}, 2000 queries", in_turns(run)[0], None, None, "s"
         with Peer(knn_memory, large, labels, some) as memory:
             yield f"knn, bank of {size}, memory", memory(), None, None, "MB"

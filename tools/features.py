@@ -71,7 +71,7 @@ def of_files(
             distributed.log(reason)
         kept += [start + i for i in range(len(some)) if i not in bad]
         if len(images):
-            features = metrics.features(
+            features = metrics.extract_features(
                 part, views.eval_transform, images.to(device), amp, normalise=False
             )
             if found is None:  # filled: a list to be joined would take twice as much

@@ -15,6 +15,7 @@ import utils
 from simsiam.data.loader import Data, Loader
 from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
 from simsiam.training import checkpoint
@@ -107,7 +108,8 @@ def epoch(flags: str, images: Tensor, labels: Tensor) -> Iterator[Row]:
     some = slice(len(images) // 5)
     data = Data(images, labels, images[some], labels[some], [str(i) for i in range(10)])
     monitor = Monitor(run.net, run.views, data, run.args, 1.0, run.amp)
-    features = lambda: metrics.features(run.net.backbone, run.views.eval_transform, images, run.amp)  # noqa: E731
+    of_images = (run.net.backbone, run.views.eval_transform, images, run.amp)
+    features = lambda: metrics.extract_features(*of_images)  # noqa: E731
     kept = {"command": "main.py", "args": vars(run.args), "encoder": {}, "augmentation": {}}
     kept |= {"images_crc": 0, "classes": [], "epoch": 0, "step": 0, "tally": {}, "seconds": 0.0}
     kept |= {"history": [], "facts": {}, "probe": {}}
@@ -122,13 +124,13 @@ def epoch(flags: str, images: Tensor, labels: Tensor) -> Iterator[Row]:
     yield "gpu features", len(images) / features, None, None, "images/s"
 
 
-def knn(device: torch.device, size: int, side: int, dtype: torch.dtype) -> Iterator[Row]:
+def time_knn(device: torch.device, size: int, side: int, dtype: torch.dtype) -> Iterator[Row]:
     """kNN and rank of a bank of `size` x 512, with a fifth as many queries."""
     bank = torch.nn.functional.normalize(torch.randn(size, 512, device=device), dim=1)
     labels = torch.arange(size, device=device) % 10
     some = bank[: size // 5]
     seconds, rank = timed(
-        device, lambda: metrics.knn(bank, labels, some), lambda: metrics.effective_rank(bank)
+        device, lambda: knn(bank, labels, some), lambda: metrics.effective_rank(bank)
     )
     flops = peaks(device, side, torch.float32)[0]
     yield f"gpu kNN, bank of {size}", seconds, None, None, "s"
@@ -173,7 +175,7 @@ def bench(*flags: str) -> Iterator[Row]:
         what = "a plain loop: NCHW, PIL views in 2 workers, fp32, .item() each step"
         yield "gpu, ResNet-18", len(some) / ours, len(some) / theirs, what, "images/s"
     yield from epoch(cifar, images, labels)
-    yield from knn(device, bank, side, dtype)
+    yield from time_knn(device, bank, side, dtype)
     each = int(imagenet.split()[-1])
     crops = noise(device, 2 * each, 2, 3, size, size)
     yield from steps("gpu ImageNet's step", imagenet, "imagenet", crops, flops, compiles)

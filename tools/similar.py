@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/similar.
 import utils
 from simsiam.data import arrays, folders
 from simsiam.data.decode import decode_files, ignore_pil_warnings
-from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import nearest_neighbors, similar_pairs
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots import sheets
 from simsiam.runtime import devices, distributed
@@ -84,7 +84,7 @@ def nearest(args: Namespace, bank: Bank, queries: Tensor) -> list[dict]:
 
     A query that lies in the bank is left out of its own. Raises ValueError where none is left.
     """
-    cosines, places = metrics.nearest(bank.features, queries, args.top + 1)
+    cosines, places = nearest_neighbors(bank.features, queries, args.top + 1)
     rows = []
     for query, values, those in zip(args.query, rounded(cosines), places.tolist(), strict=True):
         own = os.path.realpath(query)
@@ -102,7 +102,7 @@ def duplicates(args: Namespace, bank: Bank) -> tuple[list[dict], int]:
     if len(bank.files) < 2:
         raise ValueError(f"--data_root {args.data_root}: has one image, and a pair needs two")
     least = args.duplicates - 0.5 * 10**-DIGITS
-    values, places, number = metrics.pairs(bank.features, least, args.max_pairs)
+    values, places, number = similar_pairs(bank.features, least, args.max_pairs)
     rows = []
     found = zip(rounded(values), places.tolist(), strict=True)
     for value, (i, j) in sorted(found, key=lambda pair: (-pair[0], pair[1])):

@@ -34,6 +34,7 @@ from simsiam.data.datasets import DATA_NAMES, check_has_test, load_dataset
 from simsiam.data.decode import ignore_pil_warnings
 from simsiam.data.loader import Data, ImageFiles, balanced_subset
 from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import error_prefix, printable, write_csv
@@ -172,9 +173,11 @@ def problems(
     raw = metrics.raw_pixels(views.size)
 
     def embed(part: Tensor | ImageFiles) -> Tensor:
-        return metrics.features(raw, views.eval_transform, part.to(device), amp, normalise=False)
+        return metrics.extract_features(
+            raw, views.eval_transform, part.to(device), amp, normalise=False
+        )
 
-    images = images.limit(metrics.PIXELS_OF, args.seed)
+    images = images.limit(metrics.MAX_RAW_PIXEL_IMAGES, args.seed)
     return known, features, Problem.of(images, embed, args.seed)
 
 
@@ -189,7 +192,7 @@ def scores(
     bank, queries = (
         F.normalize(x.to(device), dim=1) for x in (features.inputs, features.test_inputs)
     )
-    ranking = metrics.knn(bank, features.labels.to(device), queries).cpu()
+    ranking = knn(bank, features.labels.to(device), queries).cpu()
     row = {"knn": metrics.accuracy(ranking, features.test_labels)[0]}
     step()
     hits, row["c"] = logistic(features, f"{name}, features", step)

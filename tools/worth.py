@@ -33,6 +33,7 @@ from simsiam.data.datasets import DATA_NAMES
 from simsiam.data.decode import ignore_pil_warnings
 from simsiam.data.loader import Data
 from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import KNN_K, knn
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots import curves as figures
 from simsiam.runtime import devices
@@ -142,14 +143,16 @@ class Study:
 
         def embed(part: torch.Tensor) -> torch.Tensor:
             if method == PIXELS:
-                return metrics.features(raw, views.eval_transform, part, self.amp, normalise=False)
+                return metrics.extract_features(
+                    raw, views.eval_transform, part, self.amp, normalise=False
+                )
             return source.features(part, self.amp)
 
         problem = Problem.of(images, embed, seed)
         if method == KNN:
             bank, queries = (F.normalize(x, dim=1) for x in (problem.inputs, problem.test_inputs))
-            k = min(metrics.K, max(1, labels // 10))  # of few labels 200 would be nearly all
-            ranking = metrics.knn(bank, problem.labels, queries, k)
+            k = min(KNN_K, max(1, labels // 10))  # of few labels 200 would be nearly all
+            ranking = knn(bank, problem.labels, queries, k)
             return metrics.accuracy(ranking, problem.test_labels)[0]
         return 100 * logistic(problem, f"{method}, {labels} labels", lambda: None)[0].mean()
 

@@ -63,7 +63,9 @@ class FrozenEncoder:
 
     def plain(self, images: Tensor | ImageFiles) -> Tensor:
         """Features under the test transform, N x d."""
-        return metrics.features(self.backbone, self.views.eval_transform, images, self.amp, False)
+        return metrics.extract_features(
+            self.backbone, self.views.eval_transform, images, self.amp, False
+        )
 
     @torch.no_grad()
     def augmented(self, batch: Batch) -> tuple[Tensor, Tensor]:

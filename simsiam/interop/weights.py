@@ -319,13 +319,13 @@ class LoadedCheckpoint:
     def features(
         self, images: Tensor | ImageFiles, amp: torch.autocast, normalise: bool = False
     ) -> Tensor:
-        """The encoder's features, on its device; as `metrics.features`, not normalised by default.
+        """Return the encoder's features on its device, as `metrics.extract_features` does.
 
         `images`: uint8, N x C x H x W -> fp32, N x features. Ranks share the work.
         """
         device = next(self.net.parameters()).device
         images = images.to(device)
-        return metrics.features(
+        return metrics.extract_features(
             self.net.backbone, self.views.eval_transform, images, amp, normalise
         )
 

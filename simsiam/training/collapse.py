@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from simsiam.data.loader import Data, ImageFiles, evenly_spaced
 from simsiam.data.survey import FLAT_IMAGES
-from simsiam.evaluation import metrics, scores
+from simsiam.evaluation import metrics
+from simsiam.evaluation.knn import knn
 from simsiam.runtime import distributed
 from simsiam.runtime.files import RunError
 from simsiam.training.probe import Probe
@@ -217,15 +218,17 @@ class Monitor:
         distributed.broadcast_buffers(self.net)
         images, scored = self.images, self.images.test_images is not None
         of_bank = (self.net.backbone, self.views.eval_transform, images.train_images, self.amp)
-        bank = metrics.features(*of_bank)
+        bank = metrics.extract_features(*of_bank)
         if not bank.isfinite().all():
             raise FloatingPointError("the features are not finite")
         if not scored:
-            some = scores.sample(images.train_images, scores.VIEWED, self.args.seed)
+            some = metrics.random_subset(
+                images.train_images, metrics.ALIGNMENT_IMAGES, self.args.seed
+            )
             how = (self.net.backbone, self.views, some, self.amp)
-            pairs = scores.view_features(*how, q=2, seed=self.args.seed)
-            return KnnResult(bank, None, None, scores.alignment(*pairs.unbind(1)))
-        queries = metrics.features(
+            pairs = metrics.extract_view_features(*how, seed=self.args.seed)
+            return KnnResult(bank, None, None, metrics.alignment(*pairs.unbind(1)))
+        queries = metrics.extract_features(
             self.net.backbone, self.views.eval_transform, images.test_images, self.amp
         )
         return KnnResult(bank, queries, self.vote(bank, queries, images.train_labels), None)
@@ -236,7 +239,7 @@ class Monitor:
         if not voters.all():  # else the bank would be there twice
             bank, labels = bank[voters], labels[voters]
         mine = queries[distributed.local_slice(len(queries))]
-        ranking = metrics.knn(bank, labels, mine, self.args.k, self.args.temperature)
+        ranking = knn(bank, labels, mine, self.args.k, self.args.temperature)
         return distributed.all_gather(ranking, len(queries))
 
     def measure(self, keep: bool = False, probe: Probe | None = None) -> dict:
@@ -272,9 +275,9 @@ class Monitor:
             distributed.log("no labelled test images: no kNN; std, rank and alignment are watched")
             return row
         pixels = metrics.raw_pixels(self.views.size)
-        images = self.images.limit(metrics.PIXELS_OF, self.args.seed)
+        images = self.images.limit(metrics.MAX_RAW_PIXEL_IMAGES, self.args.seed)
         bank, queries = (
-            metrics.features(pixels, self.views.eval_transform, part, self.amp)
+            metrics.extract_features(pixels, self.views.eval_transform, part, self.amp)
             for part in (images.train_images, images.test_images)
         )
         ranking = self.vote(bank, queries, images.train_labels)
