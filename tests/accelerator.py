@@ -4,10 +4,12 @@ BUILD is the folder in which `accelerator.cpp` is compiled, once (needs g++ and 
 print a line of JSON, which tests/test_accelerator.py looks at:
 runs PLACE DEVICE: the commands of this project, from training to prediction, on DEVICE.
 steps: what the host waited for in training, in each of its parts; and for planted faults.
-ranks RANKS FLAGS: on ranks, steps by our BN over them and by PyTorch's; then main.py.
+ranks PLACE FLAGS: three steps on one rank and on two, with and without SyncBatchNorm, whose weights
+are written into PLACE; then main.py on two ranks.
 """
 
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -28,7 +30,7 @@ from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
 from simsiam.models import simsiam as network
-from simsiam.runtime import batchnorm, devices, distributed
+from simsiam.runtime import devices, distributed
 from simsiam.training.collapse import TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.training.recipes import VIEWS
@@ -136,14 +138,12 @@ def waits(native: types.ModuleType, work: Callable[[], object]) -> dict[str, int
 def trained(
     native: types.ModuleType,
     device: torch.device,
-    convert: Callable[[nn.Module], object] = lambda net: None,
     fault: Callable[[torch.Tensor], object] = lambda x: None,
 ) -> tuple[nn.Module, dict[str, int]]:
     """A network after three steps, and what these waited for. `fault` gets each step's x1."""
     args = main.make_flags().read([*FLAGS.split(), "--device", "cpu"])[0]
     torch.manual_seed(0)
     net = network.simsiam(vars(args)).to(device, memory_format=torch.channels_last)
-    convert(net)
     optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
     images, labels = (part.to(device) for part in make_textures(96, seed=1))
     augment = Views(32, *VIEWS["short"][1:])
@@ -155,7 +155,7 @@ def trained(
         fault(x[0])
         return x
 
-    wrapped = distributed.wrap_ddp(net) if distributed.is_distributed() else net
+    wrapped = distributed.prepare_for_training(net, 32)
     off = devices.autocast(device, "off")
     rest = (views, tally, 0, 0, args, off, main.UNSCALED, probe)
     return net, waits(native, lambda: list(main.train(wrapped, optimizer, loader, *rest)))
@@ -191,25 +191,13 @@ def steps(native: types.ModuleType) -> dict:
     return found | {name: waits(native, some) for name, some in work.items()}
 
 
-def synced(native: types.ModuleType) -> None:
-    """On a rank: waits and weights of three steps with our BN, PyTorch's, and BN of each part."""
-    converts = {
-        "ours": batchnorm.synchronise,
-        "PyTorch's": nn.SyncBatchNorm.convert_sync_batchnorm,
-        "apart": lambda net: None,
-    }
+def save_weights(native: types.ModuleType, path: str) -> None:
+    """On a rank: write the network after three steps, and how long a collective waits."""
     with distributed.process_group():
-        device, found, weights = distributed.local_device("pretend"), {}, {}
-        for name, convert in converts.items():
-            net, found[name] = trained(native, device, convert)
-            weights[name] = {key: value.cpu() for key, value in net.state_dict().items()}
-            same = (
-                torch.equal(value, weights["ours"][key]) for key, value in weights[name].items()
-            )
-            found[name]["equal"] = all(same)
-        found["patience"] = native.patience
+        net, _ = trained(native, distributed.local_device("pretend"))
+        weights = {key: value.cpu() for key, value in net.state_dict().items()}
         if distributed.rank() == 0:
-            tests_ranks.tell(json.dumps(found))
+            torch.save({"weights": weights, "timeout": native.patience}, path)
 
 
 def command() -> None:
@@ -219,9 +207,15 @@ def command() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         native = register(folder)
     if mode == "ranks":
-        number, *flags = rest
-        for work in (lambda: synced(native), lambda: utils.run_command(lambda: main.main(flags))):
-            print("exit codes", *tests_ranks.launch(int(number), work), flush=True)
+        place, *flags = rest
+        sync = distributed.sync_batchnorm
+        for ranks, name in ((1, "one"), (2, "two"), (2, "apart")):
+            distributed.sync_batchnorm = (lambda net: None) if name == "apart" else sync
+            work = functools.partial(save_weights, native, f"{place}/{name}.pth")
+            print("exit codes", *tests_ranks.launch(ranks, work), flush=True)
+        distributed.sync_batchnorm = sync
+        codes = tests_ranks.launch(2, lambda: utils.run_command(lambda: main.main(flags)))
+        print("exit codes", *codes, flush=True)
         return
     with contextlib.redirect_stdout(sys.stderr):
         found = runs(*rest) if mode == "runs" else steps(native)

@@ -14,7 +14,6 @@ import main
 from simsiam.data.textures import make_textures
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import backbones
-from simsiam.runtime import batchnorm
 from tests import helpers
 from tools import convert
 
@@ -125,18 +124,6 @@ def test_the_statistics_of_bn_do_not_lag_and_nothing_is_dropped():
     momenta = {layer.momentum for layer in layers if isinstance(layer, nn.BatchNorm2d)}
     assert momenta == {0.1}
     assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == {0}
-
-
-def test_an_activation_within_a_bn_stays_where_ranks_share_it():
-    """timm's BatchNormAct2d is a BN and a ReLU in one layer."""
-    net, _ = backbones.backbone("timm:mobilenetv3_small_050", "imagenet")
-    x = torch.randn(2, 3, 32, 32)
-    names = set(net.state_dict())
-    wanted = net.eval()(x)
-    batchnorm.synchronise(net)
-    assert any(isinstance(m, batchnorm.SyncedBatchNorm) for m in net.modules())
-    assert torch.equal(net.eval()(x), wanted)
-    assert set(net.state_dict()) == names
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import webdataset
@@ -281,6 +282,23 @@ def test_imagenet_from_end_to_end_by_any_number_of_ranks(done, place, capsys):
     assert sum(int(n) for n in re.findall(r"% of (\d+)$", alone, re.M)) == 61
     assert out.count(alone) == 1  # of the three ranks
     assert not list(place.glob(".*"))
+
+
+def test_sync_batchnorm_keeps_the_activation_within_timm_s_bn(monkeypatch):
+    """timm's BatchNormAct2d is a BN and a ReLU in one layer."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    net = timm.create_model("mobilenetv3_small_050")
+    x, names = torch.randn(2, 3, 32, 32), list(net.state_dict())
+    expected = net.eval()(x)
+    distributed.sync_batchnorm(net)  # on the CPU: nothing
+    assert not any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in net.modules())
+    weights = net.state_dict()
+    distributed.sync_batchnorm(net.to("meta"))
+    assert any(isinstance(layer, torch.nn.SyncBatchNorm) for layer in net.modules())
+    assert list(net.state_dict()) == names
+    net.load_state_dict(weights, assign=True)
+    assert torch.equal(net(x), expected)
 
 
 def test_a_rank_forks_when_its_other_threads_sleep(monkeypatch):

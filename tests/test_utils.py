@@ -390,7 +390,7 @@ def test_auto_is_the_accelerator_that_is_there(monkeypatch):
     assert (devices.pick_device("auto").type != "cpu") == there
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert devices.pick_device("auto") == CPU
-    with pytest.raises(ValueError, match="--device cuda: is not there; choose auto or cpu"):
+    with pytest.raises(ValueError, match="--device cuda"):
         devices.pick_device("cuda")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import MixUp
 
 from simsiam.data.loader import ImageFiles, Loader
 from simsiam.evaluation import metrics
-from simsiam.runtime import batchnorm, distributed
+from simsiam.runtime import distributed
 from simsiam.views.augment import Batch, Views
 
 # A batch's features, N x d, and its targets: labels, int64, N, or their parts, N x classes. Of the
@@ -99,8 +99,7 @@ class FinetunedEncoder(FrozenEncoder):
         mixup: float = 0.0,
     ):
         self.backbone, self.views, self.amp = backbone.requires_grad_(True), views, amp
-        if distributed.world_size() > 1 and next(backbone.parameters()).device.type != "cpu":
-            batchnorm.synchronise(backbone)
+        distributed.sync_batchnorm(backbone)
         self.run = torch.compile(backbone, dynamic=False) if compiled else backbone
         self.mix = MixUp(alpha=mixup, num_classes=classes) if mixup else None
 
