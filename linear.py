@@ -60,7 +60,7 @@ from simsiam.plots import curves as figures
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix
 from simsiam.training import checkpoint
-from simsiam.training.collapse import Meters
+from simsiam.training.meters import Meters
 from simsiam.training.progress import Progress
 from simsiam.training.run import Run, run_of
 from simsiam.views.augment import Augmentation, Views
@@ -203,7 +203,7 @@ def train(
         optimizer.step()
         top1, top5 = topk_correct(logits[0].detach(), batch.labels)
         n = batch.size
-        tally.count(loss=n * losses[0].detach(), top1=n * top1, top5=n * top5)
+        tally.add(loss=n * losses[0].detach(), top1=n * top1, top5=n * top5)
         yield batch.step
 
 

@@ -30,7 +30,8 @@ from simsiam.plots import run as pictures
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import RunError, error_prefix
 from simsiam.training import checkpoint
-from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.collapse import Monitor
+from simsiam.training.meters import TrainMeters
 from simsiam.training.optim import OPTIMIZERS, lr_at, make_optimizer
 from simsiam.training.probe import Probe, wanted
 from simsiam.training.progress import Progress
@@ -336,7 +337,7 @@ def pretrain(run: Run, made: Prepared) -> None:
         with Progress(epoch, args, steps, SHOWN, smaller, run.step, rest=rest) as progress:
             for step in train(*made[:5], epoch, run.step, args, *made[5:8]):
                 seen = progress(step, tally)
-                collapsed = monitor.look(epoch, step, steps, tally, start_rank)
+                collapsed = monitor.check_step(epoch, step, steps, tally, start_rank)
                 if collapsed:
                     run.facts["collapse"] = epoch * steps + step + 1
                 run.after_step(step, seen, collapsed and args.stop_on_collapse)
@@ -347,7 +348,7 @@ def pretrain(run: Run, made: Prepared) -> None:
         if (epoch + 1) % args.knn_every == 0 or last:
             with run.measuring():
                 row |= monitor.measure(last, made.probe)
-        if monitor.judge(epoch, steps, row["std"], row.get("rank"), start_rank):
+        if monitor.check_collapse(epoch, steps, row["std"], row.get("rank"), start_rank):
             run.facts["collapse"] = (epoch + 1) * steps
         if run.facts.get("collapse", 0) > epoch * steps:
             row["collapse"] = run.facts["collapse"]

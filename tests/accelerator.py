@@ -31,7 +31,7 @@ from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
-from simsiam.training.collapse import TrainMeters
+from simsiam.training.meters import TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.training.recipes import VIEWS
 from simsiam.views.augment import Batch, Views

@@ -39,7 +39,7 @@ from simsiam.data.textures import make_textures
 from simsiam.evaluation import linear as fitting
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
-from simsiam.training.collapse import Meters, TrainMeters
+from simsiam.training.meters import Meters, TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.training.recipes import VIEWS
 from simsiam.views.augment import Views
@@ -123,7 +123,7 @@ def head_of(learn: Callable[[Probe, torch.Tensor, torch.Tensor], None], args) ->
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         learn(probe, torch.rand(33, 32, generator=generator), torch.arange(33) % 11 - 1)
-    for tensor in probe.state().values():
+    for tensor in probe.state_dict().values():
         content.write(tensor.numpy().tobytes())
     return zlib.crc32(content.getvalue())
 
@@ -153,7 +153,7 @@ def probes() -> None:
                 pass
             found.append(net.state_dict())
         equal = all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-        sums = [part.abs().sum().item() for part in probe.state().values()]
+        sums = [part.abs().sum().item() for part in probe.state_dict().values()]
         equal = equal and distributed.all_gather_objects(sums) == [sums] * 2 and sums[0] > 0.1
         mine = distributed.local_slice(33)
         head = head_of(lambda probe, x, y: probe.learn(x[mine], y, 0.0), args)

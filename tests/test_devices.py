@@ -24,7 +24,7 @@ from simsiam.models import backbones
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
 from simsiam.training import checkpoint
-from simsiam.training.collapse import Meters, TrainMeters
+from simsiam.training.meters import Meters, TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.training.recipes import VIEWS
 from simsiam.views.augment import Batch, Views
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight(fused):
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[2])
     assert torch.equal(seen[2], seen[3])
-    assert tally.bad_step() == 1
+    assert tally.first_bad_step() == 1
 
 
 # ---- precision ----------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def halved(scale):
     rest = (Loader(images, 4), views, tally, 0, 0, args, amp, scaler)
     for _ in main.train(net, optimizer, *rest):
         seen.append(weight.detach().clone())
-    assert tally.bad_step() is None  # the loss was finite: gradients alone were too large
+    assert tally.first_bad_step() is None  # the loss was finite: gradients alone were too large
     return seen, scaler.get_scale()
 
 

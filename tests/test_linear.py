@@ -18,7 +18,7 @@ from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.models import backbones
 from simsiam.models import simsiam as network
 from simsiam.training import checkpoint
-from simsiam.training.collapse import Meters
+from simsiam.training.meters import Meters
 from simsiam.training.run import Run
 from simsiam.views.augment import Augmentation, Batch, Views
 from tests import helpers

@@ -29,7 +29,8 @@ from simsiam.models import simsiam as network
 from simsiam.plots import run as pictures
 from simsiam.runtime.files import RunError, read_csv
 from simsiam.training import checkpoint
-from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.collapse import Monitor
+from simsiam.training.meters import TrainMeters
 from simsiam.training.progress import Progress
 from simsiam.training.recipes import VIEWS
 from simsiam.training.run import Run
@@ -782,7 +783,7 @@ def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_pat
     numbers_of_classes = images.test_labels.bincount()
     shares = torch.from_numpy(drawn["confusion"].axes[0].images[0].get_array().data)
     matrix = (shares / 100 * numbers_of_classes[:, None]).round().long()
-    ranking = monitor.found().ranking
+    ranking = monitor.knn().ranking
     assert matrix.tolist() == metrics.confusion_matrix(images.test_labels, ranking[:, 0], 10)
     top1 = monitor.measure()["test_acc@1"]
     assert 100 * matrix.trace() / 123 == pytest.approx(top1, abs=1e-3)

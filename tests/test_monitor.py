@@ -15,13 +15,12 @@ from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
 from simsiam.training.collapse import (
-    Meters,
     Monitor,
-    TrainMeters,
     collapse,
     collapse_threshold,
     likely_causes,
 )
+from simsiam.training.meters import Meters, TrainMeters
 from simsiam.views.augment import Views
 
 CPU = torch.device("cpu")
@@ -44,13 +43,13 @@ def test_a_tally_by_hand():
     assert tally.add(torch.tensor(-0.25), apart).item() == 0
     assert tally.add(torch.tensor(-0.75), torch.ones(2, 2)).item() == 0
     assert tally.means(2) == pytest.approx({"loss": -0.5, "std": 0.5, "window": 0.5, "finite": 1})
-    assert tally.window(2) == pytest.approx(0.5)
+    assert tally.pop_window(2) == pytest.approx(0.5)
     assert tally.add(torch.tensor(-1.0), apart).item() == 0
-    assert tally.window(1) == pytest.approx(1)  # since the last look
+    assert tally.pop_window(1) == pytest.approx(1)  # since the last look
     assert tally.means(3)["std"] == pytest.approx(2 / 3)  # of the epoch
-    assert tally.bad_step() is None
+    assert tally.first_bad_step() is None
     tally.clear()
-    assert set(tally.state().values()) == {0}
+    assert set(tally.state_dict().values()) == {0}
 
 
 def test_a_step_s_gradient_is_not_kept_by_the_tally():
@@ -66,7 +65,7 @@ def test_the_first_loss_that_is_not_finite_is_found(bad):
     tally, z = TrainMeters(CPU), torch.randn(4, 4)
     found = [tally.add(torch.tensor(loss), z).item() for loss in (-0.5, -0.6, bad, -0.7)]
     assert found == [0, 0, 1, 1]
-    assert tally.bad_step() == 2  # the third
+    assert tally.first_bad_step() == 2  # the third
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
     for loss, moved in ((-0.5, True), (bad, False), (-0.5, False)):
@@ -85,54 +84,54 @@ def test_a_tally_saved_and_loaded_goes_on_exactly(cut, tmp_path):
         for tally in (whole, before if i < cut else after):
             tally.add(loss, z)
             if i == 1:
-                tally.window(2)
+                tally.pop_window(2)
         if i + 1 == cut:
-            torch.save({"tally": before.state()}, tmp_path / "a.pth")
-            after.load(torch.load(tmp_path / "a.pth", weights_only=True)["tally"])
-            assert after.state() == before.state()
-    assert after.state() == whole.state()  # to the last bit
+            torch.save({"tally": before.state_dict()}, tmp_path / "a.pth")
+            after.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True)["tally"])
+            assert after.state_dict() == before.state_dict()
+    assert after.state_dict() == whole.state_dict()  # to the last bit
     assert after.means(8) == whole.means(8)
-    assert after.window(6) == whole.window(6)
-    assert all(type(value) is float for value in after.state().values())
+    assert after.pop_window(6) == whole.pop_window(6)
+    assert all(type(value) is float for value in after.state_dict().values())
 
 
 def test_a_tally_that_met_nan_meets_it_again_after_loading():
     tally, again = TrainMeters(CPU), TrainMeters(CPU)
     for loss in (-0.5, math.nan, -0.5):
         tally.add(torch.tensor(loss), torch.randn(4, 4))
-    again.load(tally.state())
-    assert again.bad_step() == 1
+    again.load_state_dict(tally.state_dict())
+    assert again.first_bad_step() == 1
 
 
 def test_a_tally_s_order_of_names_means_nothing():
     tally, again = TrainMeters(CPU), TrainMeters(CPU)
     tally.add(torch.tensor(-0.5), torch.randn(4, 4))
-    again.load(dict(reversed(tally.state().items())))
-    assert again.state() == tally.state()
+    again.load_state_dict(dict(reversed(tally.state_dict().items())))
+    assert again.state_dict() == tally.state_dict()
 
 
 def test_a_tally_of_other_names_is_refused():
     tally, sums = TrainMeters(CPU), Meters(CPU, "top1", "top5")
-    own = tally.state()
+    own = tally.state_dict()
     few = {name: own[name] for name in list(own)[1:]}
-    for state in (sums.state(), {}, few, own | {"top1": 0.0}):
-        with pytest.raises(ValueError, match="its tally is not one of this command"):
-            tally.load(state)
-    with pytest.raises(ValueError, match="its tally is not one of this command"):
-        sums.load(own)
-    assert tally.state() == own
+    for state in (sums.state_dict(), {}, few, own | {"top1": 0.0}):
+        with pytest.raises(ValueError, match="its meters are not those of this command"):
+            tally.load_state_dict(state)
+    with pytest.raises(ValueError, match="its meters are not those of this command"):
+        sums.load_state_dict(own)
+    assert tally.state_dict() == own
 
 
 def test_sums_of_several_losses():
     """linear.py's: the sums over images, divided by their number."""
     sums = Meters(CPU, "top1", "top5")
-    sums.count(loss=torch.tensor(6.0), top1=torch.tensor(1), top5=torch.tensor(3))
-    sums.count(loss=torch.tensor(2.0), top1=torch.tensor(3), top5=torch.tensor(4))
+    sums.add(loss=torch.tensor(6.0), top1=torch.tensor(1), top5=torch.tensor(3))
+    sums.add(loss=torch.tensor(2.0), top1=torch.tensor(3), top5=torch.tensor(4))
     assert sums.means(8) == {"loss": 1.0, "finite": 0.25, "top1": 0.5, "top5": 0.875}
     assert sums["top5"].item() == 7
-    assert sums.bad_step() is None
-    assert sums.count(loss=torch.tensor(math.nan), top1=torch.tensor(0)).item() == 0
-    assert sums.bad_step() == 2
+    assert sums.first_bad_step() is None
+    assert sums.add(loss=torch.tensor(math.nan), top1=torch.tensor(0)).item() == 1
+    assert sums.first_bad_step() == 2
 
 
 # ---- collapse -----------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ def test_without_test_images_the_rank_is_watched(watched, capsys):
     images = Data(watched.train_images, watched.train_labels, None, None, [])
     watch = make_monitor(images)
     assert watch.measure().keys() == {"rank", "alignment"}
-    assert watch.found().queries is watch.found().ranking is None
+    assert watch.knn().queries is watch.knn().ranking is None
     assert watch.untrained().keys() == {"epoch", "rank", "alignment"}
     assert "no kNN" in capsys.readouterr().out
 
@@ -262,27 +261,26 @@ def test_features_are_kept_where_it_is_asked_for(watched):
     """The last measure's are the pictures' too; others would be of weights that have changed."""
     watch = make_monitor(watched)
     watch.measure()
-    assert watch.found() is not watch.found()
+    assert watch.knn() is not watch.knn()
     row = watch.measure(keep=True)
-    found = watch.found()
-    assert found is watch.found()
+    found = watch.knn()
+    assert found is watch.knn()
     assert metrics.effective_rank(found.bank) == row["rank"]
 
 
 def test_std_is_looked_at_every_window_and_at_an_epoch_s_end(watched, capsys):
     """An epoch of 60 steps: looks after 25, 50 and 60, each at the steps since the last."""
-    assert collapse.WINDOW == 25
     watch, tally = make_monitor(watched), TrainMeters(CPU)
     healthy, collapsed = torch.randn(64, 8), torch.ones(64, 8)
     collapsed[0] = -1
     seen = []
     for step in range(60):
         tally.add(torch.tensor(-0.5), collapsed if step >= 50 else healthy)
-        seen.append(watch.look(2, step, 60, tally, 6.0))
+        seen.append(watch.check_step(2, step, 60, tally, 6.0))
         if step in (24, 49, 59):
-            assert tally.state()["window"] == 0
+            assert tally.state_dict()["window"] == 0
         else:
-            assert tally.state()["window"] > 0
+            assert tally.state_dict()["window"] > 0
     assert seen == [False] * 59 + [True]  # the mean of ten steps: of 60 it would be healthy
     said = capsys.readouterr().out
     assert said.startswith("warning: collapse in epoch 3, step 60: std of z is 0.2")
@@ -291,36 +289,36 @@ def test_std_is_looked_at_every_window_and_at_an_epoch_s_end(watched, capsys):
 
 def test_a_run_is_warned_once(watched, capsys):
     watch = make_monitor(watched, stop_grad="off")
-    assert not watch.judge(0, 25, 0.99, None, 6.0)
-    assert not watch.judge(0, 31, 0.99, 6.0, 6.0)
+    assert not watch.check_collapse(0, 25, 0.99, None, 6.0)
+    assert not watch.check_collapse(0, 31, 0.99, 6.0, 6.0)
     assert capsys.readouterr().out == ""
-    assert watch.judge(0, 50, 0.1, None, 6.0)
+    assert watch.check_collapse(0, 50, 0.1, None, 6.0)
     said = capsys.readouterr().out
     assert said.startswith("warning: collapse in epoch 1, step 50: std of z is 0.10")
     assert "Likely: --stop_grad off" in said
-    assert not watch.judge(0, 75, 0.1, None, 6.0)
-    assert not make_monitor(watched, warned=True).judge(0, 50, 0.1, None, 6.0)
+    assert not watch.check_collapse(0, 75, 0.1, None, 6.0)
+    assert not make_monitor(watched, warned=True).check_collapse(0, 50, 0.1, None, 6.0)
     assert capsys.readouterr().out == ""
-    assert make_monitor(watched).judge(3, 31, 0.99, 3.0, 6.0)  # no known cause: its kind's advice
+    assert make_monitor(watched).check_collapse(3, 31, 0.99, 3.0, 6.0)
     said = capsys.readouterr().out
     assert "the rank of the features is 3.0 of 48, and was 6.0" in said
     assert "a wider or deeper --arch" in said
 
 
 def test_a_rank_that_was_low_from_the_start_is_no_collapse(watched, capsys):
-    assert not make_monitor(watched).judge(0, 31, 0.99, 1.4, 1.5)
+    assert not make_monitor(watched).check_collapse(0, 31, 0.99, 1.4, 1.5)
     assert capsys.readouterr().out == ""
     flat = dataclasses.replace(watched, train_images=watched.train_images // 64 + 100)
-    assert make_monitor(flat).judge(0, 31, 0.99, 1.4, 1.5)
+    assert make_monitor(flat).check_collapse(0, 31, 0.99, 1.4, 1.5)
     said = capsys.readouterr().out
     assert "the rank of the features is 1.4" in said
     assert "Likely: the images hardly differ" in said
 
 
 def test_the_threshold_is_of_the_batch_and_the_heads(watched):
-    assert not make_monitor(watched, batch_size=512).judge(0, 25, 0.45, None, 6.0)
-    assert make_monitor(watched, batch_size=64).judge(0, 25, 0.45, None, 6.0)
-    assert not make_monitor(watched, bn="none").judge(0, 25, 0.45, None, 6.0)
+    assert not make_monitor(watched, batch_size=512).check_collapse(0, 25, 0.45, None, 6.0)
+    assert make_monitor(watched, batch_size=64).check_collapse(0, 25, 0.45, None, 6.0)
+    assert not make_monitor(watched, bn="none").check_collapse(0, 25, 0.45, None, 6.0)
 
 
 def test_spread_is_even():

@@ -17,7 +17,7 @@ from simsiam.data.textures import make_textures
 from simsiam.models import simsiam as network
 from simsiam.runtime.files import read_csv
 from simsiam.training import checkpoint
-from simsiam.training.collapse import TrainMeters
+from simsiam.training.meters import TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.views.augment import NORMALISATION, Views
 from tests import helpers
@@ -135,9 +135,9 @@ def test_two_epochs_of_it_are_pytorch_s(unlabelled):
     batches = itertools.chain(loader.epoch(0), loader.epoch(1))
     for i, (batch, _) in enumerate(zip(batches, steps, strict=True)):
         by_hand(seen[i], batch.labels, i / 2)
-        by_hand.check(probe.state())
+        by_hand.check(probe.state_dict())
     assert i == 3
-    assert bool(probe.state()["weight"].any()) == bool((labels >= 0).any())
+    assert bool(probe.state_dict()["weight"].any()) == bool((labels >= 0).any())
     (some, bank), labels = torch.rand(2, 50, net.features), torch.arange(50) % 10
     bank += torch.rand(net.features)
     found = probe.accuracy(F.normalize(some), labels, F.normalize(bank))
@@ -154,8 +154,8 @@ def test_a_batch_without_a_label_moves_it_by_its_momentum_alone():
         probe.learn(features[i], labels, 0.0)
         by_hand(features[i], labels, 0.0)
         labels = torch.full_like(labels, -1)
-    by_hand.check(probe.state())
-    assert probe.state()["weight"].abs().max() > 0.01
+    by_hand.check(probe.state_dict())
+    assert probe.state_dict()["weight"].abs().max() > 0.01
     assert torch.equal(torch.get_rng_state(), before)  # nor draws it anything
 
 

@@ -26,7 +26,7 @@ import main
 import utils
 from simsiam.runtime.files import RunError
 from simsiam.training import checkpoint
-from simsiam.training.collapse import TrainMeters
+from simsiam.training.meters import TrainMeters
 from simsiam.training.run import Run
 from tests import crash
 from tests.helpers import ROOT, refused

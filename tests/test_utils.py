@@ -25,7 +25,7 @@ from simsiam.models import simsiam as network
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import devices
 from simsiam.runtime.files import RunError
-from simsiam.training.collapse import Meters, TrainMeters
+from simsiam.training.meters import Meters, TrainMeters
 from simsiam.training.progress import Progress
 from tests.helpers import ROOT, refused
 
@@ -453,7 +453,7 @@ def test_progress_waits_for_the_device_once_a_second(clock):
     read = []
     with Progress(0, ARGS, 100, SHOWN, "a smaller one") as progress:
         for step in range(50):
-            tally.count(loss=torch.tensor(1.0), top1=torch.tensor(0.5))
+            tally.add(loss=torch.tensor(1.0), top1=torch.tensor(0.5))
             read.append(progress(step, tally))
             clock.now += 0.3
     # Not at the first, which holds the warm-up; at the second, for the estimate; then where more
@@ -467,7 +467,7 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal(clock, capsys):
     tally = Meters(CPU, "top1")
     with Progress(1, ARGS, 600, SHOWN, "a smaller one") as progress:
         for step in range(600):
-            tally.count(loss=torch.tensor(2.0), top1=torch.tensor(0.25))
+            tally.add(loss=torch.tensor(2.0), top1=torch.tensor(0.25))
             clock.now += 0.5
             progress(step, tally)
     captured = capsys.readouterr()
@@ -513,7 +513,7 @@ def test_progress_is_a_bar_on_a_terminal(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(0, ARGS, 600, SHOWN, "a smaller one") as progress:
         for step in range(600):
-            tally.count(loss=torch.tensor(-0.5), top1=torch.tensor(0.5))
+            tally.add(loss=torch.tensor(-0.5), top1=torch.tensor(0.5))
             clock.now += 0.5
             progress(step, tally)
     assert capsys.readouterr().out == ""  # no lines besides

@@ -36,7 +36,8 @@ from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation.knn import knn
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, files
-from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.collapse import Monitor
+from simsiam.training.meters import TrainMeters
 from simsiam.training.recipes import VIEWS
 from simsiam.views.augment import Batch, Views
 from studies import peers

@@ -19,7 +19,8 @@ from simsiam.evaluation.knn import knn
 from simsiam.models import simsiam as network
 from simsiam.runtime import devices, distributed
 from simsiam.training import checkpoint
-from simsiam.training.collapse import Monitor, TrainMeters
+from simsiam.training.collapse import Monitor
+from simsiam.training.meters import TrainMeters
 from simsiam.training.recipes import VIEWS
 from simsiam.views.augment import Batch, Views
 from studies.peers import Peer, plain_training

@@ -106,7 +106,7 @@ def draw_run(
     (of the kNN). Queries are test images; without them, training images. `name` is their title,
     `board` gets them too. All ranks call it, the first one draws.
     """
-    found, images = monitor.found(), monitor.images
+    found, images = monitor.knn(), monitor.images
     if distributed.rank() > 0:
         return
     scored = found.queries is not None

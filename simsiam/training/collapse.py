@@ -1,7 +1,6 @@
 """What is watched in a run: sums of the steps, kNN and rank of the features, and a collapse."""
 
 import functools
-import math
 from argparse import Namespace
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
 from simsiam.runtime import distributed
 from simsiam.runtime.files import RunError
+from simsiam.training.meters import TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.views.augment import Views
 
@@ -28,75 +28,6 @@ COLLAPSED_RANK, LOWEST_RANK = 0.6, 2
 # A weight of VICReg's covariance term above this has kept networks from learning.
 STRONG_COVARIANCE = 0.03
 SMALL_BATCH = 16  # on a rank, from which down BN's statistics alone can make a run fail
-
-
-class Meters:
-    """Sums over the steps of an epoch, by name. They stay on the device: no step waits for them.
-
-    `loss` and `finite`, which counts the steps while all losses were finite, and others.
-    """
-
-    def __init__(self, device: torch.device, *others: str):
-        self.names = ("loss", "finite", *others)
-        self.values = torch.zeros(len(self.names), device=device)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.values[self.names.index(name)]
-
-    def count(self, **values: Tensor) -> Tensor:
-        """Add a step's loss and others, scalars. Returns 1 while all losses were finite, else 0."""
-        for name, value in values.items():
-            self[name].add_(value)
-        finite = self["loss"].isfinite().float()
-        self["finite"].add_(finite)
-        return finite
-
-    def means(self, number: int) -> dict[str, float]:
-        """The sums over `number`. Waits for the device."""
-        return dict(zip(self.names, (self.values / number).tolist(), strict=True))
-
-    def bad_step(self) -> int | None:
-        """The first step, from 0 on, whose loss was not finite, if any. Waits for the device."""
-        state = self.state()
-        return None if math.isfinite(state["loss"]) else int(state["finite"])
-
-    def clear(self) -> None:
-        """Begin an epoch."""
-        self.values.zero_()
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint holds of them; exact."""
-        return dict(zip(self.names, self.values.tolist(), strict=True))
-
-    def load(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint's. Raises ValueError for other names."""
-        if state.keys() != set(self.names):
-            raise ValueError("its tally is not one of this command")
-        self.values.copy_(torch.tensor([state[name] for name in self.names]))
-
-
-class TrainMeters(Meters):
-    """The sums of pre-training: also `std`, of z, and `window`, the std since the last look."""
-
-    def __init__(self, device: torch.device):
-        super().__init__(device, "std", "window")
-
-    def add(self, loss: Tensor, z: Tensor) -> Tensor:
-        """Add a step's loss (a scalar) and the std of its z (N x d), means over the ranks.
-
-        Returns 1, on the device, where the loss was not finite in this step or one before, else 0:
-        the fused optimizer's `found_inf`, by which it leaves the step out.
-        """
-        loss, std = distributed.all_reduce_mean(
-            torch.stack([loss.detach(), metrics.collapse_std(z)])
-        )
-        return 1 - self.count(loss=loss, std=std, window=std)
-
-    def window(self, steps: int) -> float:
-        """The mean std of the last `steps` steps; the next window begins. Waits for the device."""
-        std = self["window"].item() / steps
-        self["window"].zero_()
-        return std
 
 
 # ---- collapse -----------------------------------------------------------------------------------
@@ -200,7 +131,7 @@ class Monitor:
         self.net, self.views, self.images, self.args = net, views, images, args
         self.usual_lr, self.amp, self.warned = usual_lr, amp, warned
         self.least_std = collapse_threshold(args.bn, args.batch_size // distributed.world_size())
-        self.kept: KnnResult | None = None
+        self.cached: KnnResult | None = None
 
     @functools.cached_property
     def varied(self) -> float:
@@ -208,13 +139,13 @@ class Monitor:
         some = self.images.train_images[evenly_spaced(len(self.images.train_images), 256)]
         return torch.cat(list(some.split(256))).float().std(0).mean().item()
 
-    def found(self) -> KnnResult:
+    def knn(self) -> KnnResult:
         """The features of the bank and of the test images, and the kNN's ranking.
 
         Raises FloatingPointError for features that are not finite.
         """
-        if self.kept is not None:
-            return self.kept
+        if self.cached is not None:
+            return self.cached
         distributed.broadcast_buffers(self.net)
         images, scored = self.images, self.images.test_images is not None
         of_bank = (self.net.backbone, self.views.eval_transform, images.train_images, self.amp)
@@ -245,9 +176,9 @@ class Monitor:
     def measure(self, keep: bool = False, probe: Probe | None = None) -> dict:
         """Columns of the statistics: rank, and accuracy of the kNN or, without labels, alignment.
 
-        `keep`: let `found` give these features again, for the pictures. `probe`: to be scored too.
+        `keep`: let `knn` give these features again, for the pictures. `probe`: to be scored too.
         """
-        found = self.found()
+        found = self.knn()
         row = {"rank": metrics.effective_rank(found.bank)}
         if found.ranking is not None:
             top1, top5 = metrics.accuracy(found.ranking, self.images.test_labels)
@@ -257,7 +188,7 @@ class Monitor:
         if probe is not None and found.queries is not None:
             of_test = (found.queries, self.images.test_labels)
             row["probe_acc@1"] = probe.accuracy(*of_test, found.bank)
-        self.kept = found if keep else None
+        self.cached = found if keep else None
         return row
 
     def untrained(self) -> dict:
@@ -288,8 +219,8 @@ class Monitor:
         )
         return row
 
-    def look(
-        self, epoch: int, step: int, steps: int, tally: TrainMeters, start_rank: float
+    def check_step(
+        self, epoch: int, step: int, steps: int, meters: TrainMeters, start_rank: float
     ) -> bool:
         """Whether a collapse is seen for the first time, after a step of `steps` an epoch.
 
@@ -297,10 +228,10 @@ class Monitor:
         """
         if (step + 1) % WINDOW and step + 1 < steps:
             return False
-        std = tally.window(step % WINDOW + 1)
-        return self.judge(epoch, step + 1, std, None, start_rank)
+        std = meters.pop_window(step % WINDOW + 1)
+        return self.check_collapse(epoch, step + 1, std, None, start_rank)
 
-    def judge(
+    def check_collapse(
         self, epoch: int, steps: int, std: float, rank: float | None, start_rank: float
     ) -> bool:
         """Whether these are a collapse, and it is the run's first; says so, and what to try."""

@@ -99,15 +99,15 @@ class Probe:
         predicted = distributed.all_gather(torch.cat(parts), len(features))
         return 100 * (predicted == labels).float().mean().item()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it: its own tensors, by name."""
         weight, bias = self.head
         found = {"weight": weight.detach(), "bias": bias.detach()}
         return found | {f"{name} momentum": x for name, x in zip(found, self.momentum, strict=True)}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint's. Raises ValueError where it does not fit, or is not finite."""
-        ours = self.state()
+        ours = self.state_dict()
         fits = state.keys() - OLDER == ours.keys()
         for name, mine in ours.items() if fits else ():
             saved = state[name]

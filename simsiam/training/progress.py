@@ -7,7 +7,7 @@ from argparse import Namespace
 from tqdm import tqdm
 
 from simsiam.runtime import distributed
-from simsiam.training.collapse import Meters
+from simsiam.training.meters import Meters
 
 
 class Progress:
@@ -47,7 +47,7 @@ class Progress:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
-    def __call__(self, step: int, tally: Meters) -> bool:
+    def __call__(self, step: int, meters: Meters) -> bool:
         now = time.perf_counter()
         if distributed.rank() > 0:
             return False
@@ -57,7 +57,7 @@ class Progress:
         done = step - self.start  # steps since the first
         if now - self.read < 1 and done != 1:
             return False
-        means = tally.means(self.unit * (step + 1))
+        means = meters.means(self.unit * (step + 1))
         now = self.read = time.perf_counter()  # after the device has caught up
         seconds = (now - self.first_step) / done  # a step
         epoch_left = seconds * (self.steps - step - 1)

@@ -28,7 +28,7 @@ from simsiam.runtime.files import (
     write_csv,
 )
 from simsiam.training import checkpoint
-from simsiam.training.collapse import Meters
+from simsiam.training.meters import Meters
 from simsiam.training.probe import Probe
 
 # How the names of a run's files go on after the run's own.
@@ -226,10 +226,10 @@ class Run:
             if self.epoch + (self.step > 0) > self.args.epochs or self.step > steps:
                 raise ValueError("is damaged, or not a checkpoint of this run")
             checkpoint.restore(optimizer, self.state, net)
-            tally.load(self.state["tally"])
+            tally.load_state_dict(self.state["tally"])
             checkpoint.restore_scale(scaler, self.facts)
             if probe:
-                probe.load(self.state["probe"])
+                probe.load_state_dict(self.state["probe"])
         self.begun = self.clock() - self.state["seconds"]
         del self.state["model"], self.state["optimizer"]  # they have their place now
         distributed.log(
@@ -249,11 +249,11 @@ class Run:
             args=vars(self.args) | self.settled,
             epoch=self.epoch,
             step=self.step,
-            tally=self.tally.state(),
+            tally=self.tally.state_dict(),
             seconds=self.seconds(),
             history=self.history,
             facts=self.facts | checkpoint.scale(self.scaler),
-            probe=self.probe.state() if self.probe else {},
+            probe=self.probe.state_dict() if self.probe else {},
             **self.fixed,
         )
         self.written, self.good = self.clock(), True
@@ -309,7 +309,7 @@ class Run:
         self.step = step + 1
         last = self.step == self.steps
         late = distributed.rank() == 0 and self._age() >= 60 * self.args.checkpoint_minutes
-        bad = seen and self.tally.bad_step() is not None
+        bad = seen and self.tally.first_bad_step() is not None
         late, number, bad = self.agree(late, self.signal or 0, bad, wait=last)
         due = due or bool(late) or bool(number)
         if bad or due or last:
@@ -331,7 +331,7 @@ class Run:
         sys.exit(128 + number)
 
     def _check_finite(self) -> None:
-        bad = self.tally.bad_step()
+        bad = self.tally.first_bad_step()
         if bad is not None:
             lr = self.rate(self.epoch + bad / self.steps)
             raise RunError(
