@@ -521,7 +521,7 @@ def streams(shards, count, workers, epoch, start=0, whole=False, size=None):
     augmentation = Augmentation(crop_scale=(1.0, 1.0) if whole else (0.2, 1.0))
     found = []
     for rank in range(count):
-        share = partial(distributed.slice_for_rank, rank=rank, count=count)
+        share = partial(distributed.slice_for_rank, rank=rank, world_size=count)
         views = Views(32, (0,) * 3, (1,) * 3, augmentation)
         loader = Loader(images.train_images, 24, views=views, local_slice=share)
         steps = [batch.images for batch in loader.epoch(epoch, start)]

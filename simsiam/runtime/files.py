@@ -1,9 +1,9 @@
-"""Files that appear whole or not at all, and CSV tables."""
+"""Files that appear whole or not at all, CSV tables, and the lock of a run."""
 
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -14,24 +14,24 @@ from simsiam.runtime import distributed
 
 
 class RunError(Exception):
-    """What ends a run that was going well; a command says it in one line, with exit code 1."""
+    """Fatal error during a run. A command prints it in one line and exits with code 1."""
 
 
 @contextlib.contextmanager
-def error_prefix(file: str) -> Iterator[None]:
-    """A ValueError raised within is about `file`, which it then names first."""
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Put `prefix`, a file or flag, in front of the message of a ValueError raised within."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{prefix}: {error}") from error
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` whole, and on the disk, or not at all.
+    """Open a file for writing that replaces `path` at the end, synced to disk, or not at all.
 
-    The file that it replaces is kept as `previous`. An OSError names `path`. Of the ranks only the
-    first one writes.
+    The replaced file is moved to `previous`, if given. Ranks other than 0 write nothing. Raises
+    OSError with `path` as its filename.
     """
     if distributed.rank() > 0:
         yield io.BytesIO()
@@ -46,7 +46,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(part, path)
-        if os.name == "posix":  # the rename too is to outlive a power cut
+        if os.name == "posix":  # so that the rename survives a power cut
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -58,27 +58,30 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
 
 
 def remove(path: str | Path) -> None:
-    """Remove a file, if it is there; of the ranks the first one does it."""
+    """Remove a file if it exists; only on rank 0."""
     if distributed.rank() == 0:
         Path(path).unlink(missing_ok=True)
 
 
 def printable(text: str) -> str:
-    """A name of the file system as text: a byte that is no UTF-8 is told as \\xff."""
+    """Return a file name as valid text: bytes that are not UTF-8 become escapes such as \\xff."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+# ---- tables -------------------------------------------------------------------------------------
+
+
 def write_csv(path: str | Path, rows: list[dict], columns: tuple[str, ...]) -> None:
-    """Rows as a CSV table of `columns`, six significant digits, blank where there is no value."""
+    """Write `columns` of rows as a CSV table: six significant digits, blank for missing values."""
     rows = [{k: printable(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     with atomic_write(path) as file:
         pandas.DataFrame(rows, columns=columns).to_csv(file, index=False, float_format="%.6g")
 
 
 def read_csv(path: str | Path, text: Sequence[str] = ()) -> list[dict]:
-    """Rows of a table that `write_csv` wrote; what was blank is missing.
+    """Return the rows of a table of `write_csv`, without keys for blank cells.
 
-    `text`: columns whose cells stay as they are, though they may look like numbers.
+    `text`: columns to read as strings even where they look like numbers.
     """
     rows = pandas.read_csv(path, dtype=dict.fromkeys(text, str)).to_dict("records")
     return [{name: value for name, value in row.items() if value == value} for row in rows]
@@ -93,15 +96,16 @@ RESULT_COLUMNS = tuple(
 
 
 def add_result(path: str | Path, row: dict) -> None:
-    """Add or replace the row of a run and protocol in a table of `RESULT_COLUMNS`.
+    """Write the row of an evaluation into `results.csv`, in place of the same run's and protocol's.
 
-    Columns that the user has added stay, with what they hold; so does their order. Raises RunError
-    if `path` is another table.
+    Keeps columns that the user has added, and their order. Raises RunError if `path` is another
+    table.
     """
     if distributed.rank() > 0:
         return
-    row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}  # as the others
-    same = (row["protocol"], printable(row["run"]))
+    # The table is read as text, so that other rows stay as they are: "0.10", or a run called NA.
+    row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+    key = (row["protocol"], printable(row["run"]))
     path = Path(path)
     with filelock.FileLock(path.with_name(f".{path.name}.lock")) as lock:  # runs share the table
         rows, columns = [], RESULT_COLUMNS
@@ -110,13 +114,13 @@ def add_result(path: str | Path, row: dict) -> None:
                 table = pandas.read_csv(path, dtype=str, keep_default_na=False)
                 columns = tuple(dict.fromkeys([*table.columns, *RESULT_COLUMNS]))
                 for old in table.to_dict("records"):
-                    if (old["protocol"], old["run"]) != same:
+                    if (old["protocol"], old["run"]) != key:
                         rows.append(old)
                     else:
                         row = {k: v for k, v in old.items() if k not in RESULT_COLUMNS} | row
             except (ValueError, KeyError) as error:
                 raise RunError(
-                    f"{path}: is not a table of results: move it away, and give the same command "
+                    f"{path}: not a table of results: move it away, and give the same command "
                     "with --resume"
                 ) from error
         write_csv(path, [*rows, row], columns)
@@ -124,37 +128,40 @@ def add_result(path: str | Path, row: dict) -> None:
             os.unlink(lock.lock_file)
 
 
-def unless_it_fails(function: Callable, *args: object) -> None:
-    """Call it; an OSError is passed over (Windows removes no open file)."""
-    with contextlib.suppress(OSError):
-        function(*args)
+# ---- the lock of a run --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def run_lock(path: str) -> Iterator[None]:
-    """While it lasts, a second process at the run of this `path` (folder and name) is refused.
+    """Let one process at a time work on the run of `path` (folder and name).
 
-    The lock is the operating system's, which takes it back from a process that dies. The folder is
-    made, and removed if it stays empty. Raises ValueError that names the process at work.
+    Creates the folder, and removes it if it stays empty. The operating system releases the lock of
+    a process that dies. Raises ValueError that names the process at work.
     """
     folder, name = os.path.split(path)
-    # Two files: on Windows nobody else, not even this process, can open the one that is locked.
-    file, at_work = Path(folder, f".{name}.lock"), Path(folder, f".{name}.pid")
-    with contextlib.ExitStack() as last:
-        if not os.path.isdir(folder or "."):
-            os.makedirs(folder, exist_ok=True)  # another run may do the same just now
-            last.callback(unless_it_fails, os.rmdir, folder)
-        lock = filelock.FileLock(file)
+    # Two files, since on Windows no process, not even this one, can read a locked file.
+    lock_file, pid_file = Path(folder, f".{name}.lock"), Path(folder, f".{name}.pid")
+    is_new = not os.path.isdir(folder or ".")
+    os.makedirs(folder or ".", exist_ok=True)
+    lock = filelock.FileLock(lock_file)
+    try:
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout as error:
-            who = f"process {at_work.read_text().strip()}" if at_work.is_file() else "another one"
+            who = f"process {pid_file.read_text().strip()}" if pid_file.is_file() else "another one"
             raise ValueError(
                 f"{path}: {who} is at work on it: wait for it, or choose another --name"
             ) from error
-        last.callback(lock.release)
-        # While it is held, so that a process that waits for it sees that it is gone.
-        last.callback(unless_it_fails, file.unlink)
-        last.callback(unless_it_fails, at_work.unlink)
-        at_work.write_text(f"{os.getpid()}\n")
-        yield
+        try:
+            pid_file.write_text(f"{os.getpid()}\n")
+            yield
+        finally:
+            # Before the release: a process that waits for the lock must find neither file.
+            for file in (pid_file, lock_file):
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    file.unlink()
+            lock.release()
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
