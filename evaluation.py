@@ -68,7 +68,7 @@ def reading(args: Namespace, source: LoadedCheckpoint) -> DecodeOptions:
     told = {"exif": args.exif, "background": args.background}
     told |= {name: vars(args)[name] and tuple(vars(args)[name]) for name in ("exclude", "levels")}
     return dataclasses.replace(
-        source.reading, **{name: x for name, x in told.items() if x is not None}
+        source.decode, **{name: x for name, x in told.items() if x is not None}
     )
 
 
@@ -173,8 +173,8 @@ def predict(args: Namespace, flags: utils.Flags) -> None:
         files = []
         for path in map(Path, args.predict):
             files += folders.list_folder(path, labelled=False).files if path.is_dir() else [path]
-        cut = (predictor.size, args.num_workers, args.bad_images, predictor.shorter)
-        images, bad = decode_files(files, *cut, options=predictor.reading)
+        cut = (predictor.size, args.num_workers, args.bad_images, predictor.resize)
+        images, bad = decode_files(files, *cut, options=predictor.decode)
     for line in bad.values():
         print(line, file=sys.stderr)
     scores = predictor.scores(images, devices.autocast(device, amp_name))

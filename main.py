@@ -236,7 +236,7 @@ def initial_network(args: Namespace) -> network.SimSiam:
         )
     if args.init:
         with error_prefix(f"--init {args.init}"):
-            for note in weights.initialise(net, args.init, args.init_parts):
+            for note in weights.init_from_checkpoint(net, args.init, args.init_parts):
                 distributed.log(f"{args.init}: {note}")
     return net
 

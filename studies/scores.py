@@ -234,7 +234,7 @@ def run_rows(
     for source in sources:
         saved = source.state["args"]
         names = "data_name data_root train_size split_names".split()
-        new = [source.encoder["image_size"], source.reading, *(saved[name] for name in names)]
+        new = [source.encoder["image_size"], source.decode, *(saved[name] for name in names)]
         new += [saved["seed"]] * (saved["train_size"] is not None)
         if new != key:
             key, images = new, images_of_run(source, vars(args)).to(args.device)

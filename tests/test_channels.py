@@ -320,7 +320,7 @@ def test_classes_are_predicted_scored_and_tuned(run, tmp_path, capsys):
     )
     file = place / "test" / "a" / "1.npy"
     file = file if file.exists() else file.with_suffix(".png")
-    assert dark.cut(file).max() < 20 < usual.cut(file).max()  # 12 bits of 16
+    assert dark.preprocess(file).max() < 20 < usual.preprocess(file).max()  # 12 bits of 16
     for how in ("--finetune", "--finetune --from_scratch"):
         flags = f"--model_path {out}/a_model.pth {how} --epochs 1 --out {tmp_path} --no-pictures"
         linear.main(flags.split())
@@ -342,7 +342,7 @@ def test_exports_and_tools_carry_the_channels(run, tmp_path):
     assert np.allclose(rows[: len(files)], found, atol=1e-4)
     similar.command(f"{tool} --query {files[0]} --out {tmp_path}/s.png".split())
     assert (tmp_path / "s.png").stat().st_size > 1000
-    pixels = np.stack([np.asarray(read_image(file, source.reading)) for file in files])
+    pixels = np.stack([np.asarray(read_image(file, source.decode)) for file in files])
     assert torch.equal(source(pixels), found)
 
 

@@ -186,16 +186,16 @@ def test_every_format_comes_in_under_the_names_it_left_with(to):
         heads = ("projector.", "predictor.") if isinstance(net, SimSiam) else ("fc.",)
         if to == "lightly" and isinstance(net, Classifier):
             with pytest.raises(ValueError, match="no names for a linear classifier"):
-                export.exported(net, encoder, to)
+                export.export_weights(net, encoder, to)
             continue
-        out = export.exported(net, encoder, to)
+        out = export.export_weights(net, encoder, to)
         kept = ("backbone.",)
         if to == "detectron2":
-            found, *_ = layouts.renamed(out, layouts.LAYOUTS[to])
+            found, *_ = layouts.rename_all(out, layouts.LAYOUTS[to])
             with pytest.raises(ValueError, match="not those of a ResNet"):
-                layouts.translated(out)
+                layouts.translate(out)
         else:
-            found, again, notes = layouts.translated(out)
+            found, again, notes = layouts.translate(out)
             assert again.items() >= (encoder | {"width": None, "image_size": 224}).items()
             twins = to in ("torchvision", "timm")  # what no file of theirs tells
             assert len(notes) == 1 + twins
@@ -309,7 +309,7 @@ def test_a_linear_model_goes_out_with_its_classes(tmp_path):
     for to in ("torchvision", "authors", "mmpretrain"):
         same_weights(LoadedCheckpoint.open(converted(path, to)).net.state_dict(), net.state_dict())
     predictor = Predictor(LoadedCheckpoint.open(converted(path, "torchvision")))
-    assert (predictor.size, predictor.shorter) == (224, 256)
+    assert (predictor.size, predictor.resize) == (224, 256)
     assert predictor.predict(torch.rand(3, 300, 200))[0]["class"] in map(str, range(7))
     session = pytest.importorskip("onnxruntime").InferenceSession(converted(path, "onnx"))
     assert session.run(None, {"images": x.numpy()})[0].shape == (2, 7)
@@ -345,8 +345,8 @@ def test_heads_of_ablations_do_not_go_out_under_names_of_others(flags):
     args = {"arch": "resnet18", "stem": "imagenet"}
     for to in ("authors", "lightly", "mmpretrain"):
         with pytest.raises(ValueError, match="other heads"):
-            export.exported(net, args, to)
-    assert len(export.exported(net, args, "timm")) == len(net.backbone.state_dict())
+            export.export_weights(net, args, to)
+    assert len(export.export_weights(net, args, "timm")) == len(net.backbone.state_dict())
 
 
 def test_hidden_layers_of_two_widths_have_no_class(tmp_path):
@@ -354,4 +354,4 @@ def test_hidden_layers_of_two_widths_have_no_class(tmp_path):
     net.projector = mlp(512, 32, 48, 64, affine=False)
     for to in ("authors", "lightly", "mmpretrain"):
         with pytest.raises(ValueError, match=r"this one 32: add|one hidden width, .* \[32, 48\]"):
-            export.exported(net, {"arch": "resnet18", "stem": "imagenet"}, to)
+            export.export_weights(net, {"arch": "resnet18", "stem": "imagenet"}, to)

@@ -225,7 +225,7 @@ def test_a_run_keeps_to_how_its_images_are_read(run, capsys):
     flags = "--epochs 1 --cached --no-pictures --exif --background white --name seen"
     linear.main(["--model_path", model, *flags.split()])  # of photos as they are seen
     source = LoadedCheckpoint.open(root / "seen_model.pth")
-    assert source.reading == DecodeOptions()
+    assert source.decode == DecodeOptions()
     assert Predictor(source).predict(str(path)) == Predictor(source).predict(seen)
     assert source.state["images_crc"] != LoadedCheckpoint.open(model).state["images_crc"]
 

@@ -76,7 +76,7 @@ def test_the_file_tells_whether_its_second_projector_layer_was_used(
     state = projects.patrick_hua(layers, small)[0]["state_dict"]
     if not counted:
         state = {name: value for name, value in state.items() if "num_batches" not in name}
-    found, encoder, notes = layouts.translated(state)
+    found, encoder, notes = layouts.translate(state)
     said = [line for line in notes if "second projector layer" in line]
     assert bool(said) == bool(left_out)
     assert not left_out or left_out in said[0]
@@ -150,15 +150,15 @@ def test_mean_and_std_are_flags_that_are_looked_through(tmp_path, capsys):
 def test_a_backbone_alone_may_be_of_either_padding():
     state = solo_learn()[0]["state_dict"]
     alone = {name: value for name, value in state.items() if name.startswith("backbone.")}
-    _, encoder, notes = layouts.translated(alone)
+    _, encoder, notes = layouts.translate(alone)
     assert encoder["stem"] == "cifar"
     assert len(notes) == 2
     assert "--stem cifar_pad2" in notes[1]
-    _, encoder, notes = layouts.translated(alone, "cifar_pad2")
+    _, encoder, notes = layouts.translate(alone, "cifar_pad2")
     assert encoder["stem"] == "cifar_pad2"
     assert "taken to have the stem cifar_pad2" in notes[1]
     whole = shaken(SimSiam("resnet18", "cifar", 64)).state_dict()  # ours, and no doubt of it
-    assert layouts.translated(whole)[2] == ["layout: ours"]
+    assert layouts.translate(whole)[2] == ["layout: ours"]
 
 
 def test_networks_of_timm_that_names_cannot_tell_are_named():
@@ -173,7 +173,7 @@ def test_networks_of_timm_that_names_cannot_tell_are_named():
             if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in mine.items()}:
                 continue
             found.add(name)
-            doubt = [line for line in layouts.translated(state)[2] if "timm's" in line]
+            doubt = [line for line in layouts.translate(state)[2] if "timm's" in line]
             assert len(doubt) == (arch != "resnet34")
             assert name == arch or name in doubt[0]
     assert found == {
@@ -271,8 +271,8 @@ def test_the_table_is_read_both_ways(name):
         lambda: Classifier(SimSiam("resnet50", "imagenet", 8).backbone, 2048, 5),
     ):
         mine = names_of(net)
-        out, left, nameless = layouts.renamed(mine, layout, out=True)
-        again, *rest = layouts.renamed(out, layout)
+        out, left, nameless = layouts.rename_all(mine, layout, out=True)
+        again, *rest = layouts.rename_all(out, layout)
         assert rest == [[], []]
         assert again.keys() == mine.keys() - {*left, *nameless}
         assert all(again[key] is mine[key] for key in again)

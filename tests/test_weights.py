@@ -109,7 +109,7 @@ def test_a_source_of_ours(tmp_path, classes):
 def test_a_source_of_others(tmp_path):
     """What their files do not say is by the stem, or by flags."""
     source = LoadedCheckpoint.open(write(authors_linear()[0], tmp_path, "a"))
-    assert (source.encoder["image_size"], source.shorter, source.data_name) == (
+    assert (source.encoder["image_size"], source.resize, source.data_name) == (
         224,
         256,
         "imagenet",
@@ -118,7 +118,7 @@ def test_a_source_of_others(tmp_path):
     assert source.state is None
     path = write(leftthomas()[0], tmp_path, "b")
     source = LoadedCheckpoint.open(path)
-    assert (source.encoder["image_size"], source.shorter, source.data_name) == (32, 32, "")
+    assert (source.encoder["image_size"], source.resize, source.data_name) == (32, 32, "")
     mean = (0.4914, 0.4822, 0.4465)
     assert (source.encoder["mean"], source.encoder["std"]) == (mean, (0.2023, 0.1994, 0.2010))
     assert source.notes[-1].startswith(
@@ -145,7 +145,7 @@ def test_another_version_is_refused_as_such(tmp_path, capsys):
     flags = ("--data_name", "textures", "--out", tmp_path / "none")
     assert "version 1" in refused(capsys, linear, "--model_path", path, *flags)
     new = SimSiam("resnet18", "cifar", 64, 2)
-    assert weights.initialise(new, path) == []
+    assert weights.init_from_checkpoint(new, path) == []
     same_weights(new.state_dict(), net.state_dict())
 
 
@@ -155,7 +155,7 @@ def test_init_takes_the_parts_that_are_there(tmp_path, capsys):
     path = write(state, tmp_path, "a")
     net = SimSiam("resnet18", "cifar", 16)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    notes = weights.initialise(net, path)
+    notes = weights.init_from_checkpoint(net, path)
     assert "it has no projector: that starts at random" in notes
     assert "its --stem is cifar" in notes
     found = net.state_dict()
@@ -163,7 +163,7 @@ def test_init_takes_the_parts_that_are_there(tmp_path, capsys):
     assert all(torch.equal(found[name], before[name]) for name in found if name[:2] == "pr")
     for other in (SimSiam("resnet18", "imagenet", 16), SimSiam("resnet34", "cifar", 16)):
         with pytest.raises(ValueError, match="its backbone does not fit the flags of the network"):
-            weights.initialise(other, path)
+            weights.init_from_checkpoint(other, path)
     flags = ("--data_name", "textures", "--out", tmp_path / "none", "--arch", "resnet18")
     line = refused(capsys, main, *flags, "--init", path, "--stem", "imagenet")
     assert "its backbone does not fit the flags of the network" in line
@@ -186,7 +186,7 @@ def test_init_takes_a_network_of_others_in_full(tmp_path, name):
     state, *theirs = FORMATS[name]()
     path = write(state, tmp_path, name)
     net = SimSiam(**{"arch": "resnet18", "feature_dim": 64} | INIT[name])
-    notes = weights.initialise(net, path, "all")
+    notes = weights.init_from_checkpoint(net, path, "all")
     assert not [line for line in notes if "at random" in line]
     x, net = torch.randn(4, 3, 32, 32), net.eval()
     for mine, their in zip((net.backbone, net.projector, net.predictor), theirs, strict=True):
@@ -200,7 +200,7 @@ def test_init_says_what_does_not_fit_and_with_which_flags_it_would(tmp_path):
     path = write(state, tmp_path, "a")
     net = SimSiam("resnet18", "cifar", 64)
     before = {name: value.clone() for name, value in net.projector.state_dict().items()}
-    line = weights.initialise(net, path)[-1]
+    line = weights.init_from_checkpoint(net, path)[-1]
     assert line.startswith("its projector does not fit the flags of the network: projector.4.")
     flags = "--feature_dim 64 --projector_layers 2 --projector_affine"
     assert line.endswith(f"that starts at random; it fits with {flags}")
@@ -208,10 +208,10 @@ def test_init_says_what_does_not_fit_and_with_which_flags_it_would(tmp_path):
     assert torch.equal(net.backbone.conv1.weight, state["f.0.weight"])
     assert torch.equal(net.predictor[0].weight, state["h.0.weight"])
     with pytest.raises(ValueError, match=f"{flags}; --init_parts fitting"):
-        weights.initialise(net, path, "all")
+        weights.init_from_checkpoint(net, path, "all")
     # The authors' projector is as wide as the encoder, and no flag makes one of them.
     path = write(authors()[0], tmp_path, "a")
-    lines = weights.initialise(SimSiam("resnet18", "imagenet", 64, 3), path)
+    lines = weights.init_from_checkpoint(SimSiam("resnet18", "imagenet", 64, 3), path)
     (line,) = (line for line in lines if "at random" in line)
     assert line.endswith("that starts at random")
 
@@ -224,22 +224,22 @@ def test_init_takes_the_parts_that_it_is_told(tmp_path, parts):
     before = {name: value.clone() for name, value in net.state_dict().items()}
     if parts == "all":
         with pytest.raises(ValueError, match="its projector does not fit .* --feature_dim 64 "):
-            weights.initialise(net, path, parts)
+            weights.init_from_checkpoint(net, path, parts)
         return
-    notes = weights.initialise(net, path, parts)
+    notes = weights.init_from_checkpoint(net, path, parts)
     assert len(notes) == (0 if parts == "backbone" else 2)
     same_weights(net.backbone.state_dict(), given.backbone.state_dict())
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before if "pr" in name)
     same = SimSiam("resnet8", "cifar", 64)
     heads = {name: value.clone() for name, value in same.projector.state_dict().items()}
-    weights.initialise(same, path, parts)
+    weights.init_from_checkpoint(same, path, parts)
     expected = heads if parts == "backbone" else given.projector.state_dict()
     same_weights(same.projector.state_dict(), expected)
     without = SimSiam("resnet8", "cifar", 64, predictor="none")
-    notes = weights.initialise(without, path, "fitting")
+    notes = weights.init_from_checkpoint(without, path, "fitting")
     assert notes == ["its predictor is not used: this network has none"]
     with pytest.raises(ValueError, match="its backbone does not .* of --arch resnet8 --stem cifar"):
-        weights.initialise(SimSiam("resnet14", "cifar", 64), path, parts)
+        weights.init_from_checkpoint(SimSiam("resnet14", "cifar", 64), path, parts)
 
 
 def test_a_run_with_an_affine_projector_goes_on_and_is_read(tmp_path, capsys):
@@ -264,7 +264,7 @@ def test_init_takes_checkpoints_of_ours(tmp_path, classes):
     """All of the same network; the backbone of a linear model."""
     net, path = ours(tmp_path, "resnet18", "cifar", 2, classes)
     new = SimSiam("resnet18", "cifar", 64)
-    notes = weights.initialise(new, path)
+    notes = weights.init_from_checkpoint(new, path)
     if classes:
         assert "it has no projector: that starts at random" in notes
         same_weights(new.backbone.state_dict(), net.backbone.state_dict())
@@ -376,7 +376,7 @@ def test_features_of_a_foreign_encoder_are_of_the_authors_transform(tmp_path):
             x = theirs(Image.open(name).convert("RGB"))[None]
             np.testing.assert_allclose(row, backbone(x)[0].numpy(), atol=1e-3)
     source = LoadedCheckpoint.open(path)
-    assert (source.shorter, source.views.size) == (256, 224)
+    assert (source.resize, source.views.size) == (256, 224)
 
 
 def test_features_refuse_in_one_line(tmp_path, capsys):
@@ -424,7 +424,7 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
     net, path = ours(tmp_path, stem="cifar", classes=4)
     predictor = Predictor(LoadedCheckpoint.open(path))
     files = sorted(pictures(tmp_path / "images").rglob("*.png"))
-    pixels, _ = decode.decode_files(files, predictor.size, shorter=predictor.shorter)
+    pixels, _ = decode.decode_files(files, predictor.size, shorter=predictor.resize)
     views = Views(48, *NORMALISATION["imagenet"])
     with torch.no_grad():
         expected = net(views.eval_transform(pixels)).softmax(1)

@@ -47,7 +47,7 @@ def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None
     """
     saved = source.state["args"]
     place = saved["data_name"], data_root or saved["data_root"], source.encoder["image_size"]
-    how = {"decode": source.reading, "split_names": saved.get("split_names")}
+    how = {"decode": source.decode, "split_names": saved.get("split_names")}
     images = load_dataset(*place, args["num_workers"], args["bad_images"], **how)
     size = saved["train_size"]
     return images if size is None else images.subset(size, saved["seed"])

@@ -15,8 +15,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/convert.py`
 
 import utils
-from simsiam.interop.export import EXPORTS, exported, remarks
-from simsiam.interop.weights import LoadedCheckpoint, part_of
+from simsiam.interop.export import EXPORTS, export_notes, export_weights
+from simsiam.interop.weights import LoadedCheckpoint, select_part
 from simsiam.runtime import distributed, files
 
 FORMATS = (*EXPORTS, "safetensors", "onnx")
@@ -96,9 +96,9 @@ def convert(source: LoadedCheckpoint, to: str, encoder_only: bool = False) -> by
             raise ValueError("--to safetensors: pip install safetensors") from error
         weights = {name: value.contiguous() for name, value in source.net.state_dict().items()}
         if encoder_only:
-            weights = part_of(weights, "backbone")
+            weights = select_part(weights, "backbone")
         return save(weights, {"format": "pt"} | about)
-    weights = exported(source.net, source.encoder, to, encoder_only)
+    weights = export_weights(source.net, source.encoder, to, encoder_only)
     if to == "detectron2":
         arrays = {name: value.numpy() for name, value in weights.items()}
         whole = {"model": arrays, "__author__": "SimSiam", "matching_heuristics": True}
@@ -132,7 +132,10 @@ def command(argv: list[str] | None = None) -> None:
             content = convert(source, args.to, args.encoder_only)
         with files.atomic_write(args.target) as file:
             file.write(content)
-    for note in [*source.notes, *remarks(source.net, source.encoder, args.to, args.encoder_only)]:
+    for note in [
+        *source.notes,
+        *export_notes(source.net, source.encoder, args.to, args.encoder_only),
+    ]:
         distributed.log(f"{args.source}: {note}")
     distributed.log(f"wrote {args.target}, {len(content) / 1e6:.1f} MB")
 

@@ -141,7 +141,7 @@ def sheet(
     tiles = tiles + [Tile()] * (-len(tiles) % columns)
     there = [tile.file is not None for tile in tiles]
     files = [tile.file for tile in tiles if tile.file is not None]
-    images, _ = decode_files(files, TILE, args.num_workers, options=source.reading)
+    images, _ = decode_files(files, TILE, args.num_workers, options=source.decode)
     pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
     pixels[there] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
     rows = range(0, len(tiles), columns)
@@ -233,7 +233,7 @@ def found(args: Namespace) -> tuple[LoadedCheckpoint, list[dict]]:
     source = open_source(args)
     files = listed(Path(args.data_root))
     with error_prefix("--query"):  # before the many: a wrong name is not to be found out at the end
-        pixels = source.cut(args.query)
+        pixels = source.preprocess(args.query)
     bank = bank_of(args, source, files)
     if args.query:
         device = bank.features.device

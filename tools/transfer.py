@@ -141,7 +141,7 @@ def logistic(problem: Problem, name: str, step: Callable[[], object]) -> tuple[n
 def labelled(args: Namespace, source: LoadedCheckpoint, root: str) -> Data:
     """The labelled images at a root, read as the encoder's own were. Raises ValueError, OSError."""
     how = (source.encoder["image_size"], args.num_workers, args.bad_images)
-    more = {"decode": source.reading, "split_names": args.split_names}
+    more = {"decode": source.decode, "split_names": args.split_names}
     images = load_dataset(args.data_name, root, *how, **more)
     check_has_test(images.test_images, root)
     for line in filter(None, (images.summary, *images.unreadable)):

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simsiam.interop.layouts import LAYOUTS, renamed
+from simsiam.interop.layouts import LAYOUTS, rename_all
 from simsiam.models.backbones import IMAGENET_ARCHS, is_of_library, name_of_classifier
 from simsiam.models.simsiam import Classifier
 
-EXPORTS = {  # the formats of `exported`, and the layout of each
+EXPORTS = {  # the formats of `export_weights`, and the layout of each
     "torchvision": "torchvision",
     "authors": "the authors'",
     "lightly": "lightly",
@@ -18,11 +18,14 @@ EXPORTS = {  # the formats of `exported`, and the layout of each
     "timm": "torchvision",
 }
 # Stems that no name and no shape tells from `cifar`.
-UNTOLD = {"cifar_pad2": "conv1 has a padding of 2", "cifar_no_relu": "there is no ReLU after bn1"}
+STEM_NOTES = {
+    "cifar_pad2": "conv1 has a padding of 2",
+    "cifar_no_relu": "there is no ReLU after bn1",
+}
 INSTEAD = "add --encoder_only, or choose safetensors"
 
 
-def exported(
+def export_weights(
     net: nn.Module, encoder: dict, to: str, encoder_only: bool = False
 ) -> dict[str, Tensor]:
     """The weights of a SimSiam or Classifier under the names of another project, for `EXPORTS`.
@@ -32,8 +35,8 @@ def exported(
     """
     weights, layout = net.state_dict(), EXPORTS[to]
     if is_of_library(encoder["arch"]):
-        return of_library(weights, encoder["arch"], to, encoder_only)
-    refuse_other_encoders(encoder["arch"], encoder["stem"], to)
+        return export_library(weights, encoder["arch"], to, encoder_only)
+    check_backbone(encoder["arch"], encoder["stem"], to)
     if encoder_only:
         weights = {name: weights[name] for name in weights if name.startswith("backbone.")}
     elif isinstance(net, Classifier):
@@ -44,16 +47,16 @@ def exported(
         if to == "authors":
             layout = "the authors' linear"
     elif to in PROJECTORS:
-        refuse_other_heads(weights, to)
+        check_heads(weights, to)
         if to == "authors":  # theirs has a bias there, which does not matter before a BN
             weights["projector.6.bias"] = torch.zeros_like(weights["projector.7.running_mean"])
-    found, _, unknown = renamed(weights, LAYOUTS[layout], out=True)
+    found, _, unknown = rename_all(weights, LAYOUTS[layout], out=True)
     if unknown:
         raise ValueError(f"{to} has no name for {unknown[0]}: {INSTEAD}")
     return found
 
 
-def of_library(
+def export_library(
     weights: dict[str, Tensor], arch: str, to: str, encoder_only: bool
 ) -> dict[str, Tensor]:
     """The weights of a backbone of timm or torchvision, with its classifier, under its own names.
@@ -82,7 +85,7 @@ def whose(to: str) -> str:
     return "the authors'" if to == "authors" else f"{to}'s"
 
 
-def refuse_other_encoders(arch: str, stem: str, to: str) -> None:
+def check_backbone(arch: str, stem: str, to: str) -> None:
     """Raises ValueError where the project `to` has no such backbone."""
     if arch not in IMAGENET_ARCHS:
         raise ValueError(f"{to} has no {arch}: choose safetensors or onnx")
@@ -93,7 +96,7 @@ def refuse_other_encoders(arch: str, stem: str, to: str) -> None:
         )
 
 
-class Projector(NamedTuple):
+class ProjectorOptions(NamedTuple):
     """The projectors that a project's class can be: numbers of layers, and two options."""
 
     layers: tuple[int, ...]
@@ -102,13 +105,13 @@ class Projector(NamedTuple):
 
 
 PROJECTORS = {
-    "authors": Projector((3,), as_encoder=True),
-    "lightly": Projector((1, 2, 3)),
-    "mmpretrain": Projector((2, 3), affine=True),
+    "authors": ProjectorOptions((3,), as_encoder=True),
+    "lightly": ProjectorOptions((1, 2, 3)),
+    "mmpretrain": ProjectorOptions((2, 3), affine=True),
 }
 
 
-def projector_of(weights: dict[str, Tensor]) -> tuple[list[int], bool]:
+def projector_shape(weights: dict[str, Tensor]) -> tuple[list[int], bool]:
     """The widths of a projector's layers, its input's first; whether its last BN is affine."""
     linear = [f"projector.{i}.weight" for i in range(0, 24, 3)]
     shapes = [weights[name].shape for name in linear if name in weights]
@@ -116,7 +119,7 @@ def projector_of(weights: dict[str, Tensor]) -> tuple[list[int], bool]:
     return widths, f"projector.{3 * len(shapes) - 2}.bias" in weights
 
 
-def refuse_other_heads(weights: dict[str, Tensor], to: str) -> None:
+def check_heads(weights: dict[str, Tensor], to: str) -> None:
     """Raises ValueError where the project `to` has no such projector or predictor."""
     if "projector.0.weight" not in weights:
         return
@@ -125,7 +128,7 @@ def refuse_other_heads(weights: dict[str, Tensor], to: str) -> None:
     if "predictor.0.weight" not in weights or strange & weights.keys():
         reason = f"{whose(to)} SimSiam has other heads than this one, by --bn or --predictor"
         raise ValueError(f"{reason}: {INSTEAD}")
-    can, ((features, *hidden, _), affine) = PROJECTORS[to], projector_of(weights)
+    can, ((features, *hidden, _), affine) = PROJECTORS[to], projector_shape(weights)
     if len(hidden) + 1 not in can.layers:
         numbers = " or ".join(map(str, can.layers))
         reason = f"{whose(to)} projector has {numbers} layers, this one {len(hidden) + 1}"
@@ -140,16 +143,16 @@ def refuse_other_heads(weights: dict[str, Tensor], to: str) -> None:
     raise ValueError(f"{reason}: {INSTEAD}")
 
 
-def remarks(net: nn.Module, encoder: dict, to: str, encoder_only: bool = False) -> list[str]:
+def export_notes(net: nn.Module, encoder: dict, to: str, encoder_only: bool = False) -> list[str]:
     """What to know when a network goes out: what the names and shapes in the file do not tell."""
     lines, stem = [], encoder["stem"]
-    if stem in UNTOLD and to != "onnx":
-        lines.append(f"its stem is {stem}, which the names do not tell: {UNTOLD[stem]}")
+    if stem in STEM_NOTES and to != "onnx":
+        lines.append(f"its stem is {stem}, which the names do not tell: {STEM_NOTES[stem]}")
     if to == "mmpretrain" and stem != "imagenet":
         lines.append("its backbone is mmpretrain's ResNet_CIFAR")
     weights = net.state_dict()
     if to == "mmpretrain" and not encoder_only and "projector.0.weight" in weights:
-        widths, affine = projector_of(weights)
+        widths, affine = projector_shape(weights)
         if len(widths) != 4 or affine:
             options = f"num_layers={len(widths) - 1}, with_last_bn_affine={affine}"
             lines.append(f"its neck is mmpretrain's NonLinearNeck with {options}")

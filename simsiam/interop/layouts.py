@@ -132,7 +132,7 @@ LAYOUTS = {  # in the order in which they are tried
     ),
 }
 # What thop.profile leaves in the modules that it has no rule for, whatever the layout.
-COUNTS = re.compile(r"(.+\.)?total_(ops|params)")
+THOP_COUNTERS = re.compile(r"(.+\.)?total_(ops|params)")
 # What wraps a whole network: DataParallel, torch.compile.
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
 BLOCKS = {  # of layer1 to layer4, and whether they are bottlenecks
@@ -149,7 +149,7 @@ TWINS = {"resnet18": "resnetblur18", "resnet50": "resnetaa50 and resnetblur50"}
 # ---- the table in use ---------------------------------------------------------------------------
 
 
-def spelled(name: str) -> list[str]:
+def expand(name: str) -> list[str]:
     """A name of the table with each of its words: "f.{0 1}" -> ["f.0", "f.1"]."""
     start, _, rest = name.partition("{")
     words, brace, end = rest.partition("}")
@@ -157,7 +157,7 @@ def spelled(name: str) -> list[str]:
 
 
 @functools.cache
-def spelled_pairs(
+def expand_pairs(
     pairs: tuple[tuple[str | None, str | None], ...], out: bool
 ) -> list[tuple[str, str | None]]:
     """Pairs of the table spelled, as (from, to), longest first; to theirs if `out`."""
@@ -165,26 +165,26 @@ def spelled_pairs(
     for pair in pairs:
         start, end = reversed(pair) if out else pair
         if start is not None:
-            starts = spelled(start)
-            ends = [None] * len(starts) if end is None else spelled(end)
+            starts = expand(start)
+            ends = [None] * len(starts) if end is None else expand(end)
             found += zip(starts, ends, strict=True)
     return sorted(found, key=lambda pair: -len(pair[0]))  # stable: of equals the first one stays
 
 
-def renamed_one(name: str, layout: Layout, out: bool = False) -> str | None:
-    """A name as in `renamed`, None if the layout leaves it out; KeyError if it does not know it."""
-    if COUNTS.fullmatch(name):
+def rename(name: str, layout: Layout, out: bool = False) -> str | None:
+    """A name as in `rename_all`; None if the layout leaves it out. Raises KeyError."""
+    if THOP_COUNTERS.fullmatch(name):
         return None
-    for start, end in spelled_pairs(layout.names, out):
+    for start, end in expand_pairs(layout.names, out):
         if f"{name}.".startswith(f"{start}."):
             rest = name.removeprefix(start)
-            for word, other in spelled_pairs(layout.within, out):
+            for word, other in expand_pairs(layout.within, out):
                 rest = rest.replace(f".{word}.", f".{other}.")
             return None if end is None else end + rest
     raise KeyError(name)
 
 
-def renamed(
+def rename_all(
     weights: dict[str, Tensor], layout: Layout, out: bool = False
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Weights of a `layout` under the names of this program or, if `out`, the other way round.
@@ -194,7 +194,7 @@ def renamed(
     found, left, unknown = {}, [], []
     for name, value in weights.items():
         try:
-            new = renamed_one(name, layout, out)
+            new = rename(name, layout, out)
         except KeyError:
             unknown.append(name)
             continue
@@ -210,7 +210,7 @@ def renamed(
 # ---- in -----------------------------------------------------------------------------------------
 
 
-def translated(
+def translate(
     weights: dict[str, Tensor], stem: str | None = None
 ) -> tuple[dict[str, Tensor], dict, list[str]]:
     """Another project's weights under the names of this program, and what they are.
@@ -222,27 +222,27 @@ def translated(
     into its running mean, which changes nothing in eval mode. Raises ValueError that names what is
     unknown or missing.
     """
-    layout, found, left = recognised(from_paddle(weights))
+    layout, found, left = detect_layout(from_paddle(weights))
     notes = [f"layout: {layout}"]
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         notes.append(f"left out, as of no use here: {', '.join(left[:3])}{more}")
-    arch, width = recognised_arch(found)
+    arch, width = detect_arch(found)
     small = found["backbone.conv1.weight"].shape[-1] == 3
     if stem is not None:
         notes.append(f"taken to have the stem {stem}, as --stem says")
     else:
         backbone_alone = all(name.startswith("backbone.") for name in found) and width is None
-        stem, reason = usual_stem(layout, small, backbone_alone)
+        stem, reason = default_stem(layout, small, backbone_alone)
         notes += [reason] if reason else []
     if layout == "torchvision" and arch in TWINS:
         twins = f"names and shapes are also those of timm's {TWINS[arch]}, whose features differ"
         notes.append(f"taken for a {arch}: {twins}")
     of_cifar = small
     if layout == "PatrickHua/SimSiam" and "projector.6.weight" in found:
-        unused, reason = second_layer_unused(found, small)
+        unused, reason = is_second_layer_unused(found, small)
         if unused:
-            of_cifar, found = True, without_second_layer(found)
+            of_cifar, found = True, drop_second_layer(found)
             notes.append(f"its second projector layer is left out: {reason}")
     usual = LAYOUTS[layout].normalisation
     mean, std = usual or NORMALISATION["imagenet" if stem == "imagenet" else "cifar"]
@@ -251,7 +251,7 @@ def translated(
         mean, std = (0.5,) * channels, (0.25,) * channels
     encoder = {"arch": arch, "stem": stem, "width": width}
     encoder |= {"image_size": 32 if of_cifar else 224, "mean": mean, "std": std}
-    return without_bn_biases(found), encoder, notes
+    return fold_bn_biases(found), encoder, notes
 
 
 def from_paddle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -266,16 +266,16 @@ def from_paddle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def recognised(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], list[str]]:
+def detect_layout(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], list[str]]:
     """The first layout that knows all names, the weights renamed, and the names left out.
 
     If none does, one that knows them without the prefix of what wraps the network. Raises
     ValueError that names what the nearest layout does not know.
     """
     nearest: tuple[str, list[str]] | None = None
-    for given in (weights, unwrapped(weights)):
+    for given in (weights, strip_wrappers(weights)):
         for name, layout in LAYOUTS.items():
-            found, left, unknown = renamed(given, layout)
+            found, left, unknown = rename_all(given, layout)
             if layout.out_only or "backbone.conv1.weight" not in found:
                 continue
             if not unknown:
@@ -289,7 +289,7 @@ def recognised(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], list
     raise ValueError(f"its names are like those of {name}, but for {some}")
 
 
-def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights without the prefix of what wraps the whole network, if all of them have one."""
     prefixes = {match and match[0] for match in map(WRAPPERS.match, weights)}
     if None in prefixes or len(prefixes) != 1:
@@ -297,7 +297,7 @@ def unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(min(prefixes)): value for name, value in weights.items()}
 
 
-def usual_stem(layout: str, small: bool, backbone_alone: bool) -> tuple[str, str | None]:
+def default_stem(layout: str, small: bool, backbone_alone: bool) -> tuple[str, str | None]:
     """The stem of a project's networks, and what to say of it.
 
     `small`: whether conv1 is 3x3. `backbone_alone`: whether there is no more than a backbone.
@@ -313,7 +313,7 @@ def usual_stem(layout: str, small: bool, backbone_alone: bool) -> tuple[str, str
     return "cifar" if small else "imagenet", None
 
 
-def second_layer_unused(found: dict[str, Tensor], small: bool) -> tuple[bool, str]:
+def is_second_layer_unused(found: dict[str, Tensor], small: bool) -> tuple[bool, str]:
     """Whether PatrickHua's network skipped the projector's second layer, and how that is known.
 
     Its files have three layers always; with `proj_layers: 2` the second one's BN counts no batch.
@@ -324,7 +324,7 @@ def second_layer_unused(found: dict[str, Tensor], small: bool) -> tuple[bool, st
     return small, "no BN counts batches, and its runs on CIFAR skip it"
 
 
-def without_second_layer(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def drop_second_layer(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """A projector's third layer in the place of the second."""
     names = {"projector.6": "projector.3", "projector.7": "projector.4"}
     rest = {name: value for name, value in found.items() if not name.startswith("projector.")}
@@ -335,7 +335,7 @@ def without_second_layer(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return rest
 
 
-def recognised_arch(weights: dict[str, Tensor]) -> tuple[str, int | None]:
+def detect_arch(weights: dict[str, Tensor]) -> tuple[str, int | None]:
     """The ResNet that has these blocks: torchvision's or, with its width, He et al.'s for CIFAR.
 
     Raises ValueError where none has.
@@ -357,7 +357,7 @@ def recognised_arch(weights: dict[str, Tensor]) -> tuple[str, int | None]:
     raise ValueError(f"its backbone, of {blocks} blocks, is none of {known}")
 
 
-def without_bn_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_bn_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same in eval mode without a bias before a BN of the heads, and with BN's counters."""
     found = dict(weights)
     for name in weights:

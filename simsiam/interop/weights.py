@@ -16,7 +16,7 @@ from simsiam.data.datasets import resize_size
 from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preprocess
 from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
-from simsiam.interop.layouts import translated
+from simsiam.interop.layouts import translate
 from simsiam.models.simsiam import Classifier, SimSiam
 from simsiam.runtime import reader
 from simsiam.runtime.files import error_prefix
@@ -54,7 +54,7 @@ def find_weights(state: object) -> dict[str, Tensor]:
 # ---- networks of other projects' weights --------------------------------------------------------
 
 
-def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
+def build_head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
     """A projector or predictor of the shapes of its weights; its last BN is affine if theirs is."""
     layers: list[nn.Module] = []
     for i in (0, 3, 6):
@@ -68,7 +68,7 @@ def head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def foreign(
+def build_network(
     weights: dict[str, Tensor], stem: str | None = None
 ) -> tuple[SimSiam | Classifier, dict, list[str]]:
     """The network in another project's checkpoint, its encoder, and what to say of it.
@@ -76,11 +76,14 @@ def foreign(
     `stem` as in `layouts.translated`. With an fc it is a classifier; a projector or predictor that
     the file does not have is empty. Raises ValueError, which does not name the file.
     """
-    weights, encoder, notes = translated(weights, stem)
+    weights, encoder, notes = translate(weights, stem)
     with torch.device("meta"):
         arch, stem, width, channels = checkpoint.backbone_args(encoder)
         net = SimSiam(arch, stem, 4, width=width, channels=channels)
-        net.projector, net.predictor = head(weights, "projector"), head(weights, "predictor")
+        net.projector, net.predictor = (
+            build_head(weights, "projector"),
+            build_head(weights, "predictor"),
+        )
         if "fc.weight" in weights:
             net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
     checkpoint.load_strictly(net, weights)
@@ -92,18 +95,18 @@ def foreign(
 INIT_PARTS = ("fitting", "backbone", "all")
 
 
-def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[str]:
+def init_from_checkpoint(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[str]:
     """Give `net` the weights of a checkpoint of any origin or version; returns what to say of it.
 
     `parts`, one of INIT_PARTS: the backbone and the heads that fit, the backbone alone, or all
     parts. What is not taken stays as it is. Raises FileNotFoundError; ValueError that names what
     does not fit, but not the file.
     """
-    given, encoder, notes = under_our_names(net, path)
+    given, encoder, notes = weights_for(net, path)
     mine = net.state_dict()
     for part in ("backbone",) if parts == "backbone" else ("backbone", "projector", "predictor"):
-        theirs, wanted = part_of(given, part), part_of(mine, part)
-        name = differing(wanted, theirs)
+        theirs, wanted = select_part(given, part), select_part(mine, part)
+        name = first_mismatch(wanted, theirs)
         if name is None:
             mine |= theirs
             continue
@@ -117,7 +120,7 @@ def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[s
             flags = [f"--{flag} {encoder[flag]}" for flag in ("arch", "stem", "width")]
             flags = [flag for flag in flags if not flag.endswith("None")]
             raise ValueError(f"{reason}; it is of {' '.join(flags)}")
-        fits = flags_of_head(part, given, encoder)
+        fits = head_flags(part, given, encoder)
         fits = f"; it fits with {fits}" if fits else ""
         if parts == "all":
             raise ValueError(f"{reason}{fits}; --init_parts fitting starts that at random")
@@ -126,7 +129,7 @@ def initialise(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[s
     return notes
 
 
-def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], dict, list[str]]:
+def weights_for(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], dict, list[str]]:
     """The weights in a checkpoint of any origin or version, its encoder, and what to say of it.
 
     The encoder is empty where all weights, or all of a bare backbone, are those of `net`.
@@ -136,16 +139,16 @@ def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], 
         state = checkpoint.parse(value)
         return state["model"], state["encoder"], []
     weights = find_weights(value)
-    if differing(net.state_dict(), weights) is None:
+    if first_mismatch(net.state_dict(), weights) is None:
         return weights, {}, []
     try:
-        found, encoder, notes = translated(weights)
+        found, encoder, notes = translate(weights)
     except ValueError:  # else all of it under its library's own names, with a classifier at most
-        wanted = part_of(net.state_dict(), "backbone")
+        wanted = select_part(net.state_dict(), "backbone")
         named = {f"backbone.{name}": value for name, value in weights.items()}
         bare = {name: value for name, value in named.items() if name in wanted}
         rest = {name.rpartition(".")[0] for name in weights if f"backbone.{name}" not in wanted}
-        if differing(wanted, bare) or len(rest) > 1:
+        if first_mismatch(wanted, bare) or len(rest) > 1:
             raise
         return bare, {}, [f"its {name} is not used" for name in rest]
     if encoder["stem"] != "imagenet":
@@ -153,12 +156,12 @@ def under_our_names(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], 
     return found, encoder, notes
 
 
-def part_of(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+def select_part(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     """The weights whose names begin with `part`, a dot after it."""
     return {name: value for name, value in weights.items() if name.startswith(f"{part}.")}
 
 
-def differing(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
+def first_mismatch(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
     """The first name that only one has, or both in other shapes; None if there is none."""
     for name in sorted(wanted.keys() ^ given.keys()) or sorted(wanted):
         if name not in wanted or name not in given or wanted[name].shape != given[name].shape:
@@ -166,9 +169,9 @@ def differing(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str | None
     return None
 
 
-def flags_of_head(part: str, given: dict[str, Tensor], encoder: dict) -> str | None:
+def head_flags(part: str, given: dict[str, Tensor], encoder: dict) -> str | None:
     """The flags of main.py for which the projector or predictor in `given` fits, if there are."""
-    *layers, last = head(given, "projector") or [None]
+    *layers, last = build_head(given, "projector") or [None]
     if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
         return None
     d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
@@ -177,7 +180,7 @@ def flags_of_head(part: str, given: dict[str, Tensor], encoder: dict) -> str | N
     with torch.device("meta"):
         usual = SimSiam(arch, stem, d, number, width, projector_affine=affine, channels=channels)
         usual = usual.state_dict()
-    if differing(part_of(usual, part), part_of(given, part)):
+    if first_mismatch(select_part(usual, part), select_part(given, part)):
         return None
     return f"--feature_dim {d} --projector_layers {number}" + " --projector_affine" * last.affine
 
@@ -225,7 +228,7 @@ class LoadedCheckpoint:
             state = checkpoint.parse(value)
         except checkpoint.NotOursError as error:
             try:
-                net, encoder, notes = foreign(find_weights(value), stem)
+                net, encoder, notes = build_network(find_weights(value), stem)
             except ValueError as other:
                 reason = f"{path}: {error}; nor one of another that is known: {other}"
                 raise ValueError(reason) from other
@@ -279,14 +282,14 @@ class LoadedCheckpoint:
         return str(self.state["args"].get("data_name") or "")
 
     @property
-    def reading(self) -> DecodeOptions:
+    def decode(self) -> DecodeOptions:
         """How the files of the training images were read, in the encoder's channels."""
-        reading = DecodeOptions.from_args(self.state["args"]) if self.state else DEFAULT_DECODE
-        return dataclasses.replace(reading, channels=len(self.encoder["mean"]))
+        decode = DecodeOptions.from_args(self.state["args"]) if self.state else DEFAULT_DECODE
+        return dataclasses.replace(decode, channels=len(self.encoder["mean"]))
 
     @property
-    def shorter(self) -> int:
-        """Pixels of an image's shorter side before the centre crop; see `images.centre`."""
+    def resize(self) -> int:
+        """Pixels of an image's shorter side before the centre crop."""
         return resize_size(self.data_name, self.encoder["image_size"])
 
     @property
@@ -298,9 +301,9 @@ class LoadedCheckpoint:
             return [str(i) for i in range(self.net.fc.out_features)]
         return self.state["classes"]
 
-    def cut(self, images: object) -> Tensor:
+    def preprocess(self, images: object) -> Tensor:
         """Images as the encoder sees them, by `preprocess` -> uint8, N x C x size x size."""
-        return preprocess(images, self.reading, self.encoder["image_size"], self.shorter)
+        return preprocess(images, self.decode, self.encoder["image_size"], self.resize)
 
     def __call__(self, images: object, normalise: bool = False) -> Tensor:
         """Features of images of any size: fp32, N x features, on the encoder's device.
@@ -313,7 +316,7 @@ class LoadedCheckpoint:
         """
         off, many = torch.autocast("cpu", enabled=False), as_list(images)
         places = range(0, max(1, len(many)), 512)  # so many are decoded at once
-        parts = [self.features(self.cut(many[i : i + 512]), off, normalise) for i in places]
+        parts = [self.features(self.preprocess(many[i : i + 512]), off, normalise) for i in places]
         return torch.cat(parts)
 
     def features(
@@ -339,8 +342,8 @@ open_encoder = LoadedCheckpoint.open  # its name in the package `simsiam`
 class Predictor(nn.Module):
     """A linear model that knows its classes and its test transform.
 
-    `size` and `shorter` are pixels, as in `images.centre`. Raises ValueError for a source that is
-    not a linear model.
+    `size` and `resize`: pixels of the centre crop, and of the shorter side before it. Raises
+    ValueError for a source that is not a linear model.
     """
 
     def __init__(self, source: LoadedCheckpoint):
@@ -348,8 +351,8 @@ class Predictor(nn.Module):
         if not source.is_linear:
             raise ValueError(f"{source.path}: is not a linear model; linear.py makes one of it")
         self.net, self.classes, self.views = source.net, source.classes, source.views
-        self.size, self.shorter = self.views.size, source.shorter
-        self.reading = source.reading
+        self.size, self.resize = self.views.size, source.resize
+        self.decode = source.decode
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -376,7 +379,7 @@ class Predictor(nn.Module):
 
         `images`: what `preprocess` takes. Raises ValueError for what is no image, naming a file.
         """
-        pixels, found = preprocess(images, self.reading, self.size, self.shorter), []
+        pixels, found = preprocess(images, self.decode, self.size, self.resize), []
         for scores in self.scores(pixels).tolist():
             best = max(range(len(scores)), key=scores.__getitem__)
             every = dict(zip(self.classes, scores, strict=True))

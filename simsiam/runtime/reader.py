@@ -3,10 +3,10 @@
 `read` takes what torch.save has written (a zip archive; before torch 1.6 a stream), Paddle's and
 others' pickles, and safetensors. The content tells which; the name does not count.
 
-A pickle is a program for a stack machine. `Machine` is one that imports nothing, and that calls
-only its own makers of tensors. Where the file names something else, a `Placeholder` stands for it.
-Numbers in the file are claims: no tensor is larger than its storage, and all of them together are
-no more than `SHARED` times the bytes of the file.
+A pickle is a program for a stack machine. `PickleMachine` is one that imports nothing, and
+calls only its own makers of tensors. Where the file names something else, a `Placeholder`
+stands for it. Numbers in the file are claims: no tensor is larger than its storage, and all
+together are no more than `SHARED` times the bytes of the file.
 """
 
 import io
@@ -41,7 +41,7 @@ STORAGES = {
 NUMBERS = re.compile("[<>=|](f[248]|i[1248]|u1|b1)")  # NumPy's names of these dtypes
 
 
-class Refused(ValueError):
+class UnsupportedFileError(ValueError):
     """A file that says clearly what it is, and is not read."""
 
 
@@ -86,35 +86,37 @@ def read(path: str | Path) -> object:
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     content = Path(path).read_bytes()
     try:
-        return finished(raw(content), Limits(len(content)))
-    except (Refused, MemoryError):
+        return to_plain(load_value(content), Limits(len(content)))
+    except (UnsupportedFileError, MemoryError):
         raise
     except Exception as error:  # junk may break the parsers in any way
         raise ValueError("is damaged, or no checkpoint") from error
 
 
-def raw(content: bytes) -> object:
+def load_value(content: bytes) -> object:
     """The values in a file's bytes, with `Array`s and shared containers among them."""
     header = int.from_bytes(content[:8], "little")
     if content[8:9] == b"{" and header <= min(len(content) - 8, HEADER):
         try:
             from safetensors.torch import load
         except ImportError as error:
-            raise Refused("is a safetensors file: pip install safetensors") from error
+            raise UnsupportedFileError("is a safetensors file: pip install safetensors") from error
         return load(content)
     if content[:4] == b"PK\3\4":
-        return from_zip(content)
-    return Machine(Limits(len(content))).stream(io.BytesIO(content))
+        return load_zip(content)
+    return PickleMachine(Limits(len(content))).stream(io.BytesIO(content))
 
 
-def from_zip(content: bytes) -> object:
+def load_zip(content: bytes) -> object:
     """The values in an archive of torch.save."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = {part.filename: part for part in archive.infolist()}
         if any(re.match("[^/]+/(constants[.]pkl$|code/)", name) for name in parts):
-            raise Refused("is a TorchScript archive, which is a program: save its state_dict()")
+            raise UnsupportedFileError(
+                "is a TorchScript archive, which is a program: save its state_dict()"
+            )
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise Refused("is compressed, which no file of torch.save is")
+            raise UnsupportedFileError("is compressed, which no file of torch.save is")
         if sum(part.file_size for part in archive.infolist()) > len(content):
             raise ValueError("parts overlap")
         if archive.testzip() is not None:
@@ -122,12 +124,14 @@ def from_zip(content: bytes) -> object:
         (pickled,) = (name for name in parts if name.count("/") == 1 and name.endswith("/data.pkl"))
         folder = pickled.removesuffix("data.pkl")
         if f"{folder}byteorder" in parts and archive.read(f"{folder}byteorder") != b"little":
-            raise Refused("has big-endian numbers, which are not read")
-        machine = Machine(Limits(len(content)), lambda key: archive.read(f"{folder}data/{key}"))
+            raise UnsupportedFileError("has big-endian numbers, which are not read")
+        machine = PickleMachine(
+            Limits(len(content)), lambda key: archive.read(f"{folder}data/{key}")
+        )
         return machine.load(io.BytesIO(archive.read(pickled)))
 
 
-def finished(value: object, limits: Limits, depth: int = 0) -> object:
+def to_plain(value: object, limits: Limits, depth: int = 0) -> object:
     """A copy of plain containers, its arrays as tensors.
 
     Each value counts wherever it is met, so that a list within itself, or a pair of pairs of pairs,
@@ -138,9 +142,9 @@ def finished(value: object, limits: Limits, depth: int = 0) -> object:
     if depth > DEPTH:
         raise ValueError("it is too deep")
     if isinstance(value, dict):
-        return {key: finished(item, limits, depth + 1) for key, item in value.items()}
+        return {key: to_plain(item, limits, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(finished(item, limits, depth + 1) for item in value)
+        return type(value)(to_plain(item, limits, depth + 1) for item in value)
     plain = value is None or isinstance(value, bool | int | float | str | bytes)
     return value if plain or getattr(value, "dtype", None) in STORAGES.values() else Placeholder()
 
@@ -157,7 +161,7 @@ LITERALS = frozenset(
 KEYS = (str, int, float, bool, bytes, type(None))
 
 
-class Machine:
+class PickleMachine:
     """Runs pickles' programs, as pickletools reads them.
 
     `member`: the content of a storage by its key; without it the storages follow the pickle, as in
@@ -236,10 +240,10 @@ class Machine:
         elif name == "LIST":
             stack.append(self.since_mark())
         elif name == "DICT":
-            stack.append(put({}, self.since_mark()))
+            stack.append(set_items({}, self.since_mark()))
         elif name in ("SETITEM", "SETITEMS"):
             items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self.since_mark()
-            put(stack[-1], items)
+            set_items(stack[-1], items)
         elif name in ("APPEND", "APPENDS", "ADDITEMS"):
             items = [stack.pop()] if name == "APPEND" else self.since_mark()
             if isinstance(stack[-1], list):
@@ -300,7 +304,7 @@ class Machine:
         """The dict of an OrderedDict's arguments: none, a dict, or a list of pairs."""
         self.claim(100 * len(items))
         pairs = items.items() if isinstance(items, dict) else items
-        return put({}, [part for key, value in pairs for part in (key, value)])
+        return set_items({}, [part for key, value in pairs for part in (key, value)])
 
     def row(self, items: object = ()) -> tuple | Placeholder:
         """A tuple of a tuple or list."""
@@ -365,7 +369,7 @@ class Machine:
     def inner(self, content: bytes) -> object:
         """A storage that is pickled on its own, as pickle.dump of a tensor has it."""
         self.claim(len(content))
-        machine = Machine(self.limits)
+        machine = PickleMachine(self.limits)
         del machine.makers["torch.storage._load_from_bytes"]  # once is enough
         return machine.stream(io.BytesIO(content))
 
@@ -412,7 +416,7 @@ class Machine:
         return made
 
 
-def put(target: object, items: list) -> object:
+def set_items(target: object, items: list) -> object:
     """Keys and values in turn into a dict; where they are an object's, they are left out."""
     if len(items) % 2:
         raise ValueError("a key without a value")
