@@ -10,7 +10,7 @@ import torch
 from lightly.loss.hypersphere_loss import HypersphereLoss
 
 import main
-from simsiam.data.datasets import load
+from simsiam.data.datasets import load_dataset
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.views.augment import Augmentation, Views
@@ -215,7 +215,7 @@ def test_the_table_and_its_continuation(runs, tmp_path, capsys):
     assert table["data"].tolist() == ["textures, 200 images"] * 2
     source = LoadedCheckpoint.open(runs[1])
     views = Views(32, *(source.encoder[key] for key in ("mean", "std")), Augmentation())
-    images = load("textures", "").subset(200, 1).train_images
+    images = load_dataset("textures", "").subset(200, 1).train_images
     bank = metrics.extract_features(source.net.backbone, views.eval_transform, images, OFF)
     assert table["rankme"][1] == pytest.approx(metrics.effective_rank(bank), rel=1e-4)
     expected = scores.unlabelled_scores(source.net, views, images, OFF, 0)
