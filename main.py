@@ -33,7 +33,7 @@ from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor
 from simsiam.training.meters import TrainMeters
 from simsiam.training.optim import OPTIMIZERS, lr_at, make_optimizer
-from simsiam.training.probe import Probe, wanted
+from simsiam.training.probe import Probe, resolve_probe
 from simsiam.training.progress import Progress
 from simsiam.training.recipes import (
     RECIPES,
@@ -278,7 +278,7 @@ def prepare(run: Run) -> Prepared:
     size = encoder["image_size"]
     counts = network.params_and_flops(net, size)
     amp = devices.training_precision(device, args.amp, amp, counts[1])
-    has_probe = wanted(args.probe, images)
+    has_probe = resolve_probe(args.probe, images)
     run.settle(amp=amp, image_size=size, probe=has_probe)
     if args.data_name != "textures":
         run.settle(data_root=utils.data_place(args.data_root))

@@ -602,7 +602,7 @@ def test_a_run_on_shards(shards, tmp_path, capsys):
     assert state["args"]["recipe"] == "imagenet"
     assert (state["args"]["probe"], state["probe"]) == (False, {})  # a stream has no labels
     line = refused(capsys, main, *flags.split(), "none", "--probe")
-    assert "--probe: shards are read from end to end, without" in line
+    assert "--probe: shards" in line
     row = pandas.read_csv(tmp_path / "results.csv").iloc[0]
     assert (row["data"], row["protocol"]) == ("webdataset:tars", "KNN")
     linear.main(f"--model_path {tmp_path}/whole_model.pth --epochs 1 --out {tmp_path}".split())

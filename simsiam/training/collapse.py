@@ -1,4 +1,7 @@
-"""What is watched in a run: sums of the steps, kNN and rank of the features, and a collapse."""
+"""Monitoring of pre-training: kNN accuracy and effective rank of the features, collapse warnings.
+
+docs/collapse.md explains the two kinds of collapse, and how the thresholds were measured.
+"""
 
 import functools
 from argparse import Namespace
@@ -17,105 +20,112 @@ from simsiam.training.meters import TrainMeters
 from simsiam.training.probe import Probe
 from simsiam.views.augment import Views
 
-# The thresholds are measured: see docs/collapse.md.
-WINDOW = 25  # steps whose mean std is looked at: one wait for the device in so many
-# A std of z below means total collapse where no BN is at its output: there runs begin at 0.75 or
-# 0.4, by --bn, and end below 0.15. With that BN, see `collapse_threshold`.
-COLLAPSED_STD = 0.3
-# A rank of the bank's features below this part of the untrained encoder's means dimensional
-# collapse, and so does one below 2, unless it was so from the start: simple images have that too.
-COLLAPSED_RANK, LOWEST_RANK = 0.6, 2
-# A weight of VICReg's covariance term above this has kept networks from learning.
-STRONG_COVARIANCE = 0.03
-SMALL_BATCH = 16  # on a rank, from which down BN's statistics alone can make a run fail
+# Steps over which std is averaged before it is checked: the device is read once per window.
+STD_WINDOW = 25
+# Threshold on std of z without BN at the projector's output. Healthy runs have about 0.75 or 0.4,
+# depending on --bn, and collapsed ones less than 0.15.
+MIN_STD = 0.3
+# Thresholds on the effective rank: relative to the untrained encoder's, and absolute. The absolute
+# one does not hold for images so simple that the untrained encoder's rank is already below it.
+MIN_RANK_RATIO, MIN_RANK = 0.6, 2
+# Above this weight, VICReg's covariance term has kept networks from learning.
+MAX_COVARIANCE = 0.03
+# Images per rank up to which noisy BN statistics alone can make a run fail.
+SMALL_BATCH = 16
 
 
 # ---- collapse -----------------------------------------------------------------------------------
 
 
-def collapse_threshold(bn: str, images: int) -> float:
-    """The least healthy `collapse_std` of batches of so many `images`, by SimSiam's `bn`.
+def collapse_threshold(bn: str, batch_size: int) -> float:
+    """Threshold on std below which a run counts as collapsed.
 
-    The BN at the projector's output centres z, so that its std cannot fall to 0: all images but one
-    get the same output, and that one the opposite, which is a std of 2/sqrt(images). Healthy is
-    above 0.95, and the threshold in the middle of both, geometrically.
+    `bn`: as in `SimSiam`; `batch_size`: images per rank. BN at the projector's output centres z, so
+    that std cannot reach 0: all images but one get the same output and that one the opposite, which
+    is a std of 2 / sqrt(batch_size). The threshold is the geometric mean of that and 1 (healthy).
     """
-    return (2 / images**0.5) ** 0.5 if bn in ("default", "all") else COLLAPSED_STD
+    return (2 / batch_size**0.5) ** 0.5 if bn in ("default", "all") else MIN_STD
 
 
-def collapse(
-    least: float, std: float, rank: float | None, start_rank: float, features: int, flat: bool
+def detect_collapse(
+    threshold: float,
+    std: float,
+    rank: float | None,
+    start_rank: float,
+    features: int,
+    is_flat: bool,
 ) -> tuple[str, str] | None:
-    """What is seen of a collapse, if one is, and what to try against its kind.
+    """Return a collapse's symptom and general advice, or None for a healthy run.
 
-    `least`: `collapse_threshold`; `std`: the mean over a window of steps; `rank`: the effective
-    rank of the bank's features, of which there are `features` (None: not measured); `start_rank`:
-    that of the untrained encoder; `flat`: whether the images hardly differ.
+    `threshold`: from `collapse_threshold`. `std`: mean over a window of steps. `rank`: effective
+    rank of the bank's features, None if not measured; `start_rank`: that of the untrained encoder.
+    `features`: their dimension. `is_flat`: the images hardly differ.
     """
-    lowest = LOWEST_RANK if flat or start_rank >= LOWEST_RANK else 0
-    if std < least:
+    if std < threshold:
         return (
-            f"std of z is {std:.2f}, below {least:.2f}: different images get the same output, so "
-            "that the loss goes to -1 and nothing is learned (total collapse)",
+            f"std of z is {std:.2f}, below {threshold:.2f}: different images get the same output, "
+            "so that the loss goes to -1 and nothing is learned (total collapse)",
             "Try a lower --lr, --warmup_epochs 10, a larger --batch_size",
         )
-    if rank is not None and rank < max(COLLAPSED_RANK * start_rank, lowest):
+    min_rank = MIN_RANK if is_flat or start_rank >= MIN_RANK else 0
+    if rank is not None and rank < max(MIN_RANK_RATIO * start_rank, min_rank):
         return (
-            f"the rank of the features is {rank:.1f} of {features}, and was {start_rank:.1f} "
-            f"before training: images are spread (std {std:.2f}), but over few dimensions "
-            "(dimensional collapse)",
-            "It comes where the network is small for the data (Li, Efros, Pathak, ECCV 2022), or "
-            "lr is high: try a wider or deeper --arch, fewer --epochs, a lower --lr",
+            f"the effective rank of the features is {rank:.1f} of {features}, and was "
+            f"{start_rank:.1f} before training: std is {std:.2f}, but the features span few "
+            "dimensions (dimensional collapse)",
+            "The network may be too small for the data (Li, Efros, Pathak, ECCV 2022), or lr too "
+            "high: try a wider or deeper --arch, fewer --epochs, a lower --lr",
         )
     return None
 
 
-def likely_causes(args: Namespace, usual_lr: float, varied: float) -> list[str]:
-    """What of a run is known to make it collapse, and what to try instead.
+def likely_causes(config: Namespace, usual_lr: float, pixel_std: float) -> list[str]:
+    """Likely causes of a collapse, with fixes.
 
-    `args`: main.py's; `usual_lr`: the recipe's; `varied`: the std of a pixel over the training
-    images, mean over all pixels, of 255.
+    `config`: of pre-training. `usual_lr`: the recipe's. `pixel_std`: std of a pixel over the
+    training images, averaged over all pixels, from 0 to 255.
     """
-    each = args.batch_size // distributed.world_size()
+    ranks, lr = distributed.world_size(), config.lr
+    batch_size = config.batch_size // ranks
     causes = {
         "--stop_grad off, the paper's own way to collapse (sec. 4.1): leave it on": (
-            args.stop_grad == "off"
+            config.stop_grad == "off"
         ),
-        f"--predictor {args.predictor} (sec. 4.2): choose mlp": args.predictor != "mlp",
-        f"--bn {args.bn}, which does not keep z apart (sec. 4.4): choose default": (
-            args.bn in ("none", "hidden")
+        f"--predictor {config.predictor} (sec. 4.2): choose mlp": config.predictor != "mlp",
+        f"--bn {config.bn}, which does not keep z apart (sec. 4.4): choose default": (
+            config.bn in ("none", "hidden")
         ),
-        f"--lr {args.lr:g}, {args.lr / usual_lr:.3g} times the recipe's: try --lr {usual_lr:g}, or "
-        "--warmup_epochs 10": args.lr > 2 * usual_lr,
-        f"--covariance {args.covariance:g}, which outweighs the rest: try 0.01": (
-            args.covariance > STRONG_COVARIANCE
+        f"--lr {lr:g}, {lr / usual_lr:.3g} times the recipe's: try --lr {usual_lr:g}, or "
+        "--warmup_epochs 10": lr > 2 * usual_lr,
+        f"--covariance {config.covariance:g}, which outweighs the rest of the loss: try 0.01": (
+            config.covariance > MAX_COVARIANCE
         ),
-        f"BN over no more than {each} images: try --batch_size {64 * distributed.world_size()}": (
-            each <= SMALL_BATCH
+        f"BN over only {batch_size} images: try --batch_size {64 * ranks}": (
+            batch_size <= SMALL_BATCH
         ),
-        f"the images hardly differ (by {varied:.1f} of 255 levels): look at them, and at "
-        "--show_views": varied < FLAT_IMAGES,
+        f"the images hardly differ (by {pixel_std:.1f} of 255 levels): look at them with "
+        "--show_views": pixel_std < FLAT_IMAGES,
     }
-    return [cause for cause, here in causes.items() if here]
+    return [cause for cause, applies in causes.items() if applies]
 
 
 # ---- the monitor --------------------------------------------------------------------------------
 
 
 class KnnResult(NamedTuple):
-    """What a kNN found. Without test images there is only the bank."""
+    """Features, and the kNN's ranking of the test images; without test images, alignment."""
 
     bank: Tensor  # L2-normalised features of the training images, N x d
-    queries: Tensor | None  # and of the test images, M x d
-    ranking: Tensor | None  # of the classes, for each query: int64, M x (up to 5)
-    alignment: float | None  # without test images: of features of two views of some of the bank
+    queries: Tensor | None  # L2-normalised features of the test images, M x d
+    ranking: Tensor | None  # classes of each query, best first: int64, M x (up to 5)
+    alignment: float | None
 
 
 class Monitor:
-    """Watches a run of main.py: kNN accuracy and rank of the features, and whether it collapses.
+    """Measures the features of a pre-training run and warns once if the run collapses.
 
-    `images`: the bank (the training images, or --bank_size of them) and the test images.
-    `args`: main.py's; `usual_lr`: the recipe's. `warned`: whether the run was warned before.
+    `images`: the kNN's bank (the training images or a subset) and the test images. `config`: of
+    pre-training. `usual_lr`: the recipe's. `warned`: a resumed run was already warned.
     """
 
     def __init__(
@@ -123,95 +133,96 @@ class Monitor:
         net: nn.Module,
         views: Views,
         images: Data,
-        args: Namespace,
+        config: Namespace,
         usual_lr: float,
         amp: torch.autocast,
         warned: bool = False,
     ):
-        self.net, self.views, self.images, self.args = net, views, images, args
+        self.net, self.views, self.images, self.config = net, views, images, config
         self.usual_lr, self.amp, self.warned = usual_lr, amp, warned
-        self.least_std = collapse_threshold(args.bn, args.batch_size // distributed.world_size())
+        ranks = distributed.world_size()
+        self.threshold = collapse_threshold(config.bn, config.batch_size // ranks)
         self.cached: KnnResult | None = None
 
     @functools.cached_property
-    def varied(self) -> float:
-        """The std of a pixel over some of the training images, mean over all pixels, of 255."""
-        some = self.images.train_images[evenly_spaced(len(self.images.train_images), 256)]
-        return torch.cat(list(some.split(256))).float().std(0).mean().item()
+    def pixel_std(self) -> float:
+        """Std of a pixel over up to 256 training images, averaged over all pixels: 0 to 255."""
+        images = self.images.train_images
+        images = images[evenly_spaced(len(images), 256)]
+        return torch.cat(list(images.split(256))).float().std(0).mean().item()
 
     def knn(self) -> KnnResult:
-        """The features of the bank and of the test images, and the kNN's ranking.
+        """Extract the features and classify the test images by kNN.
 
-        Raises FloatingPointError for features that are not finite.
+        Returns the result of `measure(keep=True)` if that was the last measurement. Raises
+        FloatingPointError for features that are not finite.
         """
         if self.cached is not None:
             return self.cached
         distributed.broadcast_buffers(self.net)
-        images, scored = self.images, self.images.test_images is not None
-        of_bank = (self.net.backbone, self.views.eval_transform, images.train_images, self.amp)
-        bank = metrics.extract_features(*of_bank)
+        net, views, images = self.net.backbone, self.views, self.images
+        bank = metrics.extract_features(net, views.eval_transform, images.train_images, self.amp)
         if not bank.isfinite().all():
             raise FloatingPointError("the features are not finite")
-        if not scored:
-            some = metrics.random_subset(
-                images.train_images, metrics.ALIGNMENT_IMAGES, self.args.seed
-            )
-            how = (self.net.backbone, self.views, some, self.amp)
-            pairs = metrics.extract_view_features(*how, seed=self.args.seed)
+        if images.test_images is None:
+            seed = self.config.seed
+            sample = metrics.random_subset(images.train_images, metrics.ALIGNMENT_IMAGES, seed)
+            pairs = metrics.extract_view_features(net, views, sample, self.amp, seed=seed)
             return KnnResult(bank, None, None, metrics.alignment(*pairs.unbind(1)))
-        queries = metrics.extract_features(
-            self.net.backbone, self.views.eval_transform, images.test_images, self.amp
+        queries = metrics.extract_features(net, views.eval_transform, images.test_images, self.amp)
+        return KnnResult(
+            bank, queries, self._rank_classes(bank, queries, images.train_labels), None
         )
-        return KnnResult(bank, queries, self.vote(bank, queries, images.train_labels), None)
 
-    def vote(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
-        """The kNN's ranking of classes; `labels` are of the bank. Ranks share the queries."""
-        voters = labels >= 0  # STL-10's unlabelled images cannot vote
-        if not voters.all():  # else the bank would be there twice
-            bank, labels = bank[voters], labels[voters]
-        mine = queries[distributed.local_slice(len(queries))]
-        ranking = knn(bank, labels, mine, self.args.k, self.args.temperature)
+    def _rank_classes(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
+        """Return the kNN's ranking for each query; ranks share the queries."""
+        is_labelled = labels >= 0  # STL-10's unlabelled images have no vote
+        if not is_labelled.all():  # indexing would copy the bank
+            bank, labels = bank[is_labelled], labels[is_labelled]
+        own = queries[distributed.local_slice(len(queries))]
+        ranking = knn(bank, labels, own, self.config.k, self.config.temperature)
         return distributed.all_gather(ranking, len(queries))
 
     def measure(self, keep: bool = False, probe: Probe | None = None) -> dict:
-        """Columns of the statistics: rank, and accuracy of the kNN or, without labels, alignment.
+        """Return columns of the statistics: rank, and kNN accuracy or (without labels) alignment.
 
-        `keep`: let `knn` give these features again, for the pictures. `probe`: to be scored too.
+        `keep`: let `knn` return these features again, for the pictures. `probe`: adds its top-1.
         """
-        found = self.knn()
-        row = {"rank": metrics.effective_rank(found.bank)}
-        if found.ranking is not None:
-            top1, top5 = metrics.accuracy(found.ranking, self.images.test_labels)
-            row |= {"test_acc@1": top1, "test_acc@5": top5}
+        result = self.knn()
+        row = {"rank": metrics.effective_rank(result.bank)}
+        if result.ranking is None:
+            row["alignment"] = result.alignment
         else:
-            row["alignment"] = found.alignment
-        if probe is not None and found.queries is not None:
-            of_test = (found.queries, self.images.test_labels)
-            row["probe_acc@1"] = probe.accuracy(*of_test, found.bank)
-        self.cached = found if keep else None
+            labels = self.images.test_labels
+            top1, top5 = metrics.accuracy(result.ranking, labels)
+            row |= {"test_acc@1": top1, "test_acc@5": top5}
+            if probe is not None:
+                row["probe_acc@1"] = probe.accuracy(result.queries, labels, result.bank)
+        self.cached = result if keep else None
         return row
 
     def untrained(self) -> dict:
-        """Row 0 of the statistics, and with labels `raw_acc@1`: the kNN's top-1 on raw pixels.
+        """Return row 0 of the statistics, with the kNN's top-1 on raw pixels (`raw_acc@1`).
 
         Raises RunError for features that are not finite.
         """
-        if isinstance(self.images.train_images, ImageFiles):  # it may take as long as an epoch
-            distributed.log(f"before training: features of {len(self.images.train_images)} images")
+        images = self.images
+        if isinstance(images.train_images, ImageFiles):  # may take as long as an epoch
+            distributed.log(f"before training: features of {len(images.train_images)} images")
         try:
             row = {"epoch": 0} | self.measure()
-        except FloatingPointError as error:  # of weights that are finite, but huge
-            raise RunError(f"--init {self.args.init}: {error}: choose other weights") from error
-        if self.images.test_images is None:
+        except FloatingPointError as error:  # the weights of --init are finite, but huge
+            raise RunError(f"--init {self.config.init}: {error}: choose other weights") from error
+        if images.test_images is None:
             distributed.log("no labelled test images: no kNN; std, rank and alignment are watched")
             return row
+        images = images.limit(metrics.MAX_RAW_PIXEL_IMAGES, self.config.seed)
         pixels = metrics.raw_pixels(self.views.size)
-        images = self.images.limit(metrics.MAX_RAW_PIXEL_IMAGES, self.args.seed)
         bank, queries = (
             metrics.extract_features(pixels, self.views.eval_transform, part, self.amp)
             for part in (images.train_images, images.test_images)
         )
-        ranking = self.vote(bank, queries, images.train_labels)
+        ranking = self._rank_classes(bank, queries, images.train_labels)
         row["raw_acc@1"] = metrics.accuracy(ranking, images.test_labels)[0]
         distributed.log(
             f"kNN top-1 before training: raw pixels {row['raw_acc@1']:.1f} %, untrained encoder "
@@ -222,27 +233,34 @@ class Monitor:
     def check_step(
         self, epoch: int, step: int, steps: int, meters: TrainMeters, start_rank: float
     ) -> bool:
-        """Whether a collapse is seen for the first time, after a step of `steps` an epoch.
+        """Check std after every STD_WINDOW steps and at the end of an epoch of `steps` steps.
 
-        Looks at std every WINDOW steps and at an epoch's end. `start_rank`: of row 0.
+        `start_rank`: the untrained encoder's. Returns True at the run's first collapse.
         """
-        if (step + 1) % WINDOW and step + 1 < steps:
+        if (step + 1) % STD_WINDOW and step + 1 < steps:
             return False
-        std = meters.pop_window(step % WINDOW + 1)
+        std = meters.pop_window(step % STD_WINDOW + 1)
         return self.check_collapse(epoch, step + 1, std, None, start_rank)
 
     def check_collapse(
         self, epoch: int, steps: int, std: float, rank: float | None, start_rank: float
     ) -> bool:
-        """Whether these are a collapse, and it is the run's first; says so, and what to try."""
-        flat = start_rank < LOWEST_RANK and self.varied < FLAT_IMAGES
-        seen = collapse(self.least_std, std, rank, start_rank, self.net.features, flat)
-        if seen is None or self.warned:
+        """Print a warning with likely causes, and return True, at the run's first collapse.
+
+        `steps`: finished steps of the epoch. `std`, `rank`, `start_rank`: see `detect_collapse`.
+        """
+        is_flat = start_rank < MIN_RANK and self.pixel_std < FLAT_IMAGES
+        collapse = detect_collapse(
+            self.threshold, std, rank, start_rank, self.net.features, is_flat
+        )
+        if collapse is None or self.warned:
             return False
         self.warned = True
-        causes = likely_causes(self.args, self.usual_lr, self.varied)
-        what, advice = seen
+        symptom, advice = collapse
+        causes = likely_causes(self.config, self.usual_lr, self.pixel_std)
         if causes:
             advice = f"Likely: {'; '.join(causes)}"
-        distributed.log(f"warning: collapse in epoch {epoch + 1}, step {steps}: {what}. {advice}.")
+        distributed.log(
+            f"warning: collapse in epoch {epoch + 1}, step {steps}: {symptom}. {advice}."
+        )
         return True

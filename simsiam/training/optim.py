@@ -1,50 +1,52 @@
-"""The optimizer of pre-training: SGD or Muon, groups of parameters, and the learning rate."""
+"""Optimizer of pre-training: SGD or Muon, parameter groups, and the learning-rate schedule."""
 
 from argparse import Namespace
 
 import torch
 
-from simsiam.models import simsiam as network
-
-
-def lr_at(args: Namespace, progress: float) -> float:
-    """The learning rate `progress` epochs into the run."""
-    peak = args.lr * args.batch_size / 256
-    return peak * network.schedule(progress, args.epochs, args.warmup_epochs)
-
+from simsiam.models.simsiam import SimSiam, schedule
 
 OPTIMIZERS = ("sgd", "muon")
-# Where PyTorch's fused step heeds `found_inf`; on mps it does not.
+# Devices whose fused step heeds `found_inf`; on mps it does not.
 FUSED = ("cpu", "cuda")
-# Of Muon's learning rate, that of NAdamW, which moves what is no matrix.
-NADAMW_PART = 0.25
+# Learning rate of NAdamW, which updates vectors, as a part of Muon's.
+NADAMW_LR_SCALE = 0.25
 
 
-def make_optimizer(net: network.SimSiam, args: Namespace) -> torch.optim.Optimizer:
-    """SGD or Muon over two groups, of which the predictor's may keep its learning rate.
+def lr_at(config: Namespace, progress: float) -> float:
+    """Return the learning rate `progress` epochs into the run."""
+    peak = config.lr * config.batch_size / 256
+    return peak * schedule(progress, config.epochs, config.warmup_epochs)
 
-    With --no-bn_decay there are two more, of the parameters that are no matrices, without decay.
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon, as timm has it) makes the update of
-    each matrix, or of a convolution's out x (in kernel^2), orthogonal; vectors have NAdamW.
+
+def make_optimizer(net: SimSiam, config: Namespace) -> torch.optim.Optimizer:
+    """Create SGD or Muon with one parameter group for the encoder and one for the predictor.
+
+    Groups with "fix_lr" keep their learning rate (`fix_pred_lr`). Without `bn_decay`, vectors (BN
+    parameters and biases) have groups of their own without weight decay. Muon (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon, timm's implementation) orthogonalises the update of each
+    matrix, of a convolution reshaped to out x (in * kernel^2); NAdamW updates vectors.
     """
     device = next(net.parameters()).device.type
     groups = [
         {"params": net.encoder_parameters(), "fix_lr": False},
-        {"params": net.predictor_parameters(), "fix_lr": args.fix_pred_lr},
+        {"params": net.predictor_parameters(), "fix_lr": config.fix_pred_lr},
     ]
-    if not args.bn_decay:
+    if not config.bn_decay:
         groups = [
-            group | {"params": [p for p in group["params"] if (p.dim() > 1) == decays]} | more
+            group | {"params": [p for p in group["params"] if (p.dim() > 1) == is_matrix]} | options
             for group in groups
-            for decays, more in ((True, {}), (False, {"weight_decay": 0.0}))
+            for is_matrix, options in ((True, {}), (False, {"weight_decay": 0.0}))
         ]
-    of_all = {"lr": args.lr * args.batch_size / 256, "momentum": args.momentum}
-    of_all |= {"weight_decay": args.weight_decay}
-    if args.optimizer == "muon":
-        from timm.optim import Muon  # here: it takes a second
+    options = {
+        "lr": config.lr * config.batch_size / 256,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "muon":
+        from timm.optim import Muon  # here, since importing timm takes a second
 
-        muon = {"nesterov": True, "ns_coefficients": "original", "adjust_lr_fn": "original"}
-        nadamw = {"fallback_lr_scale": NADAMW_PART, "betas": (0.9, 0.99)}
-        return Muon(groups, **of_all, **muon, **nadamw)
-    # Fused SGD never sets the momentum of a first step that a scaler left out.
-    return torch.optim.SGD(groups, **of_all, fused=device in FUSED and args.amp != "fp16")
+        options |= {"nesterov": True, "ns_coefficients": "original", "adjust_lr_fn": "original"}
+        return Muon(groups, **options, fallback_lr_scale=NADAMW_LR_SCALE, betas=(0.9, 0.99))
+    # Fused SGD never creates momentum if a GradScaler skips the first step.
+    return torch.optim.SGD(groups, **options, fused=device in FUSED and config.amp != "fp16")

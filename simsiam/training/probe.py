@@ -1,4 +1,4 @@
-"""The online probe: a linear head that learns beside the encoder, from its detached features."""
+"""Online probe: a linear classifier trained beside the encoder, on its detached features."""
 
 from argparse import Namespace
 
@@ -8,112 +8,109 @@ from torch import Tensor
 
 from simsiam.data.loader import Data
 from simsiam.data.shards import Shards
-from simsiam.models import simsiam as network
+from simsiam.models.simsiam import schedule
 from simsiam.runtime import distributed
 
-# Its base learning rate, per 256 images and per feature: the sum of squares of what the head sees
-# is `features`, and so grows what a step of the same lr does. Measured on textures: after 10 epochs
-# of 2,000 images a half to four times of it end within half a point, with 64 features, and with 512
-# (a random layer on these) within two points; after 20 epochs of 4,000 within a tenth.
-LR = 640.0
-MOMENTUM = 0.9  # of SGD
+# Base learning rate, per 256 images and divided by the feature dimension, with which the squared
+# norm of the BN's output, and so the effect of one step, grows. Measured on textures, with 64 and
+# with 512 features: half to four times this rate end within two points.
+BASE_LR = 640.0
+MOMENTUM = 0.9
 NO_LABEL = -1  # in `Data`
-OLDER = {"mean", "var"}  # what checkpoints had besides: running statistics of the BN
 
 
-def wanted(asked: bool | None, images: Data) -> bool:
-    """Whether a run on `images` has a probe: by --probe or, where it is silent, if it can have one.
+def resolve_probe(requested: bool | None, images: Data) -> bool:
+    """Return whether a run on `images` has a probe; None requests one wherever it is possible.
 
-    Raises ValueError where it is asked for one and cannot have it.
+    Raises ValueError if it is requested but impossible.
     """
-    lacks = None
+    reason = None
     if isinstance(images.train_images, Shards):
-        lacks = "shards are read from end to end, without their labels"
+        reason = "shards are streamed without their labels"
     elif not bool((images.train_labels != NO_LABEL).any()):
-        lacks = "the training images have no labels"
+        reason = "the training images have no labels"
     elif images.test_images is None:
-        lacks = "there are no labelled test images to score with"
-    if asked and lacks:
-        raise ValueError(f"--probe: {lacks}")
-    return asked is not False and lacks is None
+        reason = "there are no labelled test images to score it on"
+    if requested and reason:
+        raise ValueError(f"--probe: {reason}: leave it out")
+    return requested is not False and reason is None
 
 
 class Probe:
-    """A linear head on features, with its own SGD, whose gradient never goes to their encoder.
+    """A linear head with its own SGD; no gradient reaches the encoder.
 
-    It sees a feature vector's direction, since the test images' features are L2-normalised for the
-    kNN, and that through a BN without weights (as in MAE's linear probing: He et al. 2022, arXiv
-    2111.06377, App. A.1): directions of ReLU's outputs have most of their length in common, and SGD
-    learns slowly from what little they differ in. In training the BN's statistics are of the
-    batch, in `accuracy` of the bank.
+    Features are L2-normalised, as for the kNN, and pass a BN without affine parameters (as in MAE's
+    linear probing: He et al. 2022, arXiv 2111.06377, App. A.1): ReLU features have most of their
+    direction in common, and SGD learns slowly from the small rest. The BN uses statistics of the
+    batch in training, and of the feature bank in `accuracy`.
 
-    All is zero at the start, also the head (its loss is convex): nothing is drawn at random, so
-    that a run draws what it would draw without. Under --ddp each rank learns from the features of
-    all, by the same sums: the same head on every rank.
+    The head starts at zero (its loss is convex), so that it draws no random number and leaves the
+    run's as they are. Each rank learns from the all-gathered features: all have the same head.
 
-    `args`: main.py's, for batch_size and the schedule, which is the run's own.
+    `features`: their dimension. `config`: of pre-training, for the batch size and the schedule.
     """
 
-    def __init__(self, features: int, classes: int, args: Namespace, device: torch.device):
-        self.args, self.peak = args, LR / features * args.batch_size / 256
-        self.eps = 1e-5 / features  # a feature's mean square is 1 / features
-        # SGD by hand, as torch.optim's: that one has a momentum only after its first step, and a
-        # checkpoint of ours has all from the start.
-        self.head = [
-            torch.zeros(*shape, device=device, requires_grad=True)
-            for shape in ((classes, features), (classes,))
-        ]
-        self.momentum = [torch.zeros_like(part) for part in self.head]
+    def __init__(self, features: int, classes: int, config: Namespace, device: torch.device):
+        self.config, self.peak_lr = config, BASE_LR / features * config.batch_size / 256
+        self.eps = 1e-5 / features  # the mean square of an L2-normalised feature is 1 / features
+        self.weight = torch.zeros(classes, features, device=device, requires_grad=True)
+        self.bias = torch.zeros(classes, device=device, requires_grad=True)
+        # SGD by hand, with the arithmetic of torch.optim.SGD: that has no momentum before its first
+        # step, and a probe's state_dict must always have the same entries to be checked on resume.
+        self.weight_momentum = torch.zeros_like(self.weight)
+        self.bias_momentum = torch.zeros_like(self.bias)
 
     def learn(self, features: Tensor, labels: Tensor, progress: float) -> None:
-        """A step by the cross-entropy of a batch, `progress` epochs into the run; no wait.
+        """Take one SGD step on the cross-entropy of a batch. Does not wait for the device.
 
-        `features`: N x `features`, of this rank's images; `labels`: int64, of the whole global
-        batch, where -1 counts for nothing.
+        `features`: of this rank's images, n x `features`; `labels`: of the global batch, int64,
+        -1 for images without one; `progress`: epochs since the start of the run.
         """
         rows = distributed.all_gather(features.detach().float(), len(labels))
         x = F.batch_norm(F.normalize(rows, dim=1), None, None, training=True, eps=self.eps)
-        loss = F.cross_entropy(
-            F.linear(x, *self.head), labels, ignore_index=NO_LABEL, reduction="sum"
-        )
-        loss = loss / (labels != NO_LABEL).sum().clamp(min=1)  # there may be no label at all
-        gradients = torch.autograd.grad(loss, self.head)
-        schedule = network.schedule(progress, self.args.epochs, self.args.warmup_epochs)
+        logits = F.linear(x, self.weight, self.bias)
+        loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
+        loss = loss / (labels != NO_LABEL).sum().clamp(min=1)  # "mean" of no labels would be nan
+        gradients = torch.autograd.grad(loss, (self.weight, self.bias))
+        lr = self.peak_lr * schedule(progress, self.config.epochs, self.config.warmup_epochs)
+        parts = (self.weight, self.bias), (self.weight_momentum, self.bias_momentum), gradients
         with torch.no_grad():
-            for part, momentum, gradient in zip(self.head, self.momentum, gradients, strict=True):
+            for parameter, momentum, gradient in zip(*parts, strict=True):
                 momentum.mul_(MOMENTUM).add_(gradient)
-                part.sub_(momentum, alpha=self.peak * schedule)
+                parameter.sub_(momentum, alpha=lr)
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor, bank: Tensor) -> float:
-        """Top-1 in percent on L2-normalised features, M x `features`, and M labels; ranks share.
+        """Return the top-1 accuracy in percent; ranks share the work.
 
-        `bank`: those of training images, likewise under the test transform, for the BN. The views
-        that the head learned from are crops, whose features have another mean.
+        `features`: L2-normalised, M x `features`; `labels`: int64, M. `bank`: L2-normalised
+        features of training images under the same test transform, for the BN's statistics; those
+        of the training views, which are crops, differ.
         """
         var, mean = torch.var_mean(bank, dim=0, correction=0)
-        mine, parts = features[distributed.local_slice(len(features))], []
-        for part in mine.split(10_000):
-            x = F.batch_norm(part, mean, var, eps=self.eps)
-            parts.append(F.linear(x, *self.head).argmax(1))
-        predicted = distributed.all_gather(torch.cat(parts), len(features))
+        chunks = []
+        for chunk in features[distributed.local_slice(len(features))].split(10_000):
+            x = F.batch_norm(chunk, mean, var, eps=self.eps)
+            chunks.append(F.linear(x, self.weight, self.bias).argmax(1))
+        predicted = distributed.all_gather(torch.cat(chunks), len(features))
         return 100 * (predicted == labels).float().mean().item()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it: its own tensors, by name."""
-        weight, bias = self.head
-        found = {"weight": weight.detach(), "bias": bias.detach()}
-        return found | {f"{name} momentum": x for name, x in zip(found, self.momentum, strict=True)}
+        """Return the probe's own tensors by name."""
+        names = ("weight", "bias", "weight_momentum", "bias_momentum")
+        return {name: getattr(self, name).detach() for name in names}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's. Raises ValueError where it does not fit, or is not finite."""
-        ours = self.state_dict()
-        fits = state.keys() - OLDER == ours.keys()
-        for name, mine in ours.items() if fits else ():
-            saved = state[name]
-            fits = fits and (saved.shape, saved.dtype) == (mine.shape, mine.dtype)
-            fits = fits and bool(saved.isfinite().all())
-        if not fits:
+        """Copy the tensors of `state_dict()`.
+
+        Raises ValueError for other names, shapes or dtypes, or values that are not finite.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys() or not all(
+            (state[name].shape, state[name].dtype) == (tensor.shape, tensor.dtype)
+            and bool(state[name].isfinite().all())
+            for name, tensor in own.items()
+        ):
             raise ValueError("its probe does not fit its network")
-        for name, mine in ours.items():
-            mine.copy_(state[name])
+        for name, tensor in own.items():
+            tensor.copy_(state[name])

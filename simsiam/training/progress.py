@@ -1,4 +1,4 @@
-"""The progress of an epoch, for a terminal or a log."""
+"""Progress of an epoch: a bar on a terminal, a line per minute in a log."""
 
 import sys
 import time
@@ -11,19 +11,21 @@ from simsiam.training.meters import Meters
 
 
 class Progress:
-    """A bar an epoch on a terminal, else a plain line a minute; and a word on runs of days.
+    """Shows meters, speed and time left during an epoch, and estimates long runs at their start.
 
-    Called after each step with its number and the sums so far, which it reads from the device at
-    most once a second; it returns whether it did. `shown`: which of the sums, and their labels;
-    `unit`: by how much a step counts in them. `smaller`: a command that takes less time.
-    `rest`: the work of the epochs after this one, over this one's; by default each is as this one.
-    Ranks other than the first show nothing.
+    Use it as a context and call it after each step. It reads the meters from the device at most
+    once per second. Ranks other than 0 show nothing.
+
+    `epoch`, `start`: the epoch and its first step here, from 0. `config`: has `epochs` and
+    `batch_size`. `steps`: per epoch. `shown`: labels of the meters to show, by name. `smaller`: a
+    command that takes less time. `unit`: divisor of the meters per step. `rest`: work of the later
+    epochs, in units of this epoch; by default their number.
     """
 
     def __init__(
         self,
         epoch: int,
-        args: Namespace,
+        config: Namespace,
         steps: int,
         shown: dict[str, str],
         smaller: str,
@@ -31,15 +33,15 @@ class Progress:
         unit: int = 1,
         rest: float | None = None,
     ):
-        self.rest = args.epochs - epoch - 1 if rest is None else rest
-        self.epoch, self.args, self.steps, self.start = epoch, args, steps, start
+        self.epoch, self.config, self.steps, self.start = epoch, config, steps, start
         self.shown, self.smaller, self.unit = shown, smaller, unit
-        self.terminal = sys.stderr.isatty() and distributed.rank() == 0
+        self.rest = config.epochs - epoch - 1 if rest is None else rest
+        self.is_terminal = sys.stderr.isatty() and distributed.rank() == 0
         self.bar = tqdm(
-            total=steps, leave=False, disable=not self.terminal, bar_format="{desc} |{bar}|"
+            total=steps, leave=False, disable=not self.is_terminal, bar_format="{desc} |{bar}|"
         )
-        self.read = self.said = time.perf_counter()
-        self.first_step = None
+        self.last_read = self.last_line = time.perf_counter()
+        self.first_step_end = None
 
     def __enter__(self) -> "Progress":
         return self
@@ -48,20 +50,21 @@ class Progress:
         self.bar.close()
 
     def __call__(self, step: int, meters: Meters) -> bool:
+        """Update after `step` (from 0); return whether the meters were read from the device."""
         now = time.perf_counter()
         if distributed.rank() > 0:
             return False
-        if self.first_step is None:  # it holds the warm-up of kernels, or a compilation
-            self.first_step = now
+        if self.first_step_end is None:  # not timed: compilation and warm-up of kernels
+            self.first_step_end = now
             return False
-        done = step - self.start  # steps since the first
-        if now - self.read < 1 and done != 1:
+        done = step - self.start  # timed steps
+        if now - self.last_read < 1 and done != 1:
             return False
         means = meters.means(self.unit * (step + 1))
-        now = self.read = time.perf_counter()  # after the device has caught up
-        seconds = (now - self.first_step) / done  # a step
-        epoch_left = seconds * (self.steps - step - 1)
-        run_left = epoch_left + seconds * self.steps * self.rest
+        now = self.last_read = time.perf_counter()  # after waiting for the device
+        step_seconds = (now - self.first_step_end) / done
+        epoch_left = step_seconds * (self.steps - step - 1)
+        run_left = epoch_left + step_seconds * self.steps * self.rest
         if done == 1 and self.epoch == 0 and run_left > 86400:
             distributed.log(
                 f"note: at this speed the run takes {run_left / 86400:.0f} days on this machine. "
@@ -69,13 +72,14 @@ class Progress:
             )
         epoch_left, run_left = map(tqdm.format_interval, (epoch_left, run_left))
         values = " ".join(f"{label} {means[name]:.3f}" for name, label in self.shown.items())
-        text = (  # short enough for a terminal of 80 columns
-            f"{self.epoch + 1}/{self.args.epochs} {values} "
-            f"{self.args.batch_size / seconds:.0f} images/s, left {epoch_left}, run {run_left}"
+        text = (  # fits a terminal of 80 columns
+            f"{self.epoch + 1}/{self.config.epochs} {values} "
+            f"{self.config.batch_size / step_seconds:.0f} images/s, left {epoch_left}, "
+            f"run {run_left}"
         )
         self.bar.n = step + 1
         self.bar.set_description_str(text, refresh=True)
-        if not self.terminal and now - self.said >= 60:
-            self.said = now
+        if not self.is_terminal and now - self.last_line >= 60:
+            self.last_line = now
             distributed.log(f"epoch {text} (step {step + 1} of {self.steps})")
         return True
