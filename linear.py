@@ -54,11 +54,13 @@ from simsiam.evaluation.linear import (
     topk_correct,
 )
 from simsiam.interop.weights import LoadedCheckpoint
-from simsiam.models import simsiam as network
 from simsiam.models.backbones import backbone
+from simsiam.models.classifier import Classifier, linear_head
+from simsiam.models.flops import params_and_flops
 from simsiam.plots import curves as figures
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix
+from simsiam.runtime.schedule import cosine_schedule
 from simsiam.training import checkpoint
 from simsiam.training.meters import Meters
 from simsiam.training.progress import Progress
@@ -193,7 +195,7 @@ def train(
     """
     for batch in loader.epoch(epoch, start):
         features, targets = embed(batch)
-        factor = network.schedule(epoch + batch.step / len(loader), epochs)
+        factor = cosine_schedule(epoch + batch.step / len(loader), epochs)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         logits = [head(features) for head in heads]
@@ -280,7 +282,7 @@ def best_on_held_out(
 
 
 def best_of_tuned(
-    net: network.Classifier, encoder: FinetunedEncoder, task: Task, args: Namespace, classes: int
+    net: Classifier, encoder: FinetunedEncoder, task: Task, args: Namespace, classes: int
 ) -> float:
     """As `best_on_held_out`, with a copy of the whole network trained for each lr."""
     kept, out = held_out(task.labels, args.seed)
@@ -314,7 +316,7 @@ def pixels_baseline(images: Data, views: Views, amp: torch.autocast, args: Names
         for part in (images.train_images, images.test_images)
     )
     lrs = [args.lr[0] * part for part in PARTS_OF_LR]
-    head = network.linear_head(inputs.shape[1], len(images.classes)).to(inputs.device)
+    head = linear_head(inputs.shape[1], len(images.classes)).to(inputs.device)
     heads = fit(head, lrs, Task(inputs, images.train_labels, identity_features), args)
     return max(evaluate(head, test, images.test_labels)[1] for head in heads)
 
@@ -343,7 +345,7 @@ def run_name(args: Namespace, source: LoadedCheckpoint) -> str:
 class Prepared(NamedTuple):
     """What a run fits with, and what it reports."""
 
-    net: network.Classifier
+    net: Classifier
     encoder: FrozenEncoder
     task: Task
     images: Data
@@ -366,10 +368,10 @@ class Prepared(NamedTuple):
 def rate(run: Run, progress: float) -> float:
     """The learning rate `progress` epochs into the run."""
     peak = run.facts["lr"] * run.args.batch_size / 256
-    return peak * network.schedule(progress, run.args.epochs)
+    return peak * cosine_schedule(progress, run.args.epochs)
 
 
-def resumed_encoder(run: Run, net: network.Classifier) -> None:
+def resumed_encoder(run: Run, net: Classifier) -> None:
     """Load a checkpoint's weights into `net`. Raises ValueError if its backbone's are others."""
     before = net.backbone.state_dict(prefix="backbone.")
     with error_prefix(run.from_path):
@@ -383,7 +385,7 @@ def resumed_encoder(run: Run, net: network.Classifier) -> None:
 
 
 def fitted_to(
-    args: Namespace, net: network.Classifier, images: Data, views: Views, amp: torch.autocast
+    args: Namespace, net: Classifier, images: Data, views: Views, amp: torch.autocast
 ) -> tuple[FrozenEncoder, Task, Tensor | None, float]:
     """The encoder, what the head is fitted to, and what it is judged by; seconds of extraction."""
     how = (net.backbone, views, amp, args.compile)
@@ -435,14 +437,14 @@ def prepare(run: Run) -> Prepared:
     body = source.net.backbone
     if args.from_scratch:
         body = backbone(*checkpoint.backbone_args(source.encoder))[0]
-    net = network.Classifier(body, source.net.features, len(images.classes))
+    net = Classifier(body, source.net.features, len(images.classes))
     if run.state:
         resumed_encoder(run, net)
     protocol = {"linear": "Linear", "finetune": "Fine-tuned", "scratch": "From scratch"}[mode(args)]
     protocol += ", cached" * args.cached
     protocol += f", {100 * args.label_fraction:g}% of labels" * (args.label_fraction < 1)
     run.list_bad_images(images.unreadable)
-    what, counts = f"{run.path}: {protocol}, {arch}", network.params_and_flops(net, size)
+    what, counts = f"{run.path}: {protocol}, {arch}", params_and_flops(net, size)
     if args.finetune:
         amp = devices.training_precision(device, args.amp, amp, counts[1])
     run.settle(amp=amp)

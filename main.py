@@ -24,8 +24,10 @@ from simsiam.data.loader import Data, Loader, images_checksum
 from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import KNN_K, KNN_TEMPERATURE
 from simsiam.interop import weights
-from simsiam.models import simsiam as network
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, has_bn, is_of_library
+from simsiam.models.flops import params_and_flops
+from simsiam.models.methods import build_model
+from simsiam.models.simsiam import BN, CRITERIA, LOSSES, PREDICTORS, TARGETS, SimSiam
 from simsiam.plots import run as pictures
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import RunError, error_prefix
@@ -83,12 +85,12 @@ def make_flags() -> utils.Flags:
     add = flags.group("the paper's ablations")
     add("stop_grad", ("on", "off"), "stop the gradient through z (sec. 4.1)", "on")
     predictors = "none: p = z; fixed: as it starts (sec. 4.2)"
-    add("predictor", network.PREDICTORS, predictors, "mlp")
-    add("bn", network.BN, "BN in the heads: on no, hidden or all layers (sec. 4.4)", "default")
-    add("similarity", tuple(network.SIMILARITIES), "of p and z (sec. 4.5)", "cosine")
-    add("loss", tuple(network.PAIRS), "one way or both; 2x: of two pairs (sec. 4.6)", "symmetric")
+    add("predictor", PREDICTORS, predictors, "mlp")
+    add("bn", BN, "BN in the heads: on no, hidden or all layers (sec. 4.4)", "default")
+    add("similarity", tuple(CRITERIA), "of p and z (sec. 4.5)", "cosine")
+    add("loss", tuple(LOSSES), "one way or both; 2x: of two pairs (sec. 4.6)", "symmetric")
     add = flags.group("what others have added")
-    add("target", network.TARGETS, "z that a view's p meets; mean: of all other views", "other")
+    add("target", TARGETS, "z that a view's p meets; mean: of all other views", "other")
     add("num_views", number(int, 2, 16), "views of an image in a step, with --target mean", 2)
     add("covariance", number(float, 0), "weight of VICReg's covariance term, of z")
     add = flags.group("optimization")
@@ -184,7 +186,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = args.lr * args.batch_size / 256 if group["fix_lr"] else lr
         with amp:
-            loss, z, features = net(*x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
+            loss, z, features = net(x)  # D(p1, sg(z2))/2 + D(p2, sg(z1))/2
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         # A loss that is not finite moves no weight; a fused step sees to it without a wait.
@@ -226,10 +228,10 @@ def images_of(args: Namespace) -> Data:
     return images if args.train_size is None else images.subset(args.train_size, args.seed)
 
 
-def initial_network(args: Namespace) -> network.SimSiam:
+def initial_network(args: Namespace) -> SimSiam:
     """The network of the flags, with random weights, or those of --init."""
     torch.manual_seed(args.seed)
-    net = network.simsiam(vars(args))
+    net = build_model(vars(args))
     if not has_bn(net.backbone):
         distributed.log(
             "the backbone has no BN: a collapse is more likely (paper, sec. 4.4); see std"
@@ -276,7 +278,7 @@ def prepare(run: Run) -> Prepared:
     else:
         encoder, augmentation = described(args, images)
     size = encoder["image_size"]
-    counts = network.params_and_flops(net, size)
+    counts = params_and_flops(net, size)
     amp = devices.training_precision(device, args.amp, amp, counts[1])
     has_probe = resolve_probe(args.probe, images)
     run.settle(amp=amp, image_size=size, probe=has_probe)

@@ -1,4 +1,4 @@
-"""The network's door: what of simsiam.network people use; and its parts, Params and FLOPs.
+"""Print a network: its layers, parameters and multiply-adds for one image.
 
 python model.py --arch resnet50 --stem imagenet --projector_layers 3 --image_size 224
 """
@@ -7,17 +7,19 @@ from torch import nn
 
 import utils
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_of_library
-from simsiam.models.simsiam import *  # noqa: F403, a door
-from simsiam.models.simsiam import Classifier, SimSiam, params_and_flops
+from simsiam.models.classifier import Classifier
+from simsiam.models.flops import params_and_flops
+from simsiam.models.simsiam import SimSiam
 
 
 def command(argv: list[str] | None = None) -> None:
-    """Print the parts of a network, with parameters and multiply-adds for one image."""
+    """Run the command line; `argv` defaults to the process's arguments."""
     parser = utils.Parser("model.py", __doc__)
     add = parser.add_argument
-    add("--arch", default="resnet18", help="as of main.py (resnet18)")
-    add("--stem", choices=STEMS, help="as of main.py (cifar; of resnet50 and deeper: imagenet)")
-    add("--feature_dim", type=utils.number(int, 4, 16384), default=2048, help="d (2048)")
+    add("--arch", default="resnet18", help="as in main.py (resnet18)")
+    add("--stem", choices=STEMS, help="as in main.py (cifar; from resnet50 on: imagenet)")
+    dim = utils.number(int, 4, 16384)
+    add("--feature_dim", type=dim, default=2048, help="d, the width of z (2048)")
     layers = utils.number(int, 1, 8)
     add("--projector_layers", type=layers, help="(cifar stem: 2; imagenet: 3)")
     add("--width", type=utils.number(int, 1, 1024), help="of resnet8, resnet14, ... (16)")
@@ -32,13 +34,11 @@ def command(argv: list[str] | None = None) -> None:
         net = SimSiam(args.arch, stem, args.feature_dim, layers, args.width)
     print(f"SimSiam, {args.arch}, stem {stem}, d = {args.feature_dim}, {size} pixels")
     print(f"{'part':12} {'Params':>12} {'FLOPs (multiply-adds, by thop)':>32}")
-    linear = Classifier(net.backbone, net.features, 1000)
-    counted = [
-        ("backbone", nn.Sequential(net.backbone)),
+    for name, part in (
+        ("backbone", nn.ModuleDict({"backbone": net.backbone})),
         ("SimSiam", net),
-        ("linear, 1000", linear),
-    ]
-    for name, part in counted:
+        ("linear, 1000", Classifier(net.backbone, net.features, 1000)),
+    ):
         params, flops = params_and_flops(part, size)
         print(f"{name:12} {params / 1e6:10.2f} M {flops / 1e9:30.3f} G")
     print(net)

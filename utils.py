@@ -20,7 +20,8 @@ from simsiam.data.decode import UnreadableImageError, ignore_pil_warnings
 from simsiam.data.folders import split_roots
 from simsiam.data.loader import Data
 from simsiam.models.backbones import STEMS
-from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.models.classifier import Classifier
+from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import distributed
 from simsiam.runtime.files import RunError
 from simsiam.training.run import run_of

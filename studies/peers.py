@@ -134,7 +134,7 @@ def plain_training(images: Tensor, recipe: dict, batch: int, device: str = "cpu"
     def run() -> float:
         total = 0.0
         for x1, x2 in loader:
-            loss, *_ = net(x1.to(device), x2.to(device))
+            loss, *_ = net([x1.to(device), x2.to(device)])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -191,10 +191,10 @@ def plain_learning(images, args, recipe: dict, amp: bool = False) -> Callable:
     """The paper's SimSiam with torchvision's transforms, as most write it: an `epochs_of`."""
     import torchvision.transforms as t
 
-    from simsiam.models import simsiam as network
+    from simsiam.models.methods import build_model
 
     torch.manual_seed(args.seed)
-    net = network.simsiam(vars(args))
+    net = build_model(vars(args))
     size = images.train_images.shape[-1]
     train = Labelled(images.train_images, images.train_labels, None)
     views = PilViews(train.images, 2, recipe, size)
@@ -220,7 +220,7 @@ def epochs_of(
     `net`: views to the loss; `encoder`: its parameters but the predictor's; `plain`: the test
     transform of a PIL image.
     """
-    from simsiam.models import simsiam as network
+    from simsiam.runtime.schedule import cosine_schedule
 
     peak, device = args.lr * args.batch_size / 256, torch.device(args.device)
     net.to(device)
@@ -237,11 +237,11 @@ def epochs_of(
         begun = time.perf_counter()
         net.train()
         for step, (x, _) in enumerate(loader):
-            lr = peak * network.schedule(epoch + step / len(loader), args.epochs)
+            lr = peak * cosine_schedule(epoch + step / len(loader), args.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = peak if "fix" in group and args.fix_pred_lr else lr
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = net(*(one.to(device) for one in x))
+                loss = net([one.to(device) for one in x])
             loss = loss[0] if isinstance(loss, tuple) else loss  # ours gives more besides
             loss.backward()
             optimizer.step()
@@ -264,7 +264,7 @@ class LightlySimSiam(nn.Module):
         self.predictor = SimSiamPredictionHead(d, d // 4, d)
         self.criterion = NegativeCosineSimilarity()
 
-    def forward(self, *views: Tensor) -> Tensor:
+    def forward(self, views: list[Tensor]) -> Tensor:
         z = [self.encoder(x) for x in views]
         others = [torch.stack(z[:i] + z[i + 1 :]).mean(0).detach() for i in range(len(z))]
         pairs = zip(z, others, strict=True)
@@ -286,7 +286,7 @@ class LightlyByol(nn.Module):
         deactivate_requires_grad(self.follower)
         self.criterion = NegativeCosineSimilarity()
 
-    def forward(self, *views: Tensor) -> Tensor:
+    def forward(self, views: list[Tensor]) -> Tensor:
         from lightly.models.utils import update_momentum
 
         update_momentum(self.encoder, self.follower, 0.99)

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python studies/speedr
 import main
 import utils
 from simsiam.data.loader import Data
-from simsiam.models import simsiam as network
+from simsiam.models.flops import params_and_flops
+from simsiam.models.methods import build_model
 from simsiam.plots import curves as figures
 from simsiam.runtime import devices
 from simsiam.runtime.distributed import log
@@ -101,7 +102,7 @@ class Contender:
         args = Namespace(**vars(self.args) | {"epochs": epochs})
         device, amp = devices.setup_device(args)
         args.device = str(device)
-        adds = network.params_and_flops(network.simsiam(vars(args)), self.views.size)[1]
+        adds = params_and_flops(build_model(vars(args)), self.views.size)[1]
         bf16 = devices.training_precision(device, args.amp, amp, adds) == "bf16"
         if self.text == "plain":
             recipe = {"blur_p": 0.0, "mean": self.views.mean, "std": self.views.std}
@@ -149,11 +150,11 @@ class Contender:
         Of a peer those of our network with as many views.
         """
         args = Namespace(**vars(self.args) | {"epochs": epochs})
-        net = network.simsiam(vars(args))
+        net = build_model(vars(args))
         number = 4 if self.text == "lightly:FastSiam" else net.num_views
         views = main.views_of(args, *main.described(args, self.images), number)
         sides = [side for epoch in range(epochs) for side in views.sizes_in(epoch)]
-        return sum(network.params_and_flops(net, one)[1] * sides.count(one) for one in set(sides))
+        return sum(params_and_flops(net, one)[1] * sides.count(one) for one in set(sides))
 
 
 def call(script: str, *words: object) -> None:

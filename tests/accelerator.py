@@ -29,7 +29,8 @@ from simsiam.data.loader import Loader
 from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
-from simsiam.models import simsiam as network
+from simsiam.models.methods import build_model
+from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import devices, distributed
 from simsiam.training.meters import TrainMeters
 from simsiam.training.probe import Probe
@@ -143,7 +144,7 @@ def trained(
     """A network after three steps, and what these waited for. `fault` gets each step's x1."""
     args = main.make_flags().read([*FLAGS.split(), "--device", "cpu"])[0]
     torch.manual_seed(0)
-    net = network.simsiam(vars(args)).to(device, memory_format=torch.channels_last)
+    net = build_model(vars(args)).to(device, memory_format=torch.channels_last)
     optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
     images, labels = (part.to(device) for part in make_textures(96, seed=1))
     augment = Views(32, *VIEWS["short"][1:])
@@ -177,7 +178,7 @@ def steps(native: types.ModuleType) -> dict:
         found["mix"] = ""
     except RuntimeError as error:
         found["mix"] = str(error)
-    net = network.SimSiam("resnet8", feature_dim=32).to(device)
+    net = SimSiam("resnet8", feature_dim=32).to(device)
     images, labels = (part.to(device) for part in make_textures(96, seed=1))
     views, off = Views(32, *VIEWS["short"][1:]), devices.autocast(device, "off")
     bank = metrics.extract_features(net.backbone, views.eval_transform, images, off)

@@ -38,7 +38,8 @@ import linear
 import main
 import utils
 from simsiam.data.textures import make_textures
-from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.models.classifier import Classifier
+from simsiam.models.simsiam import SimSiam
 from tests.test_serialization import Call, as_bytes
 from tools import features
 

@@ -13,7 +13,8 @@ from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from torch import nn
 from torchvision.models import resnet18
 
-from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.models.classifier import Classifier
+from simsiam.models.simsiam import SimSiam
 from simsiam.training import checkpoint
 from simsiam.views.augment import NORMALISATION, Augmentation
 

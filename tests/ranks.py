@@ -37,7 +37,8 @@ import utils
 from simsiam.data.loader import Loader, kill_workers
 from simsiam.data.textures import make_textures
 from simsiam.evaluation import linear as fitting
-from simsiam.models import simsiam as network
+from simsiam.models.classifier import Classifier
+from simsiam.models.methods import build_model
 from simsiam.runtime import devices, distributed
 from simsiam.training.meters import Meters, TrainMeters
 from simsiam.training.probe import Probe
@@ -54,7 +55,7 @@ def gradients() -> None:
     with utils.joined(args, flags):
         device, amp = devices.setup_device(args)
         torch.manual_seed(0)
-        net = network.simsiam(vars(args))
+        net = build_model(vars(args))
         trained = distributed.prepare_for_training(net, 32)
         images = make_textures(640, seed=1)[0]
         views = Views(32, *VIEWS[args.recipe][1:])
@@ -65,7 +66,7 @@ def gradients() -> None:
             assert len(batch.images) == len(range(32)[share(32)])
             one.eval()  # else BN's statistics would be of other images
             one.zero_grad()
-            one(*views(batch))[0].backward()
+            one(views(batch)).loss.backward()
             found.append([parameter.grad.clone() for parameter in net.parameters()])
         difference = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
         largest = max(gradient.abs().max().item() for gradient in found[0])
@@ -99,7 +100,7 @@ def tuned() -> None:
         for share in (fitting.whole, distributed.local_slice):
             torch.manual_seed(0)
             pixels = [torch.nn.Flatten(), torch.nn.Linear(3 * 32**2, 6), torch.nn.ReLU()]
-            net = network.Classifier(torch.nn.Sequential(*pixels), 6, 10)
+            net = Classifier(torch.nn.Sequential(*pixels), 6, 10)
             views = Views(32, *VIEWS["cifar"][1:], linear.AUGMENTATION, 1)
             off = torch.autocast("cpu", enabled=False)
             alone = share is fitting.whole
@@ -142,7 +143,7 @@ def probes() -> None:
         probe = Probe(32, 10, args, device)
         for one in (probe, None):
             torch.manual_seed(0)
-            net = network.simsiam(vars(args))
+            net = build_model(vars(args))
             trained, optimizer = (
                 distributed.prepare_for_training(net, 32),
                 main.make_optimizer(net, args),

@@ -1,4 +1,4 @@
-"""Backbones of timm and torchvision: trained, resumed, judged, exported, and what is refused."""
+"""Backbones: their shapes, and those of timm and torchvision trained, resumed and exported."""
 
 import types
 
@@ -16,6 +16,72 @@ from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import backbones
 from tests import helpers
 from tools import convert
+
+# ---- ResNets ------------------------------------------------------------------------------------
+
+
+def test_cifar_stem_leaves_4x4_in_layer4():
+    net, _ = backbones.backbone("resnet18")
+    shapes = []
+    net.layer4.register_forward_hook(lambda *io: shapes.append(io[2].shape))
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+    assert shapes == [(2, 512, 4, 4)]
+
+
+def test_cifar_resnets_have_the_papers_sizes():
+    # He et al. 2016, Table 6, with the fc of 64 x 10 + 10.
+    for depth, millions in [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]:
+        net, features = backbones.backbone(f"resnet{depth}")
+        params = sum(p.numel() for p in net.parameters()) + 650
+        assert round(params / 1e6, 1 if depth == 110 else 2) == millions
+        assert features == 64
+    net, features = backbones.backbone("resnet8", width=32)
+    assert net(torch.zeros(1, 3, 28, 28)).shape == (1, features) == (1, 128)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet8"])
+def test_residual_branches_start_at_zero(arch):
+    net, _ = backbones.backbone(arch)
+    branches = [m.weight for n, m in net.named_modules() if n.endswith("bn2")]
+    assert branches
+    assert all((weight == 0).all() for weight in branches)
+
+
+def test_stems_differ_in_padding_and_relu():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    nets = {stem: backbones.backbone("resnet18", stem)[0].eval() for stem in backbones.STEMS}
+    cifar, no_relu = nets["cifar"], nets["cifar_no_relu"]
+    assert (nets["imagenet"].conv1.kernel_size, nets["imagenet"].conv1.stride) == ((7, 7), (2, 2))
+    assert isinstance(nets["imagenet"].maxpool, nn.MaxPool2d)
+    assert nets["cifar_pad2"].conv1(x).shape == (2, 64, 34, 34)
+    for layer in cifar.modules():  # with zero_init_residual's weights a block is a ReLU itself
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1)
+    no_relu.load_state_dict(cifar.state_dict())
+    stem = cifar.bn1(cifar.conv1(x))
+    rest = nn.Sequential(cifar.layer1, cifar.layer2, cifar.layer3, cifar.layer4)
+    torch.testing.assert_close(no_relu(x), rest(stem).mean((2, 3)))
+    torch.testing.assert_close(cifar(x), rest(stem.relu()).mean((2, 3)))
+    assert (cifar(x) - no_relu(x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"arch": arch} for arch in ("resnet9", "resnet2", "vgg16", "resnet", "")),
+        {"stem": "some", "arch": "resnet18"},
+        {"width": 8, "arch": "resnet18"},
+        {"stem": "imagenet", "arch": "resnet8"},
+    ],
+)
+def test_a_refused_setting_is_named(settings):
+    flag, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"^--{flag} {value}: "):
+        backbones.backbone(**settings)
+
+
+# ---- timm and torchvision -----------------------------------------------------------------------
 
 NETS = ("timm:test_convnext", "timm:test_vit", "torchvision:mobilenet_v3_small")
 SMALL = "--data_name textures --train_size 64 --recipe fast --batch_size 32 --feature_dim 16 "

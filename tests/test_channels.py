@@ -19,7 +19,7 @@ from simsiam.data import arrays
 from simsiam.data.decode import DecodeOptions, read_header, read_image, resize_center_crop
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models import backbones
-from simsiam.models import simsiam as network
+from simsiam.models.simsiam import SimSiam
 from simsiam.views import ops
 from simsiam.views.augment import Augmentation, Batch, Views
 from tests import helpers
@@ -237,8 +237,8 @@ def test_the_first_layer_of_the_paper_s_networks(arch, channels):
 
 @pytest.mark.parametrize("arch", ["timm:test_vit", "torchvision:mobilenet_v3_small"])
 def test_the_libraries_networks_take_other_channels(arch):
-    net = network.SimSiam(arch, "imagenet", 16, channels=5).eval()
-    assert net(torch.zeros(2, 5, 32, 32), torch.zeros(2, 5, 32, 32))[1].shape == (2, 16)
+    net = SimSiam(arch, "imagenet", 16, channels=5).eval()
+    assert net([torch.zeros(2, 5, 32, 32)] * 2).z.shape == (2, 16)
     if arch.startswith("timm"):
         theirs = timm.create_model("test_vit", in_chans=5, num_classes=0)
         theirs.load_state_dict(net.backbone.state_dict(), strict=True)
@@ -361,7 +361,7 @@ def test_crops_of_files_have_the_channels(run, tmp_path):
 
 
 def test_another_project_s_file_of_five_channels_takes_five_means(tmp_path):
-    net = network.SimSiam("resnet8", "cifar", 8, width=4, channels=5).eval()
+    net = SimSiam("resnet8", "cifar", 8, width=4, channels=5).eval()
     torch.save(net.backbone.state_dict(), tmp_path / "theirs.pth")
     source = LoadedCheckpoint.open(tmp_path / "theirs.pth", mean=[0.1] * 5, std=[0.2] * 5)
     image = noise(32, 32, 5)

@@ -21,7 +21,8 @@ from simsiam.data.loader import Loader
 from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.models import backbones
-from simsiam.models import simsiam as network
+from simsiam.models.classifier import Classifier
+from simsiam.models.methods import build_model
 from simsiam.runtime import devices, distributed
 from simsiam.training import checkpoint
 from simsiam.training.meters import Meters, TrainMeters
@@ -74,7 +75,7 @@ def steps_on_fakes(flags, amp, fault=lambda x: None):
     """Three steps of main.py's loop, and the features of its images: the copies waited for."""
     args = main.make_flags().read(f"--arch resnet18 --batch_size 4 {flags}".split())[0]
     augmentation, mean, std = VIEWS[args.recipe]
-    net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
+    net = build_model(vars(args)).to(memory_format=torch.channels_last)
     augment = Views(32, mean, std, augmentation, net.num_views)
 
     def views(batch):
@@ -132,7 +133,7 @@ def test_the_fakes_see_a_blocking_copy(on_fakes):
 def test_linear_evaluation_on_cuda_mixes_no_devices_and_never_waits(kind, on_fakes):
     amp, updated = on_fakes
     args = linear.make_flags().read(["--batch_size", "4", "--lr", "1"])[0]
-    net = network.Classifier(*backbones.backbone("resnet8", "cifar", None), 10)
+    net = Classifier(*backbones.backbone("resnet8", "cifar", None), 10)
     with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         watch.waits = []
         move(net)
@@ -156,10 +157,10 @@ def test_a_loss_that_is_not_finite_moves_no_weight(fused):
     """Neither in PyTorch's fused step nor in the plain one, which other devices than cuda take."""
     line = "--data_name textures --width 4 --feature_dim 16 --batch_size 4 --lr 0.01"
     args = main.make_flags().read(line.split())[0]
-    net, off = network.simsiam(vars(args)), torch.autocast("cpu", enabled=False)
+    net, off = build_model(vars(args)), torch.autocast("cpu", enabled=False)
     optimizer = main.make_optimizer(net, args)
     assert optimizer.defaults["fused"]
-    assert not main.make_optimizer(network.simsiam(vars(args)).to("meta"), args).defaults["fused"]
+    assert not main.make_optimizer(build_model(vars(args)).to("meta"), args).defaults["fused"]
     if not fused:
         optimizer = torch.optim.SGD(optimizer.param_groups, fused=False)
         for group in optimizer.param_groups:
@@ -205,7 +206,7 @@ def halved(scale):
     line = "--data_name textures --width 4 --feature_dim 16 --batch_size 4 --amp fp16"
     args = main.make_flags().read(line.split())[0]
     torch.manual_seed(0)
-    net, device = network.simsiam(vars(args)), torch.device("cpu")
+    net, device = build_model(vars(args)), torch.device("cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     images, views = make_textures(12, seed=1)[0], Views(32, *STATS)
     optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)

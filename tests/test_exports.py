@@ -21,7 +21,8 @@ import main
 import utils
 from simsiam.interop import export, layouts
 from simsiam.interop.weights import LoadedCheckpoint, Predictor
-from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.models.classifier import Classifier
+from simsiam.models.simsiam import SimSiam
 from tests import projects
 from tests.helpers import refused
 from tests.projects import mlp, ours, same_weights, write

@@ -14,7 +14,8 @@ from simsiam.data.loader import Loader
 from simsiam.data.textures import make_textures
 from simsiam.evaluation.linear import FinetunedEncoder
 from simsiam.models import backbones
-from simsiam.models import simsiam as network
+from simsiam.models.classifier import Classifier
+from simsiam.models.simsiam import SimSiam
 from simsiam.training import checkpoint
 from simsiam.views.augment import Batch, Views
 from tests import helpers
@@ -61,10 +62,10 @@ def test_twenty_steps_are_a_plain_loop_s(pretrained, tmp_path, monkeypatch, opti
     assert len(losses) == 20
 
     state = torch.load(pretrained)
-    net = network.SimSiam("resnet8", feature_dim=16, width=4)
+    net = SimSiam("resnet8", feature_dim=16, width=4)
     net.load_state_dict(state["model"])
     torch.manual_seed(0)
-    net = network.Classifier(net.backbone, 16, 10)
+    net = Classifier(net.backbone, 16, 10)
     per = 40 / 256
     groups = [
         {"params": part.parameters(), "lr": lr * per}

@@ -10,7 +10,8 @@ from torchvision.transforms.functional import normalize
 import linear
 from simsiam.interop import layouts
 from simsiam.interop.weights import LoadedCheckpoint
-from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.models.classifier import Classifier
+from simsiam.models.simsiam import SimSiam
 from simsiam.views.augment import NORMALISATION
 from tests import projects
 from tests.helpers import refused

@@ -15,12 +15,12 @@ import simsiam
 from simsiam.data import datasets, decode
 from simsiam.evaluation.knn import knn
 from simsiam.interop import weights
-from simsiam.models import simsiam as network
+from simsiam.models.simsiam import SimSiam
 from simsiam.views import augment
 from tests.helpers import ROOT
 
 NAMES = {
-    "SimSiam": network.SimSiam,
+    "SimSiam": SimSiam,
     "Views": augment.Views,
     "Augmentation": augment.Augmentation,
     "load_dataset": datasets.load_dataset,

@@ -16,7 +16,8 @@ import linear
 import main
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.models import backbones
-from simsiam.models import simsiam as network
+from simsiam.models.classifier import Classifier, linear_head
+from simsiam.models.flops import params_and_flops
 from simsiam.training import checkpoint
 from simsiam.training.meters import Meters
 from simsiam.training.run import Run
@@ -295,7 +296,7 @@ def test_an_lr_is_scored_by_a_tenth_that_its_head_never_saw(monkeypatch, cached)
 
     monkeypatch.setattr(linear, "train", remember)
     task = linear.Task(inputs, labels, linear.at_hand)
-    head = network.linear_head(5, 4)
+    head = linear_head(5, 4)
     assert linear.best_on_held_out(head, args.lr, task, None if cached else plain, args) == 10
     assert len(seen) == 3  # epochs, of all heads side by side
     for kept in seen:
@@ -317,7 +318,7 @@ def test_a_cached_head_reaches_scikit_learns():
     train, test = slice(0, 1000), slice(1000, None)
     args = linear.make_flags().read(["--lr", "1"])[0]
     task = linear.Task(features[train], labels[train], linear.at_hand)
-    (head,) = linear.fit(network.linear_head(20, 5), args.lr, task, args)
+    (head,) = linear.fit(linear_head(20, 5), args.lr, task, args)
     judge = LogisticRegression(max_iter=1000).fit(features[train], labels[train])
     theirs = 100 * judge.score(features[test], labels[test])
     ours = linear.evaluate(head, features[test], labels[test])[1]
@@ -328,7 +329,7 @@ def test_a_cached_head_reaches_scikit_learns():
 def test_heads_side_by_side_are_as_if_alone():
     torch.manual_seed(0)
     task = linear.Task(torch.randn(100, 6), torch.arange(100) % 3, linear.at_hand)
-    first = network.linear_head(6, 3)
+    first = linear_head(6, 3)
     begun = first.weight.clone()
     args = linear.make_flags().read(["--epochs", "3", "--batch_size", "32"])[0]
     together, (one,), (other,) = (
@@ -343,7 +344,7 @@ def test_heads_side_by_side_are_as_if_alone():
 def test_the_means_of_an_epoch_count_every_image_once():
     torch.manual_seed(0)
     features, labels = torch.randn(100, 6), torch.arange(100) % 7
-    head = network.linear_head(6, 7)
+    head = linear_head(6, 7)
     nn.init.normal_(head.weight)
     flags = "--lr 1e-12 --batch_size 32".split()  # the last batch has 4
     args = linear.make_flags().read(flags)[0]
@@ -372,7 +373,7 @@ def test_compile_gives_the_same_head(pretrained, tmp_path):
 def test_lars_step_is_the_authors():
     """apex's LARC without clipping, which the authors' linear evaluation uses, written out."""
     torch.manual_seed(0)
-    head = network.linear_head(6, 3)
+    head = linear_head(6, 3)
     args = linear.make_flags().read(["--optimizer", "lars"])[0]
     assert (args.batch_size, args.lr) == (4096, [0.1])
     optimizer = linear.make_optimizer(args, nn.ModuleList([head]), args.lr)
@@ -498,8 +499,8 @@ def test_transfer_to_another_data_set(pretrained, tmp_path):
     [("resnet18", "cifar", 10, 11_173_962), ("resnet50", "imagenet", 1000, 25_557_032)],
 )
 def test_params_of_the_linear_models(arch, stem, classes, params):
-    net = network.Classifier(*backbones.backbone(arch, stem), classes)
-    assert network.params_and_flops(net, 32)[0] == params
+    net = Classifier(*backbones.backbone(arch, stem), classes)
+    assert params_and_flops(net, 32)[0] == params
 
 
 # ---- what it refuses ----------------------------------------------------------------------------

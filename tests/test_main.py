@@ -25,7 +25,8 @@ from simsiam.data.loader import Data, ImageFiles
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
-from simsiam.models import simsiam as network
+from simsiam.models.methods import build_model
+from simsiam.models.simsiam import SimSiam, cross_entropy
 from simsiam.plots import run as pictures
 from simsiam.runtime.files import RunError, read_csv
 from simsiam.training import checkpoint
@@ -134,7 +135,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
     state = torch.load(tmp_path / "a_model.pth", weights_only=True)
     known |= {"lr": state["args"]["lr"], "batch_size": state["args"]["batch_size"]}
     assert {name: result[name] for name in known} == known
-    net = network.SimSiam("resnet8", feature_dim=16, width=4)
+    net = SimSiam("resnet8", feature_dim=16, width=4)
     assert round(result["params_m"] * 1e6) == sum(p.numel() for p in net.parameters())
     assert " ".join(sorted(state)) == (
         "args augmentation classes command encoder epoch facts history images_crc made_on model "
@@ -172,7 +173,7 @@ def test_what_others_have_added_goes_on_to_the_same_bits(tmp_path, monkeypatch, 
 
 
 def test_bn_and_biases_have_no_decay_if_so_asked():
-    net = network.SimSiam("resnet8", feature_dim=16, width=4)
+    net = SimSiam("resnet8", feature_dim=16, width=4)
     read = lambda words: main.make_flags().read(words.split())[0]  # noqa: E731
     plain = main.make_optimizer(net, read("--recipe short"))
     assert [group["weight_decay"] for group in plain.param_groups] == [5e-4] * 2
@@ -197,7 +198,7 @@ def test_bn_and_biases_have_no_decay_if_so_asked():
 def test_muon_turns_matrices_and_moves_the_rest_as_nadamw():
     """A first step: of a matrix all singular values move alike, of a vector all numbers."""
     torch.manual_seed(0)
-    net = network.SimSiam("resnet8", feature_dim=16, width=4)
+    net = SimSiam("resnet8", feature_dim=16, width=4)
     flags = "--optimizer muon --lr 0.5 --batch_size 64 --weight_decay 0.2 --no-bn_decay"
     args = main.make_flags().read(["--recipe", "short", *flags.split()])[0]
     optimizer, lr = main.make_optimizer(net, args), 0.5 * 64 / 256
@@ -243,13 +244,13 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
     flags = "--epochs 4 --view_sizes 16 24 32 --warmup_epochs 3"
-    sides, step = [], network.SimSiam.forward
+    sides, step = [], SimSiam.forward
 
-    def watched(net, *views):
+    def watched(net, views):
         sides.append(views[0].shape[-1])
-        return step(net, *views)
+        return step(net, views)
 
-    monkeypatch.setattr(network.SimSiam, "forward", watched)
+    monkeypatch.setattr(SimSiam, "forward", watched)
     run(tmp_path, f"{flags} --name whole")
     steps = len(sides) // 4
     # Epochs 0 to 3 have the sizes 0 * 3 // 4 = 0, 1 * 3 // 4 = 0, 2 * 3 // 4 = 1, 3 * 3 // 4 = 2.
@@ -445,7 +446,7 @@ def test_fix_pred_lr_keeps_the_predictors_lr(tmp_path):
         peak = main.RECIPES["short"]["lr"] * 32 / 256
         assert groups[0]["lr"] < 0.1 * peak  # the cosine's end
         assert (groups[1]["lr"] == peak) == (name == "fixed")
-        net = network.SimSiam("resnet8", feature_dim=16, width=4)
+        net = SimSiam("resnet8", feature_dim=16, width=4)
         assert len(groups[1]["params"]) == len(list(net.predictor.parameters()))
 
 
@@ -638,11 +639,11 @@ def test_ablations_are_kept_in_the_checkpoint(tmp_path, capsys):
     state = checkpoint.load(tmp_path / "a_model.pth")
     net = checkpoint.network(state)
     assert net.stop_grad is False
-    assert net.D is network.cross_entropy
+    assert net.criterion is cross_entropy
     assert net.num_views == 4
     assert not any(p.requires_grad for p in net.predictor.parameters())
     torch.manual_seed(0)  # the predictor is as it started
-    begun = network.simsiam(state["args"]).predictor.state_dict()
+    begun = build_model(state["args"]).predictor.state_dict()
     for name, value in net.predictor.state_dict().items():
         assert torch.equal(value, begun[name]) == ("weight" in name or "bias" in name), name
     err = refused(capsys, "--resume", tmp_path / "a_model.pth", "--stop_grad", "on")
@@ -733,7 +734,7 @@ def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_pat
     images, views = main.images_of(args), Views(32, *NORMALISATION["cifar"])
     images.test_images, images.test_labels = images.test_images[:123], images.test_labels[:123]
     net, history = (
-        network.simsiam(vars(args)),
+        build_model(vars(args)),
         [{"epoch": 0, "rank": 1.0}, {"epoch": 1, "rank": 2.0}],
     )
 

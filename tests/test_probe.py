@@ -14,7 +14,7 @@ import main
 from simsiam.data.datasets import load_dataset
 from simsiam.data.loader import Loader
 from simsiam.data.textures import make_textures
-from simsiam.models import simsiam as network
+from simsiam.models.methods import build_model
 from simsiam.runtime.files import read_csv
 from simsiam.training import checkpoint
 from simsiam.training.meters import TrainMeters
@@ -112,7 +112,7 @@ def loop(images, labels):
     words = f"{TINY} --batch_size 16 --epochs 2 --warmup_epochs 0 --lr 0.1"
     args = main.make_flags().read(words.split())[0]
     torch.manual_seed(0)
-    net, seen = network.simsiam(vars(args)), []
+    net, seen = build_model(vars(args)), []
     net.register_forward_hook(lambda net, views, found: seen.append(found[2].clone()))
     probe, views = Probe(net.features, 10, args, CPU), Views(32, *NORMALISATION["cifar"])
     optimizer, loader = main.make_optimizer(net, args), Loader(images, 16, 0, labels, views=views)

@@ -18,7 +18,8 @@ from PIL import Image
 import linear
 import main
 from simsiam.data.datasets import load_dataset
-from simsiam.models import simsiam as network
+from simsiam.models.flops import params_and_flops
+from simsiam.models.simsiam import SimSiam
 from simsiam.runtime.files import RunError, read_csv
 from simsiam.training import checkpoint
 from studies import ablate, speedrun
@@ -192,10 +193,10 @@ def test_speedrun_trains_each_for_its_minutes_and_tables_it(tmp_path, capsys, mo
         assert row["steps"] == row["epochs"] * (200 // batch)
         assert row["images"] == row["steps"] * batch
         assert row["seconds"] > 60 * 0.02 / 4  # so few steps tell the speed roughly only
-        net = network.SimSiam("resnet8", feature_dim=int(row["feature_dim"]), width=4)
+        net = SimSiam("resnet8", feature_dim=int(row["feature_dim"]), width=4)
         sizes = (16, 20, 24) if batch == 32 else (32,)
         sides = [sizes[i * len(sizes) // row["epochs"]] for i in range(row["epochs"])]
-        adds = sum(2 * network.params_and_flops(net, side)[1] for side in sides)
+        adds = sum(2 * params_and_flops(net, side)[1] for side in sides)
         images = row["images"] / row["epochs"]
         assert row["tera_adds"] == pytest.approx(adds * images / 1e12, rel=1e-5)
     name = "fast_feature_dim_16_batch_size_32_0_0_02"
@@ -415,7 +416,7 @@ def test_bench_gpu_runs_on_a_cpu(tmp_path):
     assert traffic["ours"] == pytest.approx(views * 5 * 3 * 32 * 32, rel=1e-4)
     assert traffic["peer"] == pytest.approx(rows.loc["gpu: a copy", "ours"], rel=1e-4)
     # ResNet-8 of width 8: each step is 2 views, forward and twice that backward, 2 FLOP each.
-    net = network.SimSiam("resnet8", feature_dim=64, width=8)
-    flop = 2 * 2 * 3 * network.params_and_flops(net, 32)[1]
+    net = SimSiam("resnet8", feature_dim=64, width=8)
+    flop = 2 * 2 * 3 * params_and_flops(net, 32)[1]
     speed, rate = (rows.loc[f"gpu step, off{end}", "ours"] for end in ("", ": FLOP/s"))
     assert rate == pytest.approx(speed * flop, rel=1e-4)

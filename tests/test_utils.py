@@ -21,7 +21,7 @@ import utils
 from simsiam.data.decode import UnreadableImageError
 from simsiam.data.loader import Data
 from simsiam.data.textures import make_textures
-from simsiam.models import simsiam as network
+from simsiam.models.flops import params_and_flops
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import devices
 from simsiam.runtime.files import RunError
@@ -402,7 +402,7 @@ def test_a_run_introduces_itself(capsys):
     net = SimSiam("resnet8", feature_dim=64)
     images, labels = make_textures(30, seed=1)
     data = Data(images, labels, images[:7], labels[:7], list("abcdefghij"))
-    counts = network.params_and_flops(net, 32)
+    counts = params_and_flops(net, 32)
     columns = utils.print_summary(
         "some/run: SimSiam", net, counts, data, "folder:birds", 32, CPU, "off"
     )

@@ -400,8 +400,8 @@ def test_hub(tmp_path):
     net, path = ours(tmp_path)
     x = torch.randn(2, 3, 48, 48)
     assert torch.equal(from_hub("encoder", checkpoint=str(path))(x), net.backbone(x))
-    loss, z, features = from_hub("simsiam", checkpoint=str(path))(x, x.flip(3))
-    assert torch.equal(loss, net(x, x.flip(3))[0])
+    loss, z, features = from_hub("simsiam", checkpoint=str(path))([x, x.flip(3)])
+    assert torch.equal(loss, net([x, x.flip(3)]).loss)
     assert z.shape == (2, 64)
     assert torch.equal(features, net.backbone(x))
     assert from_hub("simsiam", arch="resnet8", feature_dim=16).predictor[0].in_features == 16

@@ -34,7 +34,10 @@ import utils
 from simsiam.data.loader import Data, ImageFiles, Loader
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.evaluation.knn import knn
-from simsiam.models import simsiam as network
+from simsiam.models.classifier import Classifier
+from simsiam.models.flops import params_and_flops
+from simsiam.models.methods import build_model
+from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import devices, files
 from simsiam.training.collapse import Monitor
 from simsiam.training.meters import TrainMeters
@@ -107,10 +110,10 @@ def bench_views() -> Iterator[Row]:
     yield "views", n / ours, n / kornias, versioned("kornia", "batched, eager"), "views/s"
 
 
-def training(flags: str, images: torch.Tensor) -> tuple[Callable[[], object], network.SimSiam]:
+def training(flags: str, images: torch.Tensor) -> tuple[Callable[[], object], SimSiam]:
     """An epoch of main.py's loop on `images`, and its network."""
     args, autocast = arguments(flags)
-    net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
+    net = build_model(vars(args)).to(memory_format=torch.channels_last)
     optimizer, tally = main.make_optimizer(net, args), TrainMeters(torch.device("cpu"))
     loader = Loader(images, args.batch_size)
     rest = (loader, views_of("cifar", 32), tally, 0, 0, args, autocast)
@@ -132,8 +135,8 @@ def bench_train() -> Iterator[Row]:
     yield "train", n / fast, n / slow, name, "images/s"
     yield "train, --amp bf16", n / faster, n / slow, name, "images/s"
     # Forward, and twice that backward, of two views; a multiply-add counts two.
-    backbone = network.Classifier(net.backbone, 512, 10)
-    gflop = 2 * 3 * 2 * network.params_and_flops(backbone, 32)[1] / 1e9
+    backbone = Classifier(net.backbone, 512, 10)
+    gflop = 2 * 3 * 2 * params_and_flops(backbone, 32)[1] / 1e9
     rate = 4 * 2 * SGEMM / products / 1e9
     yield "train", gflop * n / fast, rate, "this machine's sgemm", "GFLOP/s"
 
@@ -148,7 +151,7 @@ def bench_precision() -> Iterator[Row]:
             training(f"{flags} --amp {amp}", images) for amp in ("bf16", "off")
         )
         fast, slow = in_turns(bf16, fp32)
-        adds = network.params_and_flops(net, 32)[1] / 1e6
+        adds = params_and_flops(net, 32)[1] / 1e6
         what = (
             f"precision, {arch}"
             + f" of width {width}" * bool(width)
@@ -166,7 +169,7 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
         flags = f"--data_name textures --arch resnet20 --epochs {epochs} --seed {seed} --lr 0.24"
         args, amp = arguments(f"{flags} --no-fix_pred_lr")
         torch.manual_seed(seed)
-        net = network.simsiam(vars(args)).to(memory_format=torch.channels_last)
+        net = build_model(vars(args)).to(memory_format=torch.channels_last)
         optimizer, tally = main.make_optimizer(net, args), TrainMeters(torch.device("cpu"))
         loader, views = Loader(images.train_images, args.batch_size, seed), views_of("short", 32)
         views.seed = seed

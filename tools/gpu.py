@@ -16,7 +16,8 @@ from simsiam.data.loader import Data, Loader
 from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
-from simsiam.models import simsiam as network
+from simsiam.models.flops import params_and_flops
+from simsiam.models.methods import build_model
 from simsiam.runtime import devices, distributed
 from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor
@@ -63,8 +64,8 @@ class Training:
         line = [*flags.split(), "--recipe", recipe, "--device", str(device)]
         self.args = main.make_flags().read(line)[0]
         self.amp_name = devices.setup_device(self.args)[1]
-        net = network.simsiam(vars(self.args)).to(device, memory_format=torch.channels_last)
-        self.flop = 2 * PASSES * network.params_and_flops(net, size)[1]  # of a step, for an image
+        net = build_model(vars(self.args)).to(device, memory_format=torch.channels_last)
+        self.flop = 2 * PASSES * params_and_flops(net, size)[1]  # of a step, for an image
         augmentation, mean, std = VIEWS[recipe]
         self.images, self.net = images, net
         self.views = Views(size, mean, std, augmentation, net.num_views, 0, compiled)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from simsiam.interop.layouts import LAYOUTS, rename_all
 from simsiam.models.backbones import IMAGENET_ARCHS, is_of_library, name_of_classifier
-from simsiam.models.simsiam import Classifier
+from simsiam.models.classifier import Classifier
 
 EXPORTS = {  # the formats of `export_weights`, and the layout of each
     "torchvision": "torchvision",

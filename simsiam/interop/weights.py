@@ -17,7 +17,8 @@ from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preproce
 from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
 from simsiam.interop.layouts import translate
-from simsiam.models.simsiam import Classifier, SimSiam
+from simsiam.models.classifier import Classifier
+from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import reader
 from simsiam.runtime.files import error_prefix
 from simsiam.training import checkpoint

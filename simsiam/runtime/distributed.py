@@ -294,7 +294,7 @@ def prepare_for_training(
         # uninterrupted one: this pass before the first step sets it, and changes no weight.
         zeros = torch.zeros(2, net.channels, image_size, image_size, device=device)
         with torch.compiler.set_stance("force_eager"):  # compiling for it would take minutes
-            trained.eval()(*[zeros] * net.num_views)[0].backward()
+            trained.eval()([zeros] * net.num_views).loss.backward()
         net.zero_grad()
     return trained
 

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from simsiam.data.arrays import MAX_CHANNELS
 from simsiam.models.backbones import backbone
-from simsiam.models.simsiam import Classifier, SimSiam, simsiam
+from simsiam.models.classifier import Classifier
+from simsiam.models.methods import build_model
+from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import distributed, reader
 from simsiam.runtime.files import RunError, atomic_write
 from simsiam.training.recipes import flags_of
@@ -237,7 +239,7 @@ def network(state: dict) -> SimSiam | Classifier:
             elif args["projector_layers"] not in range(1, 9):
                 raise ValueError(f"its arguments claim {args['projector_layers']} projector layers")
             else:
-                net = simsiam(args | encoder | {"channels": len(encoder["mean"])})
+                net = build_model(args | encoder | {"channels": len(encoder["mean"])})
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"its arguments are not {state['command']}'s: {error}") from error
     load_strictly(net, state["model"])

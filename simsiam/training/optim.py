@@ -4,7 +4,8 @@ from argparse import Namespace
 
 import torch
 
-from simsiam.models.simsiam import SimSiam, schedule
+from simsiam.models.simsiam import SimSiam
+from simsiam.runtime.schedule import cosine_schedule
 
 OPTIMIZERS = ("sgd", "muon")
 # Devices whose fused step heeds `found_inf`; on mps it does not.
@@ -16,7 +17,7 @@ NADAMW_LR_SCALE = 0.25
 def lr_at(config: Namespace, progress: float) -> float:
     """Return the learning rate `progress` epochs into the run."""
     peak = config.lr * config.batch_size / 256
-    return peak * schedule(progress, config.epochs, config.warmup_epochs)
+    return peak * cosine_schedule(progress, config.epochs, config.warmup_epochs)
 
 
 def make_optimizer(net: SimSiam, config: Namespace) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simsiam.data.loader import Data
 from simsiam.data.shards import Shards
-from simsiam.models.simsiam import schedule
+from simsiam.runtime.schedule import cosine_schedule
 from simsiam.runtime import distributed
 
 # Base learning rate, per 256 images and divided by the feature dimension, with which the squared
@@ -72,7 +72,7 @@ class Probe:
         loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
         loss = loss / (labels != NO_LABEL).sum().clamp(min=1)  # "mean" of no labels would be nan
         gradients = torch.autograd.grad(loss, (self.weight, self.bias))
-        lr = self.peak_lr * schedule(progress, self.config.epochs, self.config.warmup_epochs)
+        lr = self.peak_lr * cosine_schedule(progress, self.config.epochs, self.config.warmup_epochs)
         parts = (self.weight, self.bias), (self.weight_momentum, self.bias_momentum), gradients
         with torch.no_grad():
             for parameter, momentum, gradient in zip(*parts, strict=True):
