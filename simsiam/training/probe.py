@@ -8,8 +8,8 @@ from torch import Tensor
 
 from simsiam.data.loader import Data
 from simsiam.data.shards import Shards
-from simsiam.runtime.schedule import cosine_schedule
 from simsiam.runtime import distributed
+from simsiam.runtime.schedule import cosine_schedule
 
 # Base learning rate, per 256 images and divided by the feature dimension, with which the squared
 # norm of the BN's output, and so the effect of one step, grows. Measured on textures, with 64 and
