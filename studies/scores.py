@@ -45,9 +45,10 @@ from simsiam.evaluation.metrics import (
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import devices
+from simsiam.runtime.config import Text, file_path
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import RunError, error_prefix, printable, read_csv, write_csv
-from simsiam.views.augment import Augmentation, Views
+from simsiam.views.augment import Views
 from tools.common import images_of_run, running_flags
 
 # By column of the table: the score as a number that is better when larger.
@@ -201,17 +202,17 @@ def run_row(source: LoadedCheckpoint, images: Data, args: Namespace, amp: torch.
     """Return the table's row of a run. Raises FloatingPointError for non-finite features."""
     state = source.state
     end = state["history"][-1]
-    augmentation = Augmentation.read(state["augmentation"])
+    augmentation = source.config.augmentation
     views = Views(source.views.size, source.views.mean, source.views.std, augmentation)
     row = {"run": printable(source.path), "data": data_name(source), "epochs": state["epoch"]}
-    row |= {"warned": "collapse" in state["facts"], "loss": end["train_loss"], "std": end["std"]}
+    row |= {"warned": "collapse" in state["extra"], "loss": end["train_loss"], "std": end["std"]}
     row |= unlabelled_scores(source.net, views, images.train_images, amp, args.seed)
     return row | ({"knn": end["test_acc@1"]} if "test_acc@1" in end else {})
 
 
 def data_name(source: LoadedCheckpoint) -> str:
     """Return the name of a run's data, with the number of training images if that was a flag."""
-    args = source.state["args"]
+    args = vars(source.config)
     size = f", {args['train_size']} images" if args["train_size"] else ""
     return utils.data_label(args["data_name"], args["data_root"]) + size
 
@@ -232,7 +233,7 @@ def run_rows(
     """Yield the rows of runs; consecutive runs on the same images read them once."""
     key, images = None, None
     for source in sources:
-        saved = source.state["args"]
+        saved = vars(source.config)
         names = "data_name data_root train_size split_names".split()
         new = [source.encoder["image_size"], source.decode, *(saved[name] for name in names)]
         new += [saved["seed"]] * (saved["train_size"] is not None)
@@ -305,7 +306,12 @@ def command(argv: list[str] | None = None) -> None:
     parser = utils.Parser("studies.scores", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_model.pth", help="checkpoints of main.py")
-    add("--out", type=utils.file_path, default="scores.csv", help="the table (scores.csv)")
+    add(
+        "--out",
+        type=utils.argument(Text(valid=file_path)),
+        default="scores.csv",
+        help="the table (scores.csv)",
+    )
     seed = "for choosing images, for their views and for the bootstrap (0)"
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, help=seed)
     running_flags(parser)

@@ -11,12 +11,13 @@ from simsiam.data.loader import Data
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots import curves as figures
 from simsiam.runtime import distributed
+from simsiam.runtime.config import AMP, WORKERS, default_workers
 
 
 def encoder_flags(parser: utils.Parser) -> None:
     """The flags of a tool that runs an encoder of any origin: `running_flags`, and its input's."""
     running_flags(parser)
-    utils.source_flags(parser)
+    utils.add_source_options(parser)
 
 
 def running_flags(parser: utils.Parser) -> None:
@@ -26,15 +27,20 @@ def running_flags(parser: utils.Parser) -> None:
     """
     add = parser.add_argument
     add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=utils.AMP, help="as of main.py (auto)")
-    add("--num_workers", type=utils.workers, default=utils.workers("auto"), help="threads (auto)")
+    add("--amp", default="auto", choices=AMP, help="as of main.py (auto)")
+    add(
+        "--num_workers",
+        type=utils.argument(WORKERS),
+        default=default_workers(),
+        help="threads (auto)",
+    )
     add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
     parser.set_defaults(deterministic=False)
 
 
 def open_source(args: Namespace) -> LoadedCheckpoint:
     """The checkpoint at --model_path, and lines on what it was taken for; as `Source.open`."""
-    source = LoadedCheckpoint.open(args.model_path, **utils.of_source(args))
+    source = LoadedCheckpoint.open(args.model_path, **utils.source_settings(args))
     for note in source.notes:
         distributed.log(f"{args.model_path}: {note}")
     return source
@@ -45,7 +51,7 @@ def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None
 
     `args`: num_workers and bad_images. Raises as `datasets.load`.
     """
-    saved = source.state["args"]
+    saved = vars(source.config)
     place = saved["data_name"], data_root or saved["data_root"], source.encoder["image_size"]
     how = {"decode": source.decode, "split_names": saved.get("split_names")}
     images = load_dataset(*place, args["num_workers"], args["bad_images"], **how)

@@ -29,11 +29,9 @@ def metadata(state: dict | None) -> dict[str, str]:
         return {}
     names = ("arch", "stem", "image_size", "mean", "std")
     found = {name: state["encoder"][name] for name in names}
-    found |= {"data": state["args"].get("data_name"), "epochs": state["epoch"]}
-    words = ["python", state["command"]]
-    for name, value in state["args"].items():
-        if name not in OF_ONE_START and (value is not False or name in utils.TWO_FORMS):
-            words += utils.words(name, value)
+    config = state["config"]
+    found |= {"data": config.data_name, "epochs": state["epoch"]}
+    words = ["python", state["command"], *config.command_line(leave_out=OF_ONE_START)]
     return {name: str(value) for name, value in (found | {"command": shlex.join(words)}).items()}
 
 
@@ -122,12 +120,12 @@ def command(argv: list[str] | None = None) -> None:
     add("target", metavar="OUT", help="a file that is not there yet")
     add("--to", required=True, choices=FORMATS, help="the format of OUT")
     add("--encoder_only", action="store_true", help="leave out heads and classifier")
-    utils.source_flags(parser)
+    utils.add_source_options(parser)
     args = parser.parse_args(argv)
     with parser.bad_input():
         if Path(args.target).exists():
             raise ValueError(f"{args.target} exists: choose another name")
-        source = LoadedCheckpoint.open(args.source, **utils.of_source(args))
+        source = LoadedCheckpoint.open(args.source, **utils.source_settings(args))
         with files.error_prefix(args.source):
             content = convert(source, args.to, args.encoder_only)
         with files.atomic_write(args.target) as file:

@@ -38,16 +38,16 @@ def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> N
     if source.state is None:
         raise ValueError(f"{path}: is another project's checkpoint, of which no run is known")
     if source.is_linear:
-        start = {"epoch": 0, "raw_acc@1": source.state["facts"].get("baseline")}
+        start = {"epoch": 0, "raw_acc@1": source.state["extra"].get("baseline")}
         curves({name: [start, *source.state["history"]]}, f"{run}_curves.png", overwrite=True)
         evaluate = f"python linear.py --model_path {path} --evaluate_only"
         distributed.log(f"for its confusion matrix: {evaluate}")
         return
-    saved = source.state["args"]
+    saved = vars(source.config)
     args = Namespace(**saved | {"data_root": data_root or saved["data_root"]})
     device = devices.pick_device(device_name)
     images = images_of_run(source, saved, data_root)
-    if images_checksum(images.train_images) != source.state["images_crc"]:
+    if images_checksum(images.train_images) != source.state["images_checksum"]:
         raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
     if args.bank_size is not None:
         images = images.subset(args.bank_size, args.seed, "--bank_size")

@@ -37,7 +37,9 @@ from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.runtime import devices, distributed
+from simsiam.runtime.config import Text, file_path
 from simsiam.runtime.files import error_prefix, printable, write_csv
+from simsiam.training.recipes import TEXTURES_HAVE_NO_ROOT
 from tools.common import encoder_flags, open_source
 
 COLUMNS = tuple(
@@ -211,7 +213,7 @@ def opened(args: Namespace) -> LoadedCheckpoint:
     """The checkpoint, after a look at all that is told without it. Raises ValueError, OSError."""
     utils.check_new("--out", args.out, args.overwrite)
     if args.data_name == "textures" and args.data_root:
-        raise ValueError(utils.TEXTURES_HAVE_NO_ROOT)
+        raise ValueError(TEXTURES_HAVE_NO_ROOT)
     args.data_root = args.data_root or ["data"]
     if args.data_name in ("folder", "imagenet"):  # the last of many is not found missing at the end
         for root in args.data_root:
@@ -242,7 +244,12 @@ def command(argv: list[str] | None = None) -> None:
     add("--train_size", type=utils.number(int, 1), help=size)
     pixels = "fit raw pixels too, the baseline (yes)"
     add("--pixels", action=BooleanOptionalAction, default=True, help=pixels)
-    add("--out", type=utils.file_path, default="transfer.csv", help="the table (transfer.csv)")
+    add(
+        "--out",
+        type=utils.argument(Text(valid=file_path)),
+        default="transfer.csv",
+        help="the table (transfer.csv)",
+    )
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, help="of the subsets (0)")
     encoder_flags(parser)

@@ -124,7 +124,7 @@ class Study:
         flags = ["--data_name", args.data_name]
         flags += [] if args.data_name == "textures" else ["--data_root", args.data_root]
         flags += ["--device", args.device, "--amp", args.amp]
-        for flag, value in utils.of_source(args).items():
+        for flag, value in utils.source_settings(args).items():
             flags += utils.words(flag, value)
         if not row["epochs"]:
             more = ["--fractions", row["fraction"], "--seeds", row["seed"]]
@@ -252,8 +252,8 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
 def prepared(args: Namespace) -> tuple[Study, dict[float, int]]:
     """The study of the flags, and how many labels its fractions are. Raises ValueError, OSError."""
     device, amp = devices.setup_device(args)
-    source = LoadedCheckpoint.open(args.model_path, **utils.of_source(args)).to(device)
-    saved = source.state["args"] if source.state else {}
+    source = LoadedCheckpoint.open(args.model_path, **utils.source_settings(args)).to(device)
+    saved = vars(source.config) if source.config else {}
     same = args.data_name in (None, saved.get("data_name"))
     args.data_name = args.data_name or saved.get("data_name")
     if args.data_name is None:

@@ -20,6 +20,7 @@ from simsiam.interop.layouts import translate
 from simsiam.models.classifier import Classifier
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import reader
+from simsiam.runtime.config import Config
 from simsiam.runtime.files import error_prefix
 from simsiam.training import checkpoint
 from simsiam.views.augment import Views
@@ -92,8 +93,6 @@ def build_network(
 
 
 # ---- a network that starts from a checkpoint's weights ------------------------------------------
-
-INIT_PARTS = ("fitting", "backbone", "all")
 
 
 def init_from_checkpoint(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[str]:
@@ -245,14 +244,13 @@ class LoadedCheckpoint:
                 "(--image_size, --mean, --std)"
             )
             with error_prefix(str(path)):
-                return cls(str(path), net.eval(), checkpoint.read_encoder(encoder), notes, None)
+                return cls(str(path), net.eval(), checkpoint.check_encoder(encoder), notes, None)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         for name in told:
             raise ValueError(f"--{name}: {path} is ours, and has its own")
         with error_prefix(str(path)):
             net = checkpoint.network(state).eval()
-            DecodeOptions.from_args(state["args"])
         rest = {name: state[name] for name in checkpoint.FORMAT}
         del rest["model"], rest["optimizer"]  # `net` has the weights, and ranks are sent no more
         return cls(str(path), net, rest["encoder"], [], rest)
@@ -261,6 +259,11 @@ class LoadedCheckpoint:
         """Move the network to `device`, its weights channels_last; returns the same source."""
         self.net.to(device, memory_format=torch.channels_last)
         return self
+
+    @property
+    def config(self) -> Config | None:
+        """The settings of the run that wrote the checkpoint; None for another project's file."""
+        return self.state["config"] if self.state else None
 
     @property
     def is_linear(self) -> bool:
@@ -280,12 +283,12 @@ class LoadedCheckpoint:
         """
         if self.state is None:
             return "imagenet" if self.encoder["stem"] == "imagenet" else ""
-        return str(self.state["args"].get("data_name") or "")
+        return self.config.data_name or ""
 
     @property
     def decode(self) -> DecodeOptions:
         """How the files of the training images were read, in the encoder's channels."""
-        decode = DecodeOptions.from_args(self.state["args"]) if self.state else DEFAULT_DECODE
+        decode = DecodeOptions.from_args(vars(self.config)) if self.state else DEFAULT_DECODE
         return dataclasses.replace(decode, channels=len(self.encoder["mean"]))
 
     @property

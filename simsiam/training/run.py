@@ -1,23 +1,19 @@
-"""A run: its lock, its checkpoints and tables, signals, and how it goes on after any of its steps.
+"""Run: the lock, checkpoints, tables and signals of a run, and how it resumes after any step.
 
-Both commands train within this frame; neither has code of its own to save or to resume.
+main.py and linear.py train within this frame; neither has code of its own to save or to resume.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
-
 from simsiam.runtime import distributed
+from simsiam.runtime.config import RunConfig, shown
 from simsiam.runtime.files import (
     RunError,
     add_result,
@@ -28,354 +24,322 @@ from simsiam.runtime.files import (
     write_csv,
 )
 from simsiam.training import checkpoint
-from simsiam.training.meters import Meters
-from simsiam.training.probe import Probe
+from simsiam.training.state import TrainState
 
-# How the names of a run's files go on after the run's own.
-WRITTEN = "model.pth statistics.csv bad_images.txt".split()
-WRITTEN += "curves.png neighbours.png embedding.png confusion.png".split()
-# What a run may be resumed with another value of.
-FREE = "data_root model_path num_workers bad_images device compile deterministic".split()
-FREE += "cuda_graphs knn_every checkpoint_minutes stop_on_collapse pictures tensorboard".split()
-# What is of a command, not of the run: never taken from a checkpoint.
-OF_THE_COMMAND = ("out", "name", "resume", "overwrite", "ddp")
-# So soon after the last one, in seconds, an epoch's end writes no table, and neither an epoch's end
-# nor a kNN a checkpoint: on a GPU an epoch may take little longer than that.
-TABLE_SOON, CHECKPOINT_SOON = 10.0, 60.0
+# Suffixes of a run's output files.
+OUTPUTS = "model.pth statistics.csv bad_images.txt".split()
+OUTPUTS += "curves.png neighbours.png embedding.png confusion.png".split()
+# Settings that may change on resume.
+MAY_CHANGE = "data_root model_path num_workers bad_images device compile deterministic".split()
+MAY_CHANGE += "cuda_graphs knn_every checkpoint_minutes stop_on_collapse pictures".split()
+MAY_CHANGE += ["tensorboard"]
+# Settings of one command, never taken from a checkpoint.
+OF_COMMAND = ("out", "name", "resume", "overwrite", "ddp")
+# Minimum seconds between two writes of the table, and of the checkpoint at the end of an epoch:
+# on a GPU an epoch may take little longer than a write.
+TABLE_SECONDS, CHECKPOINT_SECONDS = 10.0, 60.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def run_of(path: str) -> tuple[str, str]:
-    """The folder and the name of the run whose checkpoint is at `path`."""
-    folder, file = os.path.split(path)
-    for end in ("_model.prev.pth", "_model.pth", ".pth"):
-        file = file.removesuffix(end)
-    return folder or ".", file
 
 
 class Run:
     """A run of main.py or linear.py, from its lock to its last file, while the context lasts.
 
-    Entered, it holds the lock, and `args` are its arguments: those of the command line or, with
-    --resume, of the checkpoint `state`, with what the command line may change of them. Then, in
-    this order: `same` and `keep`; `begin`, if `state` is None; `epochs`, with `after_step` and
-    `after_epoch`; `finishing`. `epoch` and `step`: what is finished. `history`: rows of the
-    statistics. `facts`: numbers that the run found out and must not forget.
+    Entered, it holds the lock, and `config` is the command's or, with --resume, that of
+    `checkpoint` (None for a new run) with what the command line may change. The order of calls:
+    `check_unchanged`; `start` or `resume`; `epochs`, with `after_step` and `after_epoch`;
+    `finalize`. `history`: rows of the statistics. `extra`: numbers that a checkpoint stores too.
 
-    `given`: the flags of the command line; `flags`: a utils.Flags; `columns`: of the statistics;
-    `clock`: seconds. Entering raises ValueError or OSError for what the user is to mend; later
-    RunError ends the run, its last checkpoint intact.
+    `command`: main.py or linear.py. `overrides`: the settings that the command line gives.
+    `columns`: of the statistics. `clock`: seconds. Entering raises ValueError or OSError for what
+    the user is to mend; later RunError ends the run, its last checkpoint intact.
     """
 
     def __init__(
         self,
-        args: Namespace,
-        given: dict,
-        flags: argparse.ArgumentParser,
+        command: str,
+        config: RunConfig,
+        overrides: dict,
         columns: tuple[str, ...],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.args, self.given, self.flags = args, given, flags
+        self.command, self.config, self.overrides = command, config, overrides
         self.columns, self.clock = columns, clock
-        self.path = os.path.join(args.out, args.name)
-        self.state, self.from_path = None, ""  # where `state` was read
-        self.epoch, self.step, self.history, self.facts = 0, 0, [], {}
-        self.settled, self.fixed = {}, {}
-        self.good = False  # whether the newest checkpoint is one to fall back to
+        self.path = os.path.join(config.out, config.name)
+        self.checkpoint: dict | None = None
+        self.checkpoint_path = ""
+        self.state: TrainState | None = None
+        self.history: list[dict] = []
+        self.extra: dict[str, float] = {}
+        self.unchanged: dict[str, object] = {}
+        self.has_valid_checkpoint = False  # whether the newest one is fit to be kept as previous
         self.signal: int | None = None
-        self.handlers: dict = {}  # what heeded the signals before
+        self.previous_handlers: dict = {}
         self.agree = distributed.AsyncMax()
-        self.begun = self.written = self.tabled = self.clock()
-        self.open = contextlib.ExitStack()
+        self.epoch_start = self.last_checkpoint = self.last_table = self.clock()
+        self.stack = contextlib.ExitStack()
 
     # ---- the lock, and the checkpoint that is there
 
     def __enter__(self) -> "Run":
         try:
             distributed.broadcast_from_rank0(self._lock)
-            found = distributed.broadcast_from_rank0(self._earlier)
-            if found:
-                self._resume(*found)
+            earlier = distributed.broadcast_from_rank0(self._find_checkpoint)
+            if earlier:
+                self._take_config(*earlier)
         except BaseException:
-            self.open.close()
+            self.stack.close()
             raise
         return self
 
     def __exit__(self, *error) -> None:
-        self._listen(False)
-        self.open.close()
+        self._handle_signals(False)
+        self.stack.close()
 
     def _lock(self) -> None:
-        """Refuse a second process at the same run; what one that died left half-written goes."""
-        self.open.enter_context(run_lock(self.path))
-        for end in WRITTEN:
-            Path(self.args.out, f".{self.args.name}_{end}.part").unlink(missing_ok=True)
+        """Refuse a second process at the same run; remove what a dead one left half-written."""
+        self.stack.enter_context(run_lock(self.path))
+        for suffix in OUTPUTS:
+            name = f".{self.config.name}_{suffix}.part"
+            Path(self.config.out, name).unlink(missing_ok=True)
 
-    def _earlier(self) -> tuple[str, dict] | None:
-        """The checkpoint to go on from, if --resume; refuses to replace a run unasked.
+    def _find_checkpoint(self) -> tuple[str, dict] | None:
+        """Return the checkpoint to resume, if any; refuse to replace a run unasked.
 
-        Where the newest is missing or damaged, the one before it. Where torchrun has started the
-        ranks again, what they have written is gone on from unasked.
+        If the newest is missing or damaged, the one before it. If torchrun has restarted the
+        ranks, what they have written is resumed unasked.
         """
         newest, previous = f"{self.path}_model.pth", f"{self.path}_model.prev.pth"
-        path = newest if self.args.resume is True else self.args.resume
-        if distributed.restart_count() and (os.path.exists(newest) or os.path.exists(previous)):
-            distributed.log(f"started again by torchrun (restart {distributed.restart_count()})")
+        path = newest if self.config.resume is True else self.config.resume
+        restarts = distributed.restart_count()
+        if restarts and (os.path.exists(newest) or os.path.exists(previous)):
+            distributed.log(f"restarted by torchrun (restart {restarts})")
             path = newest
         for file in (newest, previous):
             if path and os.path.abspath(path) == os.path.abspath(file):
                 path = file
-        own = path in (newest, previous)
-        replaced = (newest, previous, f"{self.path}_statistics.csv")
-        for file in () if own or self.args.overwrite else replaced:
+        is_own = path in (newest, previous)
+        outputs = (newest, previous, f"{self.path}_statistics.csv")
+        for file in () if is_own or self.config.overwrite else outputs:
             if os.path.exists(file):
                 raise ValueError(
-                    f"{file} exists: go on with --resume, replace it with --overwrite, or choose "
-                    "another --name"
+                    f"{file} exists: continue it with --resume, replace it with --overwrite, or "
+                    "choose another --name"
                 )
         if not path:
             return None
         try:
-            return path, self._read(path)
+            return path, self._load(path)
         except (FileNotFoundError, ValueError) as error:
-            if not own or not os.path.exists(previous):
+            if not is_own or not os.path.exists(previous):
                 raise
-            state = self._read(previous)
-            distributed.log(f"{error}; going on with the one before it, {previous}")
+            state = self._load(previous)
+            distributed.log(f"{error}; resuming the one before it, {previous}")
             return previous, state
 
-    def _read(self, path: str) -> dict:
+    def _load(self, path: str) -> dict:
         state = checkpoint.load(path)
-        if state["command"] != self.flags.prog:
+        if state["command"] != self.command:
             command = state["command"]
             raise ValueError(f"--resume: {path} is a run of {command}: give --resume to {command}")
         return state
 
-    def _resume(self, path: str, state: dict) -> None:
-        """Take a checkpoint's arguments, and what the command line may change; that is said."""
-        own = {name: getattr(self.args, name) for name in OF_THE_COMMAND} | {"overwrite": False}
-        with error_prefix(path):
-            checkpoint.check_resumable(state)
-        saved, changed = self.flags.checked(checkpoint.arguments(state), path) | own, {}
-        with error_prefix(path):
-            args = self.flags.complete(saved)
-        # No step was yet after the warm-up: so far all is as with any --epochs.
-        warming = state["epoch"] + (state["step"] > 0) <= getattr(args, "warmup_epochs", 0)
-        warming = warming and not getattr(args, "view_sizes", None)
-        for name, now in self.given.items():
-            before = getattr(args, name)
-            open_now = now == "auto" and name not in ("mean", "std")  # these `auto` measures
-            if now == before or open_now or name in OF_THE_COMMAND:
+    def _take_config(self, path: str, state: dict) -> None:
+        """Take a checkpoint's config with what the command line may change, which is logged."""
+        saved = state["config"]
+        changes = {name: getattr(self.config, name) for name in OF_COMMAND} | {"overwrite": False}
+        # Up to the end of the warm-up a run is the same for any --epochs.
+        is_warming = state["epoch"] + (state["step"] > 0) <= getattr(saved, "warmup_epochs", 0)
+        is_warming = is_warming and not getattr(saved, "view_sizes", None)
+        for name, value in self.overrides.items():
+            before = getattr(saved, name)
+            stays_open = value == "auto" and name not in ("mean", "std")  # these are measured
+            if value == before or stays_open or name in OF_COMMAND:
                 continue
-            if name not in FREE and not (name == "epochs" and warming):
-                cosine = "; the cosine schedule depends on it" if name == "epochs" else ""
-                was, told = (
-                    " ".join(map(str, v)) if type(v) is tuple else v for v in (before, now)
-                )
+            if name not in MAY_CHANGE and not (name == "epochs" and is_warming):
+                reason = "; the cosine schedule depends on it" if name == "epochs" else ""
                 raise ValueError(
-                    f"--resume: {path} was made with --{name} {was}, this command has {told}"
-                    f"{cosine}: give the same, or another --name for a new run"
+                    f"--resume: {path} has --{name} {shown(before)}, and the command --{name} "
+                    f"{shown(value)}{reason}: give the same, or another --name for a new run"
                 )
-            changed[name] = now
-            distributed.log(f"resumed with --{name} {now} (was {before})")
-        self.args = self.flags.complete(saved | changed)
-        self.state, self.from_path, self.good = state, path, path == f"{self.path}_model.pth"
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.history, self.facts = state["history"], state["facts"]
+            changes[name] = value
+            distributed.log(f"resumed with --{name} {shown(value)} (was {shown(before)})")
+        self.config = dataclasses.replace(saved, **changes)
+        self.checkpoint, self.checkpoint_path = state, path
+        self.has_valid_checkpoint = path == f"{self.path}_model.pth"
+        self.history, self.extra = state["history"], state["extra"]
 
     # ---- what a checkpoint holds
 
-    def same(self, **fixed: object) -> None:
-        """What must be as the run began with it. Raises ValueError where a checkpoint's differs.
+    def set_config(self, **resolved: object) -> None:
+        """Record what `auto` and other open settings resolved to: a resume keeps to it."""
+        self.config = dataclasses.replace(self.config, **resolved)
 
-        `images_crc`, `classes`: of the training images; `encoder`; `augmentation`.
+    def check_unchanged(self, **values: object) -> None:
+        """Check values that a resumed run must match, and store them in its checkpoints.
+
+        `images_checksum`, `classes`: of the training images; `encoder`. Raises ValueError.
         """
-        self.fixed |= fixed
-        for name, value in fixed.items() if self.state else ():
-            if self.state[name] != value:
-                what = {"encoder": "--model_path: not the encoder"}.get(
-                    name, f"--data_root {self.args.data_root}: not the images"
-                )
-                raise ValueError(f"{what} that {self.from_path} began with")
+        self.unchanged |= values
+        for name, value in values.items() if self.checkpoint else ():
+            if self.checkpoint[name] != value:
+                flag = f"--data_root {self.config.data_root}: not the images"
+                if name == "encoder":
+                    flag = "--model_path: not the encoder"
+                raise ValueError(f"{flag} that {self.checkpoint_path} began with")
 
-    def settle(self, **found: object) -> None:
-        """Flags that were left open, and what became of them here: a resume keeps to it."""
-        self.settled |= found
+    def start(self, state: TrainState, rows: list[dict], seconds: float = 0.0) -> None:
+        """Write the first checkpoint of a new run; `rows` begin its statistics.
 
-    def keep(
-        self,
-        net: nn.Module,
-        optimizer: Optimizer,
-        tally: Meters,
-        steps: int,
-        rate: Callable[[float], float],
-        scaler: torch.amp.GradScaler | None = None,
-        probe: Probe | None = None,
-    ) -> None:
-        """Say what a checkpoint holds besides; where the run is resumed, restore it.
-
-        `steps`: of an epoch; `rate`: the learning rate after so many epochs; `scaler`: of fp16's
-        gradients; `probe`: main.py's. The network has a checkpoint's weights already. Raises
-        ValueError where the rest does not fit.
+        `seconds`: spent before, and counted in the first epoch.
         """
-        self.net, self.optimizer, self.tally = net, optimizer, tally
-        self.steps, self.rate, self.scaler, self.probe = steps, rate, scaler, probe
-        if not self.state:
-            return
-        with error_prefix(self.from_path):
-            if self.epoch + (self.step > 0) > self.args.epochs or self.step > steps:
-                raise ValueError("is damaged, or not a checkpoint of this run")
-            checkpoint.restore(optimizer, self.state, net)
-            tally.load_state_dict(self.state["tally"])
-            checkpoint.restore_scale(scaler, self.facts)
-            if probe:
-                probe.load_state_dict(self.state["probe"])
-        self.begun = self.clock() - self.state["seconds"]
-        del self.state["model"], self.state["optimizer"]  # they have their place now
+        self.state, self.history = state, rows
+        self.save()
+        remove(f"{self.path}_model.prev.pth")  # with --overwrite: another run's
+        self.epoch_start = self.clock() - seconds
+
+    def resume(self, state: TrainState) -> None:
+        """Load the checkpoint into `state`, whose network has its weights already.
+
+        Raises ValueError if it does not fit.
+        """
+        with error_prefix(self.checkpoint_path):
+            state.load_state_dict(self.checkpoint)
+        self.state = state
+        self.epoch_start = self.clock() - self.checkpoint["seconds"]
+        del self.checkpoint["model"], self.checkpoint["optimizer"]  # they would take memory twice
+        epoch, step, epochs = state.epoch, state.step, self.config.epochs
         distributed.log(
-            f"resumed after epoch {self.epoch} of {self.args.epochs}"
-            + f" and step {self.step} of {steps}" * (self.step > 0)
-            + ": the run is finished" * (self.epoch == self.args.epochs)
+            f"resumed after epoch {epoch} of {epochs}"
+            + f" and step {step} of {len(state.loader)}" * (step > 0)
+            + ": the run is finished" * (epoch == epochs)
         )
 
     def save(self) -> None:
-        """Write a checkpoint. Raises RunError where it cannot be written, or must not be."""
-        checkpoint.save(
-            f"{self.path}_model.pth",
-            f"{self.path}_model.prev.pth" if self.good else None,
-            self.net,
-            self.optimizer,
-            command=self.flags.prog,
-            args=vars(self.args) | self.settled,
-            epoch=self.epoch,
-            step=self.step,
-            tally=self.tally.state_dict(),
-            seconds=self.seconds(),
-            history=self.history,
-            facts=self.facts | checkpoint.scale(self.scaler),
-            probe=self.probe.state_dict() if self.probe else {},
-            **self.fixed,
-        )
-        self.written, self.good = self.clock(), True
+        """Write a checkpoint. Raises RunError if it cannot be written, or must not be."""
+        previous = f"{self.path}_model.prev.pth" if self.has_valid_checkpoint else None
+        entries = self.state.state_dict() | self.unchanged
+        entries |= {
+            "command": self.command,
+            "config": self.config.as_dict(),
+            "seconds": self.seconds(),
+            "history": self.history,
+            "extra": self.extra,
+            "environment": checkpoint.environment(self.state.net),
+        }
+        checkpoint.save(f"{self.path}_model.pth", previous, entries)
+        self.last_checkpoint, self.has_valid_checkpoint = self.clock(), True
         self.agree.forget()
 
     def seconds(self) -> float:
-        """What the epoch has taken so far, in this life of the run and those before."""
-        return self.clock() - self.begun
+        """Seconds of this epoch, across restarts."""
+        return self.clock() - self.epoch_start
 
     # ---- the way through the epochs
 
-    def begin(self, rows: list[dict], seconds: float = 0.0) -> None:
-        """The first checkpoint of a new run; `rows` begin its statistics.
-
-        `seconds`: what was spent before, and counts for the first epoch.
-        """
-        self.history = rows
-        self.save()
-        remove(f"{self.path}_model.prev.pth")  # --overwrite: another run's
-        self.begun = self.clock() - seconds
-
     def epochs(self) -> Iterator[int]:
-        """The epochs that are to do, from 0 on; the first may be done up to `step`.
+        """Yield the epochs that are left, from 0 on; the first may be finished up to `step`.
 
-        While they last SIGTERM and SIGINT let the step in flight end, and then the process, with a
-        checkpoint. A second signal ends the process at once; of ranks not, since torchrun and
-        SLURM both send them.
+        While they last SIGTERM and SIGINT let the current step end, and then the process, with a
+        checkpoint. A second signal ends the process at once; but not on several ranks, which get
+        a signal from torchrun and one from SLURM.
         """
-        self._listen(True)
-        yield from range(self.epoch, self.args.epochs)
-        self._listen(False)
+        self._handle_signals(True)
+        yield from range(self.state.epoch, self.config.epochs)
+        self._handle_signals(False)
 
-    def _listen(self, on: bool) -> None:
-        if on and not self.handlers:
-            self.handlers = {number: signal.signal(number, self._arrived) for number in SIGNALS}
+    def _handle_signals(self, on: bool) -> None:
+        if on and not self.previous_handlers:
+            self.previous_handlers = {
+                number: signal.signal(number, self._on_signal) for number in SIGNALS
+            }
         elif not on:
-            for number, handler in self.handlers.items():
+            for number, handler in self.previous_handlers.items():
                 signal.signal(number, handler)
-            self.handlers = {}
+            self.previous_handlers = {}
 
-    def _arrived(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         if distributed.world_size() == 1:
             signal.signal(number, signal.SIG_DFL)
         self.signal = number
 
-    def after_step(self, step: int, seen: bool = False, due: bool = False) -> None:
-        """To be called after each step: saves where it is `due`, every --checkpoint_minutes, and
-        when a signal has come, after which the process ends.
+    def after_step(self, step: int, was_read: bool = False, due: bool = False) -> None:
+        """Count a step; save if it is `due`, every --checkpoint_minutes, and after a signal.
 
-        `seen`: the tally was just read, so that to look at it costs nothing. Raises RunError for a
-        loss that was not finite.
+        After a signal the process ends. `was_read`: the meters were just read from the device, so
+        that checking them is free. Raises RunError for a loss that was not finite.
         """
-        self.step = step + 1
-        last = self.step == self.steps
-        late = distributed.rank() == 0 and self._age() >= 60 * self.args.checkpoint_minutes
-        bad = seen and self.tally.first_bad_step() is not None
-        late, number, bad = self.agree(late, self.signal or 0, bad, wait=last)
-        due = due or bool(late) or bool(number)
-        if bad or due or last:
+        state = self.state
+        state.step = step + 1
+        is_last = state.step == len(state.loader)
+        minutes = self.config.checkpoint_minutes
+        is_late = distributed.rank() == 0 and self._checkpoint_age() >= 60 * minutes
+        is_bad = was_read and state.meters.first_bad_step() is not None
+        is_late, number, is_bad = self.agree(is_late, self.signal or 0, is_bad, wait=is_last)
+        due = due or bool(is_late) or bool(number)
+        if is_bad or due or is_last:
             self._check_finite()
         if due:
             self.save()
         if number:
-            self._end(number)
+            self._exit(number)
 
-    def _age(self) -> float:
+    def _checkpoint_age(self) -> float:
         """Seconds since the last checkpoint."""
-        return self.clock() - self.written
+        return self.clock() - self.last_checkpoint
 
-    def _end(self, number: int) -> None:
-        distributed.broadcast_from_rank0(
-            lambda: None
-        )  # has saved; a rank that ended before it would end it too
-        distributed.log("stopped; the same command and --resume go on after this step")
+    def _exit(self, number: int) -> None:
+        # Wait for rank 0 to have saved: a rank that exits before it would end it too.
+        distributed.broadcast_from_rank0(lambda: None)
+        distributed.log("stopped; the same command and --resume continue after this step")
         sys.exit(128 + number)
 
     def _check_finite(self) -> None:
-        bad = self.tally.first_bad_step()
+        bad = self.state.meters.first_bad_step()
         if bad is not None:
-            lr = self.rate(self.epoch + bad / self.steps)
+            lr = self.state.lr_at(self.state.epoch + bad / len(self.state.loader))
             raise RunError(
-                f"the loss is not finite in epoch {self.epoch + 1}, step {bad + 1}, at lr "
+                f"the loss is not finite in epoch {self.state.epoch + 1}, step {bad + 1}, at lr "
                 f"{lr:.3g}; {self.path}_model.pth is from before. {checkpoint.DIVERGED}"
             )
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Around work between an epoch's last step and its row that changes nothing of the run.
+    def evaluation_phase(self) -> Iterator[None]:
+        """Enclose work between an epoch's last step and its row that changes nothing of the run.
 
         A signal ends the process at once: the checkpoint from before holds the epoch's steps
-        (unless it would have been written sooner than `CHECKPOINT_SOON` after another). Raises
-        RunError for features that are not finite.
+        (unless it would be written sooner than CHECKPOINT_SECONDS after another). Raises RunError
+        for features that are not finite.
         """
-        self._listen(False)
-        if self.signal is not None or self._age() >= CHECKPOINT_SOON:
+        self._handle_signals(False)
+        if self.signal is not None or self._checkpoint_age() >= CHECKPOINT_SECONDS:
             self.save()
         if self.signal is not None:
-            self._end(self.signal)
+            self._exit(self.signal)
         try:
             yield
         except FloatingPointError as error:
-            where = f"after epoch {self.epoch + 1}"
-            raise RunError(f"{error} {where}. {checkpoint.DIVERGED}") from error
-        self._listen(True)
+            epoch = self.state.epoch + 1
+            raise RunError(f"{error} after epoch {epoch}. {checkpoint.DIVERGED}") from error
+        self._handle_signals(True)
 
     def after_epoch(self, row: dict) -> dict:
-        """Put an epoch's row into the statistics, with epoch, lr and seconds; the row.
+        """Add an epoch's row to the statistics, with epoch, lr and seconds; return the row.
 
-        Writes the table and a checkpoint, unless the last one is younger than `TABLE_SOON` and
-        `CHECKPOINT_SOON` (or --checkpoint_minutes); after the last epoch in any case.
+        Writes the table and a checkpoint, unless the last ones are younger than TABLE_SECONDS and
+        CHECKPOINT_SECONDS (or --checkpoint_minutes); after the last epoch in any case.
         """
+        state = self.state
         row = {
-            "epoch": self.epoch + 1,
-            "lr": self.rate(self.epoch + 1 - 1 / self.steps),
+            "epoch": state.epoch + 1,
+            "lr": state.lr_at(state.epoch + 1 - 1 / len(state.loader)),
             **row,
             "seconds": self.seconds(),
         }
         self.history.append(row)
-        self.epoch, self.step, self.begun = self.epoch + 1, 0, self.clock()
-        self.tally.clear()
-        often, last = 60 * self.args.checkpoint_minutes, self.epoch == self.args.epochs
-        if last or self.clock() - self.tabled >= min(TABLE_SOON, often):
+        state.epoch, state.step, self.epoch_start = state.epoch + 1, 0, self.clock()
+        state.meters.clear()
+        often, is_last = 60 * self.config.checkpoint_minutes, state.epoch == self.config.epochs
+        if is_last or self.clock() - self.last_table >= min(TABLE_SECONDS, often):
             try:
                 self.write_table()
             except OSError as error:
@@ -383,22 +347,22 @@ class Run:
                     f"warning: {error.filename}: could not be written ({error.strerror}); the next "
                     "epoch tries again"
                 )
-        if last or self._age() >= min(CHECKPOINT_SOON, often):
+        if is_last or self._checkpoint_age() >= min(CHECKPOINT_SECONDS, often):
             self.save()
         return row
 
     def write_table(self) -> None:
-        """`<run>_statistics.csv`."""
-        self.tabled = self.clock()
+        """Write `<run>_statistics.csv`."""
+        self.last_table = self.clock()
         write_csv(f"{self.path}_statistics.csv", self.history, self.columns)
 
     @contextlib.contextmanager
-    def finishing(self) -> Iterator[None]:
-        """Around the writing of a run's last files; then the run is complete.
+    def finalize(self) -> Iterator[None]:
+        """Enclose the writing of a run's last files; then the run is complete.
 
         Raises RunError that names a file that cannot be written.
         """
-        if not self.good:  # the run was finished elsewhere, or its newest checkpoint is damaged
+        if not self.has_valid_checkpoint:  # the run ended elsewhere, or its newest is damaged
             self.save()
         try:
             self.write_table()
@@ -406,28 +370,31 @@ class Run:
         except OSError as error:
             raise RunError(
                 f"{error.filename}: could not be written ({error.strerror}); the checkpoint is "
-                "complete: mend that, and give the same command with --resume"
+                "complete: free the path, and give the same command with --resume"
             ) from error
         remove(f"{self.path}_model.prev.pth")
 
-    def report(self, **known: object) -> float:
-        """The run's row in `results.csv`, of what is `known` and of its table; the best top-1."""
+    def write_result(self, **columns: object) -> float:
+        """Write the run's row of `results.csv`; return the best top-1 of its epochs.
+
+        `columns`: what only the command knows of the row.
+        """
         rows = [row for row in self.history if row["epoch"]]
         best = max(row.get("test_acc@1", 0.0) for row in rows)
-        known |= {"top1": rows[-1]["test_acc@1"], "top5": rows[-1]["test_acc@5"]}
-        known |= {"best_top1": best, "seconds": sum(row["seconds"] for row in rows)}
-        known |= {name: getattr(self.args, name) for name in ("batch_size", "epochs", "seed")}
-        known |= {"lr": self.facts.get("lr", self.args.lr), "run": self.args.name}
-        add_result(os.path.join(self.args.out, "results.csv"), known)
+        columns |= {"top1": rows[-1]["test_acc@1"], "top5": rows[-1]["test_acc@5"]}
+        columns |= {"best_top1": best, "seconds": sum(row["seconds"] for row in rows)}
+        columns |= {name: getattr(self.config, name) for name in ("batch_size", "epochs", "seed")}
+        columns |= {"lr": self.extra.get("lr", self.config.lr), "run": self.config.name}
+        add_result(os.path.join(self.config.out, "results.csv"), columns)
         return best
 
     def list_bad_images(self, bad: list[str]) -> None:
-        """Say and list what --bad_images skip left out."""
+        """Log and list what --bad_images skip left out."""
         if bad:
             path = f"{self.path}_bad_images.txt"
             with atomic_write(path) as file:
                 lines = "".join(f"{line}\n" for line in bad)
-                file.write(lines.encode("utf-8", "surrogateescape"))  # names as they are there
+                file.write(lines.encode("utf-8", "surrogateescape"))  # names as they are on disk
             distributed.log(
                 f"{len(bad)} files could not be read and were left out: {path} lists them"
             )
