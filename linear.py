@@ -56,7 +56,7 @@ from simsiam.evaluation.linear import (
     topk_correct,
 )
 from simsiam.interop.weights import LoadedCheckpoint, Predictor
-from simsiam.models.backbones import backbone
+from simsiam.models.backbones import build_backbone
 from simsiam.models.classifier import Classifier, linear_head
 from simsiam.models.flops import params_and_flops
 from simsiam.plots import curves as plots
@@ -207,7 +207,7 @@ def fit(
     config: LinearConfig,
     backbone: nn.Module | None = None,
 ) -> nn.ModuleList:
-    """Return a copy of `head` per lr, trained from the start to the end; a `backbone` with one."""
+    """Return a copy of `head` per lr, trained from the start to the end; a `build_backbone` with one."""
     heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
     state = TrainState(
         net=heads,
@@ -370,7 +370,7 @@ def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, LinearTask]:
     torch.manual_seed(config.seed)
     body = source.net.backbone
     if config.from_scratch:
-        body = backbone(*checkpoint.backbone_args(source.encoder))[0]
+        body = build_backbone(*checkpoint.backbone_args(source.encoder))[0]
     net = Classifier(body, source.net.features, len(images.classes))
     counts = params_and_flops(net, size)
     if config.finetune:

@@ -18,7 +18,7 @@ from simsiam.data.datasets import check_data_root, load_dataset
 from simsiam.data.loader import Data, Loader, images_checksum
 from simsiam.evaluation import metrics
 from simsiam.interop import weights
-from simsiam.models.backbones import has_bn
+from simsiam.models.backbones import has_batchnorm
 from simsiam.models.flops import params_and_flops
 from simsiam.models.methods import build_model
 from simsiam.models.simsiam import SimSiam
@@ -92,7 +92,7 @@ def initial_network(config: PretrainConfig) -> SimSiam:
     """Return the network of a config, with random weights or those of --init."""
     torch.manual_seed(config.seed)
     net = build_model(vars(config))
-    if not has_bn(net.backbone):
+    if not has_batchnorm(net.backbone):
         distributed.log(
             "the backbone has no BN: a collapse is more likely (paper, sec. 4.4); watch std"
         )

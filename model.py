@@ -6,7 +6,7 @@ python model.py --arch resnet50 --stem imagenet --projector_layers 3 --image_siz
 from torch import nn
 
 import utils
-from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_of_library
+from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_library_arch
 from simsiam.models.classifier import Classifier
 from simsiam.models.flops import params_and_flops
 from simsiam.models.simsiam import SimSiam
@@ -26,7 +26,7 @@ def command(argv: list[str] | None = None) -> None:
     size = utils.number(int, 8, 1024)
     add("--image_size", type=size, help="pixels (cifar stem: 32; imagenet: 224)")
     args = parser.parse_args(argv)
-    large = args.arch in IMAGENET_ARCHS[2:] or is_of_library(args.arch)
+    large = args.arch in IMAGENET_ARCHS[2:] or is_library_arch(args.arch)
     stem = args.stem or ("imagenet" if large else "cifar")
     layers = args.projector_layers or (3 if stem == "imagenet" else 2)
     size = args.image_size or (224 if stem == "imagenet" else 32)

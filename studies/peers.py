@@ -169,11 +169,11 @@ def lightly_training(
     import torchvision.transforms as t
     from lightly import transforms
 
-    from simsiam.models.backbones import backbone
+    from simsiam.models.backbones import build_backbone
 
     torch.manual_seed(args.seed)
     options |= {"input_size": images.train_images.shape[-1]}
-    body, features = backbone(args.arch, args.stem, args.width)
+    body, features = build_backbone(args.arch, args.stem, args.width)
     if method == "BYOL":
         first, second = transforms.BYOLView1Transform, transforms.BYOLView2Transform
         views = transforms.BYOLTransform(first(**options), second(**options))

@@ -21,7 +21,7 @@ from tools import convert
 
 
 def test_cifar_stem_leaves_4x4_in_layer4():
-    net, _ = backbones.backbone("resnet18")
+    net, _ = backbones.build_backbone("resnet18")
     shapes = []
     net.layer4.register_forward_hook(lambda *io: shapes.append(io[2].shape))
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
@@ -31,17 +31,17 @@ def test_cifar_stem_leaves_4x4_in_layer4():
 def test_cifar_resnets_have_the_papers_sizes():
     # He et al. 2016, Table 6, with the fc of 64 x 10 + 10.
     for depth, millions in [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]:
-        net, features = backbones.backbone(f"resnet{depth}")
+        net, features = backbones.build_backbone(f"resnet{depth}")
         params = sum(p.numel() for p in net.parameters()) + 650
         assert round(params / 1e6, 1 if depth == 110 else 2) == millions
         assert features == 64
-    net, features = backbones.backbone("resnet8", width=32)
+    net, features = backbones.build_backbone("resnet8", width=32)
     assert net(torch.zeros(1, 3, 28, 28)).shape == (1, features) == (1, 128)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet8"])
 def test_residual_branches_start_at_zero(arch):
-    net, _ = backbones.backbone(arch)
+    net, _ = backbones.build_backbone(arch)
     branches = [m.weight for n, m in net.named_modules() if n.endswith("bn2")]
     assert branches
     assert all((weight == 0).all() for weight in branches)
@@ -50,7 +50,7 @@ def test_residual_branches_start_at_zero(arch):
 def test_stems_differ_in_padding_and_relu():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
-    nets = {stem: backbones.backbone("resnet18", stem)[0].eval() for stem in backbones.STEMS}
+    nets = {stem: backbones.build_backbone("resnet18", stem)[0].eval() for stem in backbones.STEMS}
     cifar, no_relu = nets["cifar"], nets["cifar_no_relu"]
     assert (nets["imagenet"].conv1.kernel_size, nets["imagenet"].conv1.stride) == ((7, 7), (2, 2))
     assert isinstance(nets["imagenet"].maxpool, nn.MaxPool2d)
@@ -78,7 +78,7 @@ def test_stems_differ_in_padding_and_relu():
 def test_a_refused_setting_is_named(settings):
     flag, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=f"^--{flag} {value}: "):
-        backbones.backbone(**settings)
+        backbones.build_backbone(**settings)
 
 
 # ---- timm and torchvision -----------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_it_starts_from_the_library_s_own_file(run, tmp_path):
 
 def test_the_statistics_of_bn_do_not_lag_and_nothing_is_dropped():
     """torchvision's MobileNetV3 has a momentum of 0.01 and dropout of 0.2."""
-    net, _ = backbones.backbone("torchvision:mobilenet_v3_small", "imagenet")
+    net, _ = backbones.build_backbone("torchvision:mobilenet_v3_small", "imagenet")
     layers = list(net.modules())
     momenta = {layer.momentum for layer in layers if isinstance(layer, nn.BatchNorm2d)}
     assert momenta == {0.1}

@@ -228,10 +228,10 @@ def test_colours_of_five_channels_are_no_views():
 @pytest.mark.parametrize("channels", [1, 5])
 def test_the_first_layer_of_the_paper_s_networks(arch, channels):
     with torch.device("meta"):
-        net, _ = backbones.backbone(arch, "cifar", channels=channels)
+        net, _ = backbones.build_backbone(arch, "cifar", channels=channels)
         assert net.conv1.weight.shape[1] == channels
         if arch != "resnet8":
-            net, _ = backbones.backbone(arch, "imagenet", channels=channels)
+            net, _ = backbones.build_backbone(arch, "imagenet", channels=channels)
             assert net.conv1.weight.shape == (64, channels, 7, 7)
 
 

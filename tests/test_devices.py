@@ -133,7 +133,7 @@ def test_the_fakes_see_a_blocking_copy(on_fakes):
 def test_linear_evaluation_on_cuda_mixes_no_devices_and_never_waits(kind, on_fakes):
     amp, updated = on_fakes
     args = linear.make_flags().read(["--batch_size", "4", "--lr", "1"])[0]
-    net = Classifier(*backbones.backbone("resnet8", "cifar", None), 10)
+    net = Classifier(*backbones.build_backbone("resnet8", "cifar", None), 10)
     with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         watch.waits = []
         move(net)

@@ -134,7 +134,7 @@ def test_where_a_network_starts(pretrained, tmp_path, capsys):
     tuned, scratch = weights(tmp_path, "pre_finetune"), weights(tmp_path, "pre_scratch")
     before = torch.load(pretrained)["model"]
     torch.manual_seed(0)
-    random = backbones.backbone("resnet8", width=4)[0].state_dict()
+    random = backbones.build_backbone("resnet8", width=4)[0].state_dict()
     for name, value in random.items():
         if "running" in name or "num_batches" in name:
             assert not torch.equal(tuned[f"backbone.{name}"], before[f"backbone.{name}"])
@@ -171,7 +171,7 @@ def test_the_best_lr_is_chosen_on_held_out_images(pretrained, tmp_path, capsys):
 
 def test_mixup_is_torchvision_s_and_a_function_of_the_step():
     images, labels = make_textures(8, seed=1)
-    backbone, _ = backbones.backbone("resnet8", width=4)
+    backbone, _ = backbones.build_backbone("resnet8", width=4)
     views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), linear.AUGMENTATION, 1)
     off = torch.autocast("cpu", enabled=False)
     tuned = FinetunedEncoder(backbone, views, off, False, 10, 0.5)

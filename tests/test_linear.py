@@ -198,7 +198,7 @@ def test_the_frozen_check_bites(pretrained, tmp_path, monkeypatch):
 
 
 def test_the_frozen_check_sees_one_bit_of_any_tensor():
-    backbone, _ = backbones.backbone("resnet8", width=4)
+    backbone, _ = backbones.build_backbone("resnet8", width=4)
     off = torch.autocast("cpu", enabled=False)
     views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), Augmentation(), 1)
     encoder = linear.Encoder(backbone, views, off, compiled=False)
@@ -499,7 +499,7 @@ def test_transfer_to_another_data_set(pretrained, tmp_path):
     [("resnet18", "cifar", 10, 11_173_962), ("resnet50", "imagenet", 1000, 25_557_032)],
 )
 def test_params_of_the_linear_models(arch, stem, classes, params):
-    net = Classifier(*backbones.backbone(arch, stem), classes)
+    net = Classifier(*backbones.build_backbone(arch, stem), classes)
     assert params_and_flops(net, 32)[0] == params
 
 

@@ -12,7 +12,7 @@ from lightly.models.modules.heads import ProjectionHead
 from torch import Tensor, nn
 
 import model
-from simsiam.models.backbones import backbone
+from simsiam.models.backbones import build_backbone
 from simsiam.models.classifier import Classifier
 from simsiam.models.flops import params_and_flops
 from simsiam.models.methods import METHODS, build_model
@@ -274,7 +274,7 @@ class BarlowTwins(nn.Module):
     def __init__(self, arch: str, stem: str, feature_dim: int, width: int, channels: int = 3):
         super().__init__()
         self.channels = channels
-        self.backbone, self.features = backbone(arch, stem, width, channels)
+        self.backbone, self.features = build_backbone(arch, stem, width, channels)
         self.projector = projection_mlp(self.features, feature_dim, layers=2)
 
     def encoder_parameters(self) -> list[nn.Parameter]:
@@ -336,7 +336,7 @@ def test_params_and_flops_by_thop(settings, size, params):
 
 def test_a_classifier_is_a_backbone_and_a_head_that_starts_as_the_authors():
     torch.manual_seed(0)
-    net = Classifier(*backbone("resnet18"), 1000)
+    net = Classifier(*build_backbone("resnet18"), 1000)
     assert net.fc.bias.abs().max() == 0
     assert net.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
     x = torch.randn(2, 3, 32, 32)

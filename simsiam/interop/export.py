@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.interop.layouts import LAYOUTS, rename_all
-from simsiam.models.backbones import IMAGENET_ARCHS, is_of_library, name_of_classifier
+from simsiam.models.backbones import IMAGENET_ARCHS, classifier_name, is_library_arch
 from simsiam.models.classifier import Classifier
 
 EXPORTS = {  # the formats of `export_weights`, and the layout of each
@@ -34,7 +34,7 @@ def export_weights(
     where that project has no such network.
     """
     weights, layout = net.state_dict(), EXPORTS[to]
-    if is_of_library(encoder["arch"]):
+    if is_library_arch(encoder["arch"]):
         return export_library(weights, encoder["arch"], to, encoder_only)
     check_backbone(encoder["arch"], encoder["stem"], to)
     if encoder_only:
@@ -76,7 +76,7 @@ def export_library(
         elif not encoder_only:
             if part != "fc":
                 raise ValueError(f"{library} has no name for {name}: {INSTEAD}")
-            found[f"{name_of_classifier(arch)}.{inner}"] = value
+            found[f"{classifier_name(arch)}.{inner}"] = value
     return found
 
 

@@ -67,7 +67,7 @@ class CifarResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def backbone(
+def build_backbone(
     arch: str, stem: str = "cifar", width: int | None = None, channels: int = 3
 ) -> tuple[nn.Module, int]:
     """A randomly initialised backbone that ends in its pooled features, and their number.
@@ -78,7 +78,7 @@ def backbone(
     `resnet{6n+2}` (`resnet8`, `resnet14`, `resnet20`, ...) of He et al. 2016, sec. 4.2, `width`
     (16) channels wide at its start, which always has the CIFAR stem. (`resnet50` and `resnet152`
     would fit both families: they are torchvision's.) Or it is `timm:NAME` or `torchvision:NAME`, as
-    `from_library` has it, whose stem is called `imagenet`.
+    `build_library_backbone` has it, whose stem is called `imagenet`.
 
     Raises ValueError for an unknown `arch` or `stem`, or one that does not go with the other flags.
     """
@@ -86,14 +86,14 @@ def backbone(
         raise ValueError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
     if not isinstance(arch, str):
         raise TypeError("arch must be a name")
-    library = is_of_library(arch)
+    library = is_library_arch(arch)
     if width is not None and (library or arch in IMAGENET_ARCHS):
         raise ValueError(f"--width {width}: {arch} has its own; it is for resnet8, resnet14, ...")
     if library:
         if stem != "imagenet":
             raise ValueError(f"--stem {stem}: {arch} has first layers of its own: leave it out")
         with torch.device("cpu"):  # buffers that no checkpoint has would stay on meta
-            return from_library(arch, channels)
+            return build_library_backbone(arch, channels)
     if arch in IMAGENET_ARCHS:
         net = getattr(torchvision.models, arch)(zero_init_residual=True)
         features = net.fc.in_features
@@ -104,7 +104,7 @@ def backbone(
             nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
             net.maxpool = nn.Identity()
         elif channels != 3:
-            replace_first(net, channels)
+            replace_first_conv(net, channels)
         if stem == "cifar_no_relu":
             net.relu = nn.Identity()  # that of the stem: blocks have their own
         return net, features
@@ -120,12 +120,12 @@ def backbone(
     return net, 4 * net.conv1.out_channels
 
 
-def is_of_library(arch: str) -> bool:
+def is_library_arch(arch: str) -> bool:
     """Whether a backbone is timm's or torchvision's, by its name."""
     return any(arch.startswith(f"{library}:") for library in LIBRARIES)
 
 
-def from_library(arch: str, channels: int = 3) -> tuple[nn.Module, int]:
+def build_library_backbone(arch: str, channels: int = 3) -> tuple[nn.Module, int]:
     """`timm:NAME` or `torchvision:NAME` with random weights and no classifier; its features.
 
     Parameters carry their library's names. BN's running statistics move by a tenth a step at least:
@@ -135,7 +135,7 @@ def from_library(arch: str, channels: int = 3) -> tuple[nn.Module, int]:
     timm's vision transformers take any size that their patches divide. Raises ValueError.
     """
     library, _, name = arch.partition(":")
-    net, features = (from_timm if library == "timm" else from_torchvision)(name, channels)
+    net, features = (build_timm if library == "timm" else build_torchvision)(name, channels)
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd | torchvision.ops.StochasticDepth):
             module.p = 0.0
@@ -146,11 +146,11 @@ def from_library(arch: str, channels: int = 3) -> tuple[nn.Module, int]:
     return net, features
 
 
-def from_timm(name: str, channels: int = 3) -> tuple[nn.Module, int]:
+def build_timm(name: str, channels: int = 3) -> tuple[nn.Module, int]:
     """timm's model without its classifier, and its features. Raises ValueError."""
     import timm  # here: it takes a second
 
-    check_known("timm", name, timm.list_models())
+    check_model_name("timm", name, timm.list_models())
     try:
         net = timm.create_model(name, num_classes=0, in_chans=channels, dynamic_img_size=True)
     except TypeError:  # it is no transformer, and takes any size
@@ -158,27 +158,27 @@ def from_timm(name: str, channels: int = 3) -> tuple[nn.Module, int]:
     return net, getattr(net, "head_hidden_size", None) or net.num_features
 
 
-def from_torchvision(name: str, channels: int = 3) -> tuple[nn.Module, int]:
+def build_torchvision(name: str, channels: int = 3) -> tuple[nn.Module, int]:
     """torchvision's model, its last linear layer an Identity; its features. Raises ValueError."""
-    check_known("torchvision", name, torchvision.models.list_models(torchvision.models))
+    check_model_name("torchvision", name, torchvision.models.list_models(torchvision.models))
     net = torchvision.models.get_model(name, weights=None) if name not in WITH_AUXILIARY else None
-    last = classifier_of(net) if net else None
+    last = find_classifier(net) if net else None
     if last is None:
         raise ValueError(f"--arch torchvision:{name}: does not end in one linear layer")
     features = net.get_submodule(last).in_features
     net.set_submodule(last, nn.Identity())
     if channels != 3:
-        replace_first(net, channels)
+        replace_first_conv(net, channels)
     return net, features
 
 
-def channels_of(net: nn.Module) -> int:
+def input_channels(net: nn.Module) -> int:
     """How many channels the images of a network have; 3 where no convolution tells."""
     found = (module.in_channels for module in net.modules() if isinstance(module, nn.Conv2d))
     return next(found, 3)
 
 
-def replace_first(net: nn.Module, channels: int) -> None:
+def replace_first_conv(net: nn.Module, channels: int) -> None:
     """Give torchvision's network a first convolution of so many `channels`, as He et al. start it.
 
     (Delving Deep into Rectifiers, arXiv 1502.01852, Eq. 14, as torchvision does.)
@@ -193,7 +193,7 @@ def replace_first(net: nn.Module, channels: int) -> None:
     net.set_submodule(name, new)
 
 
-def classifier_of(net: nn.Module) -> str | None:
+def find_classifier(net: nn.Module) -> str | None:
     """The name of torchvision's last linear layer, of 1,000 classes; None where there is none."""
     names = [
         name
@@ -203,7 +203,7 @@ def classifier_of(net: nn.Module) -> str | None:
     return names[-1] if names else None
 
 
-def check_known(library: str, name: str, known: list[str]) -> None:
+def check_model_name(library: str, name: str, known: list[str]) -> None:
     """Raises ValueError for a name that a library has not, with the nearest that it has."""
     if name not in known:
         near = difflib.get_close_matches(name, known, 3, 0.4)
@@ -211,8 +211,8 @@ def check_known(library: str, name: str, known: list[str]) -> None:
         raise ValueError(f"--arch {library}:{name}: {library} has no such model{hint}")
 
 
-def name_of_classifier(arch: str) -> str:
-    """What its library calls the classifier of a backbone `from_library`."""
+def classifier_name(arch: str) -> str:
+    """What its library calls the classifier of a backbone `build_library_backbone`."""
     library, _, name = arch.partition(":")
     if library == "timm":
         import timm
@@ -221,9 +221,9 @@ def name_of_classifier(arch: str) -> str:
         if not isinstance(found, str):  # of a distilled one there are two
             raise ValueError(f"timm's {name} has no single classifier: add --encoder_only")
         return found
-    return classifier_of(torchvision.models.get_model(name, weights=None))
+    return find_classifier(torchvision.models.get_model(name, weights=None))
 
 
-def has_bn(net: nn.Module) -> bool:
+def has_batchnorm(net: nn.Module) -> bool:
     """Whether a network has a BN layer (sec. 4.4: it keeps outputs apart)."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from simsiam.models.backbones import channels_of
+from simsiam.models.backbones import input_channels
 
 
 def linear_head(features: int, classes: int) -> nn.Linear:
@@ -18,7 +18,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, features: int, classes: int):
         super().__init__()
-        self.backbone, self.features, self.channels = backbone, features, channels_of(backbone)
+        self.backbone, self.features, self.channels = backbone, features, input_channels(backbone)
         self.fc = linear_head(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import thop
 import torch
 from torch import nn
 
-from simsiam.models.backbones import channels_of
+from simsiam.models.backbones import input_channels
 
 PARTS = ("backbone", "projector", "predictor", "fc")
 
@@ -21,7 +21,7 @@ def params_and_flops(net: nn.Module, image_size: int) -> tuple[int, int]:
     parts = [part for name, part in net.named_children() if name in PARTS]
     # A copy: thop leaves `total_ops` and `total_params` buffers in the module that it profiles.
     chain = copy.deepcopy(nn.Sequential(*parts)).cpu().float()
-    image = torch.zeros(1, channels_of(net), image_size, image_size)
+    image = torch.zeros(1, input_channels(net), image_size, image_size)
     try:
         flops, params = thop.profile(chain, inputs=(image,), verbose=False)
     except (AssertionError, RuntimeError) as error:

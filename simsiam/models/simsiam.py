@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.models.backbones import backbone
+from simsiam.models.backbones import build_backbone
 
 
 class Outputs(NamedTuple):
@@ -189,7 +189,7 @@ class SimSiam(nn.Module):
         self.criterion, self.covariance = CRITERIA[similarity], covariance
         self.stop_grad, self.channels = stop_grad, channels
         # The order of construction fixes the random weights of a seed.
-        self.backbone, self.features = backbone(arch, stem, width, channels)
+        self.backbone, self.features = build_backbone(arch, stem, width, channels)
         if heads is not None:
             self.projector, self.predictor = heads
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.data.arrays import MAX_CHANNELS
-from simsiam.models.backbones import backbone
+from simsiam.models.backbones import build_backbone
 from simsiam.models.classifier import Classifier
 from simsiam.models.methods import build_model
 from simsiam.models.simsiam import SimSiam
@@ -213,7 +213,7 @@ def check_encoder(encoder: dict) -> dict:
 
 
 def backbone_args(encoder: dict) -> tuple[str, str, int | None, int]:
-    """Return the arguments of `backbone`: mean and std tell how many channels there are."""
+    """Return the arguments of `build_backbone`: mean and std tell how many channels there are."""
     return encoder["arch"], encoder["stem"], encoder["width"], len(encoder["mean"])
 
 
@@ -227,7 +227,7 @@ def network(state: dict) -> SimSiam | Classifier:
     try:
         with torch.device("meta"):
             if state["command"] == "linear.py":
-                body, features = backbone(*backbone_args(encoder))
+                body, features = build_backbone(*backbone_args(encoder))
                 net = Classifier(body, features, len(state["classes"]))
             else:
                 net = build_model(vars(config))

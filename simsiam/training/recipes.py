@@ -11,7 +11,7 @@ from simsiam.data.arrays import MAX_CHANNELS
 from simsiam.data.datasets import DATA_NAMES
 from simsiam.data.decode import BACKGROUNDS, DecodeOptions, check_decode_options
 from simsiam.evaluation.knn import KNN_K, KNN_TEMPERATURE
-from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_of_library
+from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_library_arch
 from simsiam.models.methods import METHODS
 from simsiam.models.simsiam import BN, CRITERIA, LOSSES, PREDICTORS, TARGETS
 from simsiam.runtime.config import (
@@ -315,7 +315,7 @@ class PretrainConfig(RunConfig):
         values = RECIPES[recipe] | overrides | {"recipe": recipe}
         if data_name == "textures" and "data_root" in overrides:
             raise ConfigError(TEXTURES_HAVE_NO_ROOT)
-        if is_of_library(values["arch"]) and "stem" not in overrides:
+        if is_library_arch(values["arch"]) and "stem" not in overrides:
             values["stem"] = "imagenet"
         if "view_sizes" not in overrides and values["view_sizes"]:
             values["view_sizes"] = values["view_sizes"][-values["epochs"] :]
