@@ -207,7 +207,7 @@ def fit(
     config: LinearConfig,
     backbone: nn.Module | None = None,
 ) -> nn.ModuleList:
-    """Return a copy of `head` per lr, trained from the start to the end; a `build_backbone` with one."""
+    """Return a copy of `head` per lr, trained from the start to the end; a `backbone` with one."""
     heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
     state = TrainState(
         net=heads,
