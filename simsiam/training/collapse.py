@@ -4,7 +4,6 @@ docs/collapse.md explains the two kinds of collapse, and how the thresholds were
 """
 
 import functools
-from argparse import Namespace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from simsiam.runtime import distributed
 from simsiam.runtime.files import RunError
 from simsiam.training.meters import TrainMeters
 from simsiam.training.probe import Probe
+from simsiam.training.recipes import PretrainConfig
 from simsiam.views.augment import Views
 
 # Steps over which std is averaged before it is checked: the device is read once per window.
@@ -79,7 +79,7 @@ def detect_collapse(
     return None
 
 
-def likely_causes(config: Namespace, usual_lr: float, pixel_std: float) -> list[str]:
+def likely_causes(config: PretrainConfig, usual_lr: float, pixel_std: float) -> list[str]:
     """Likely causes of a collapse, with fixes.
 
     `config`: of pre-training. `usual_lr`: the recipe's. `pixel_std`: std of a pixel over the
@@ -133,7 +133,7 @@ class Monitor:
         net: nn.Module,
         views: Views,
         images: Data,
-        config: Namespace,
+        config: PretrainConfig,
         usual_lr: float,
         amp: torch.autocast,
         warned: bool = False,

@@ -1,11 +1,14 @@
 """Optimizer of pre-training: SGD or Muon, parameter groups, and the learning-rate schedule."""
 
-from argparse import Namespace
+from typing import TYPE_CHECKING
 
 import torch
 
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime.schedule import cosine_schedule
+
+if TYPE_CHECKING:  # recipes imports this module
+    from simsiam.training.recipes import PretrainConfig
 
 OPTIMIZERS = ("sgd", "muon")
 # Devices whose fused step heeds `found_inf`; on mps it does not.
@@ -14,13 +17,13 @@ FUSED = ("cpu", "cuda")
 NADAMW_LR_SCALE = 0.25
 
 
-def lr_at(config: Namespace, progress: float) -> float:
+def lr_at(config: "PretrainConfig", progress: float) -> float:
     """Return the learning rate `progress` epochs into the run."""
     peak = config.lr * config.batch_size / 256
     return peak * cosine_schedule(progress, config.epochs, config.warmup_epochs)
 
 
-def make_optimizer(net: SimSiam, config: Namespace) -> torch.optim.Optimizer:
+def make_optimizer(net: SimSiam, config: "PretrainConfig") -> torch.optim.Optimizer:
     """Create SGD or Muon with one parameter group for the encoder and one for the predictor.
 
     Groups with "fix_lr" keep their learning rate (`fix_pred_lr`). Without `bn_decay`, vectors (BN

@@ -1,7 +1,5 @@
 """Online probe: a linear classifier trained beside the encoder, on its detached features."""
 
-from argparse import Namespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +8,7 @@ from simsiam.data.loader import Data
 from simsiam.data.shards import Shards
 from simsiam.runtime import distributed
 from simsiam.runtime.schedule import cosine_schedule
+from simsiam.training.recipes import PretrainConfig
 
 # Base learning rate, per 256 images and divided by the feature dimension, with which the squared
 # norm of the BN's output, and so the effect of one step, grows. Measured on textures, with 64 and
@@ -50,7 +49,7 @@ class Probe:
     `features`: their dimension. `config`: of pre-training, for the batch size and the schedule.
     """
 
-    def __init__(self, features: int, classes: int, config: Namespace, device: torch.device):
+    def __init__(self, features: int, classes: int, config: PretrainConfig, device: torch.device):
         self.config, self.peak_lr = config, BASE_LR / features * config.batch_size / 256
         self.eps = 1e-5 / features  # the mean square of an L2-normalised feature is 1 / features
         self.weight = torch.zeros(classes, features, device=device, requires_grad=True)

@@ -2,11 +2,11 @@
 
 import sys
 import time
-from argparse import Namespace
 
 from tqdm import tqdm
 
 from simsiam.runtime import distributed
+from simsiam.runtime.config import RunConfig
 from simsiam.training.meters import Meters
 
 
@@ -25,7 +25,7 @@ class Progress:
     def __init__(
         self,
         epoch: int,
-        config: Namespace,
+        config: RunConfig,
         steps: int,
         shown: dict[str, str],
         smaller: str,
