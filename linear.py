@@ -59,7 +59,7 @@ from simsiam.interop.weights import LoadedCheckpoint, Predictor
 from simsiam.models.backbones import build_backbone
 from simsiam.models.classifier import Classifier, linear_head
 from simsiam.models.flops import params_and_flops
-from simsiam.plots import curves as plots
+from simsiam.plots.curves import plot_confusion, plot_curves
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix, printable, write_csv
 from simsiam.runtime.schedule import cosine_schedule
@@ -540,7 +540,7 @@ def fit_and_evaluate(
             draw_confusion(f"{run.path}_confusion.png", config.name, matrix, classes)
             with atomic_write(f"{run.path}_curves.png") as file:
                 first = [{"epoch": 0, "raw_acc@1": baseline}] if baseline is not None else []
-                plots.curves({config.name: [*first, *run.history]}, file)
+                plot_curves({config.name: [*first, *run.history]}, file)
     distributed.log(
         f"{work.result['protocol']}: top-1 {last['test_acc@1']:.2f} % (best epoch {best:.2f} %), "
         f"top-5 {last['test_acc@5']:.2f} %"
@@ -557,7 +557,7 @@ def draw_confusion(path: str, name: str, matrix: list[list[int]], classes: list[
     """Draw a confusion matrix, on rank 0."""
     if distributed.rank() == 0:
         with atomic_write(path) as file:
-            plots.confusion(matrix, classes, name, file)
+            plot_confusion(matrix, classes, name, file)
 
 
 def confusion_path(

@@ -268,7 +268,7 @@ def pretrain(
             row["collapse"] = run.extra["collapse"]
         row = run.after_epoch(row)
         if board:
-            board.row(row)
+            board.add_row(row)
         distributed.log(
             f"epoch {epoch + 1}/{config.epochs} loss {row['train_loss']:.3f} std {row['std']:.2f}"
             + (f" rank {row['rank']:.1f}" if "rank" in row else "")

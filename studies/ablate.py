@@ -24,9 +24,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python studies/ablate.py`
 
 import utils
-from simsiam.plots import curves as figures
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import RunError, atomic_write, read_csv, write_csv
+from studies import figures
 
 MAIN = Path(utils.__file__).with_name("main.py")
 COLUMNS = tuple(
@@ -201,16 +201,16 @@ def write(table: Path, study: str, found: list[dict], runs: list[Run], title: st
     write_csv(table, rows, COLUMNS if study == "ablations" else WARNED)
     with atomic_write(table.with_suffix(".png")) as file:
         if study == "ablations":
-            figures.ablations(found, title, file)
+            figures.plot_ablations(found, title, file)
         else:
-            figures.rank_and_knn(rows, file)
+            figures.plot_rank_and_knn(rows, file)
     if study == "ablations":
         histories = {}
         for run in runs:
             histories.setdefault(run.setting.name, []).append(run.rows())
         shown = [name for name in FIG_2 if name in histories]
         with atomic_write(table.with_name(f"{table.stem}_curves.png")) as file:
-            figures.ablation_curves(histories, shown, title, file)
+            figures.plot_ablation_curves(histories, shown, title, file)
 
 
 def report(study: str, found: pandas.DataFrame) -> str:

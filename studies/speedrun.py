@@ -33,11 +33,11 @@ import utils
 from simsiam.data.loader import Data
 from simsiam.models.flops import params_and_flops
 from simsiam.models.methods import build_model
-from simsiam.plots import curves as figures
 from simsiam.runtime import devices
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import RunError, atomic_write, read_csv, write_csv
 from simsiam.training.recipes import RECIPES
+from studies import figures
 from studies.peers import Peer, lightly_training, plain_learning
 from tools.timing import machine_name
 
@@ -203,7 +203,7 @@ class Race:
             for row in self.rows():
                 if all(row.get(name) == like[name] for name in PICTURE):
                     runs.setdefault(row["recipe"], []).append(json.loads(row["curve"]))
-            figures.learning(runs, title, file)
+            figures.plot_learning(runs, title, file)
 
 
 def parsed(argv: list[str] | None) -> tuple[Namespace, list[Contender], Data]:

@@ -1,4 +1,4 @@
-"""The pictures: nothing lies on anything else, for few and many classes, epochs and images."""
+"""Figures show the right values and labels, and no text lies on another or outside the figure."""
 
 import io
 import itertools
@@ -15,55 +15,55 @@ from matplotlib.font_manager import fontManager
 from matplotlib.legend import Legend
 from PIL import Image
 
-from simsiam.plots import curves as figures
-from simsiam.plots.lettering import columns_of, drawable, drawable_names
+from simsiam.plots.curves import plot_confusion, plot_curves, plot_embedding, plot_worth
 from simsiam.plots.run import Board
+from simsiam.plots.sheets import plot_captions, plot_neighbours, plot_views
+from studies import figures
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """Draw, and the Figure back, of which nothing is outside and no two texts overlap.
+def draw(monkeypatch):
+    """A function that plots, checks the picture, and returns its matplotlib Figure.
 
-    No legend lies on a panel, and matplotlib warns of nothing.
+    No text is outside or on another text, no legend is on a panel, and nothing warns.
     """
-    # The layout is tried before it is drawn: the last place counts.
     saved, texts, legends = [], {}, {}
-    save, write = matplotlib.figure.Figure.savefig, matplotlib.text.Text.draw
-    write_legend = Legend.draw
+    save, draw_text = matplotlib.figure.Figure.savefig, matplotlib.text.Text.draw
+    draw_legend = Legend.draw
 
-    def draw_text(self, renderer):
+    def record_text(self, renderer):
         if self.get_visible() and self.get_text().strip():
             texts[self] = self.get_text(), self.get_window_extent(renderer)
-        write(self, renderer)
+        draw_text(self, renderer)
 
-    def draw_legend(self, renderer):
+    def record_legend(self, renderer):
         panels = [axes.get_window_extent(renderer) for axes in self.get_figure(root=True).axes]
         legends[self] = self.get_window_extent(renderer), panels
-        write_legend(self, renderer)
+        draw_legend(self, renderer)
 
-    def savefig(self, file, **how):
-        texts.clear()
+    def record_figure(self, file, **options):
+        texts.clear()  # the layout was tried before
         legends.clear()
-        save(self, file, **how)
-        saved.append((self, how["dpi"]))
+        save(self, file, **options)
+        saved.append((self, options["dpi"]))
 
-    monkeypatch.setattr(matplotlib.text.Text, "draw", draw_text)
-    monkeypatch.setattr(Legend, "draw", draw_legend)
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    monkeypatch.setattr(matplotlib.text.Text, "draw", record_text)
+    monkeypatch.setattr(Legend, "draw", record_legend)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record_figure)
 
-    def draw(function, *args):
+    def draw(plot, *args):
         file = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            function(*args, file)
+            plot(*args, file)
         figure, dpi = saved.pop()
-        assert np.asarray(Image.open(file).convert("RGB")).std() > 5
+        figure.pixels = np.asarray(Image.open(file).convert("RGB"))
         width, height = figure.get_size_inches() * dpi
         for text, box in texts.values():
             assert -1 <= box.x0 <= box.x1 <= width + 1, text
             assert -1 <= box.y0 <= box.y1 <= height + 1, text
         for (a, one), (b, other) in itertools.combinations(texts.values(), 2):
-            # Letters may touch by a pixel; boxes hold the room above and below them too.
+            # Letters may touch by a pixel; a box has room above and below its letters.
             wide = min(one.x1, other.x1) - max(one.x0, other.x0)
             tall = min(one.y1, other.y1) - max(one.y0, other.y0)
             assert wide <= 1 or tall <= 2, (a, b)
@@ -72,6 +72,15 @@ def drawn(monkeypatch):
         return figure
 
     return draw
+
+
+def texts_of(items):
+    return [item.get_text() for item in items]
+
+
+def random_tiles(rows, columns):
+    shape = (rows, columns, 32, 32, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def history(epochs, labelled=True):
@@ -83,147 +92,184 @@ def history(epochs, labelled=True):
     return [{name: row[name] for name in row if labelled or "acc" not in name} for row in rows]
 
 
-@pytest.mark.parametrize("epochs", [1, 20, 800])
-@pytest.mark.parametrize("labelled", [True, False])
-def test_curves(drawn, epochs, labelled):
+# ---- curves -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epochs", "labelled"), [(1, True), (20, False), (800, True)])
+def test_curves(draw, epochs, labelled):
     rows = history(epochs, labelled)
-    figure = drawn(figures.curves, {"a $strange$ name": rows})
-    labels = [axes.get_ylabel() for axes in figure.axes]
-    assert ("top-1 on test images (%)" in labels) == labelled
-    assert "std of z · √d (0: collapsed)" in labels
+    figure = draw(plot_curves, {"a $strange$ name": rows})
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert ("top-1 on test images (%)" in panels) == labelled
+    assert {"std of z · √d (0: collapsed)", "effective rank of the features"} <= panels.keys()
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
-    line = figure.axes[0].lines[0]
+    line = panels["training loss"].lines[0]
     assert line.get_xdata().tolist() == list(range(1, epochs + 1))
     assert line.get_ydata().tolist() == [row["train_loss"] for row in rows[1:]]
+    legend = texts_of(figure.legends[0].get_texts()) if figure.legends else []
+    assert legend == (["untrained encoder 29.6", "raw pixels 41.4"] if labelled else [])
 
 
-def test_curves_of_several_runs_over_one_another(drawn):
+def test_curves_of_several_runs(draw):
     runs = {f"a run with a longer name, the number {i}": history(5 + i) for i in range(12)}
-    figure = drawn(figures.curves, runs)
+    figure = draw(plot_curves, runs)
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
     assert len(looks) == 12  # more than there are colours
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
+    assert texts_of(figure.legends[0].get_texts()) == list(runs)
 
 
-@pytest.mark.parametrize("classes", [2, 10, 40, 100, None])
-def test_embedding(drawn, classes):
+# ---- embedding, confusion, worth ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 40, 41, None])
+def test_embedding(draw, classes):
     rng = np.random.default_rng(0)
     names = [f"class number {i}" for i in range(classes or 3)]
-    labels = rng.integers(0, classes, 200) if classes else None
-    features = rng.normal(size=(200, 8)) * 0.1
+    labels = np.arange(82) % classes if classes else None
+    features = rng.normal(size=(82, 8)) * 0.1
     if classes == 2:
         features[:, 0] += 10 * labels
     words = [names[i] for i in labels] if classes else None
-    figure = drawn(figures.embedding, features.astype(np.float32), words, names, "title")
-    clouds = [c.get_offsets() for c in figure.axes[0].collections]
-    assert sum(map(len, clouds)) == 200
-    legend = figure.legends[0].get_texts() if figure.legends else []
-    assert len(legend) == (classes if classes and classes <= 40 else 0)
-    if classes == 2:  # far apart stays far apart
-        apart = np.linalg.norm(clouds[0].mean(0) - clouds[1].mean(0))
-        assert apart > 2 * max(cloud.std(0).max() for cloud in clouds)
+    figure = draw(plot_embedding, features.astype(np.float32), words, names, "title")
+    clouds = [points.get_offsets() for points in figure.axes[0].collections]
+    assert sum(map(len, clouds)) == 82
+    legend = texts_of(figure.legends[0].get_texts()) if figure.legends else []
+    assert legend == (names if classes in (2, 40) else [])
+    if classes == 2:  # distant classes stay distant
+        distance = np.linalg.norm(clouds[0].mean(0) - clouds[1].mean(0))
+        assert distance > 2 * max(cloud.std(0).max() for cloud in clouds)
     if classes == 40:
         looks = {
-            (tuple(c.get_facecolor()[0]), c.get_paths()[0].vertices.tobytes())
-            for c in figure.axes[0].collections
+            (tuple(points.get_facecolor()[0]), points.get_paths()[0].vertices.tobytes())
+            for points in figure.axes[0].collections
         }
         assert len(looks) == 40
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 5])
-def test_embedding_of_few_or_equal_images(drawn, number):
-    drawn(figures.embedding, np.ones((number, 4), np.float32), None, [], "collapsed")
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_neighbours(drawn, right):
-    rng = np.random.default_rng(0)
-    tiles = rng.integers(0, 256, (8, 9, 32, 32, 3), dtype=np.uint8)
-    framed = rng.random((8, 8)) < 0.5 if right else None
-    figure = drawn(figures.neighbours, tiles, rng.random((8, 8)), framed, ["a class"] * 8, "title")
-    axes = figure.axes[0]
-    assert len(axes.patches) == (framed.sum() if right else 0)
-    canvas = axes.images[0].get_array()
-    for patch in axes.patches:  # a frame is around a neighbour, never a query
-        x, y = (round(v + 0.5) for v in patch.get_xy())
-        r, c = y // 42, x // 42
-        assert (x, y) == (42 * c, 42 * r)
-        assert framed[r, c - 1]
-        assert (canvas[y : y + 32, x : x + 32] == tiles[r, c]).all()
-
-
-def test_sheet(drawn):
-    tiles = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32, 3), dtype=np.uint8)
-    texts = {(0, 1): "crop 71%: 29 x 25\nhue +0.05", (7, 2): "gray"}
-    names = ["image", "view 1", "view 2"]
-    figure = drawn(figures.sheet, tiles, names, texts, "a long name: what is seen of it")
-    written = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
-    assert written == {texts[0, 1]: (34, 0), "gray": (68, 238)}  # 32 pixels, and a gap of 2
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_embedding_of_few_or_equal_images(draw, number):
+    draw(plot_embedding, np.ones((number, 4), np.float32), None, [], "collapsed")
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40, 100])
-def test_confusion(drawn, classes):
+def test_confusion(draw, classes):
     matrix = np.full((classes, classes), 1) + 98 * np.eye(classes, dtype=int)
-    figure = drawn(
-        figures.confusion, matrix.tolist(), [f"class number {i}" for i in range(classes)], "a_run"
-    )
-    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert ("class number 1" in names) == (classes <= 40)
-    written = [text.get_text() for text in figure.axes[0].texts]
-    assert len(written) == (classes**2 if classes <= 20 else 0)
+    names = [f"class number {i}" for i in range(classes)]
+    figure = draw(plot_confusion, matrix.tolist(), names, "a_run")
+    axes = figure.axes[0]
+    assert ("class number 1" in texts_of(axes.get_yticklabels())) == (classes <= 40)
     share = 100 * 99 / (98 + classes)
-    assert f"top-1 {share:.2f} % of" in figure.get_suptitle()
-    if written:
-        assert written[0] == f"{share:.0f}"
+    assert f"top-1 {share:.2f} % of {classes * (98 + classes)} images" in figure.get_suptitle()
+    cells = texts_of(axes.texts)
+    assert len(cells) == (classes**2 if classes <= 20 else 0)
+    if cells:
+        assert cells[: classes + 1 : classes + 1] == [f"{share:.0f}"]
 
 
-def test_ablations(drawn):
+def test_worth(draw):
+    methods = {"linear": {100: [50.0, 60.0], 1000: [70.0]}, "_$scratch$": {100: [20.0, 22.0]}}
+    (axes,) = (figure := draw(plot_worth, methods, "title")).axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[55, 70], [21]]
+    assert texts_of(axes.get_xticklabels()) == ["100", "1,000"]
+    assert texts_of(figure.legends[0].get_texts()) == ["linear", r" _\$scratch\$"]
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_neighbours(draw, labelled):
+    rng, tiles = np.random.default_rng(0), random_tiles(8, 9)
+    is_same, cosines = rng.random((8, 8)) < 0.5, rng.random((8, 8))
+    names = ["a class"] * 8
+    figure = draw(plot_neighbours, tiles, cosines, is_same if labelled else None, names, "title")
+    axes = figure.axes[0]
+    assert texts_of(axes.texts) == [f"{cosine:.3f}" for cosine in cosines.flat]
+    canvas, framed = axes.images[0].get_array(), np.zeros((8, 8), bool)
+    for patch in axes.patches:  # a frame is around a neighbour, never around a query
+        x, y = (round(corner + 0.5) for corner in patch.get_xy())
+        r, c = y // 42, x // 42
+        framed[r, c - 1] = True
+        assert (canvas[y : y + 32, x : x + 32] == tiles[r, c]).all()
+    assert (framed == (is_same & labelled)).all()
+
+
+def test_views(draw):
+    texts = {(0, 1): "crop 71%: 29 x 25\nhue +0.05", (7, 2): "gray"}
+    names = ["image", "view 1", "view 2"]
+    figure = draw(plot_views, random_tiles(8, 3), names, texts, "a long name: what is seen of it")
+    positions = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert positions == {texts[0, 1]: (34, 0), "gray": (68, 238)}  # 32 pixels, and a gap of 2
+    assert texts_of(figure.axes[0].get_xticklabels()) == names
+
+
+def test_captions(draw):
+    has_frame = np.array([[True, False], [False, False]])
+    captions = [[("query", "a.png"), ("0.912", "x" * 40)], [("$a_b$",), ()]]
+    axes = draw(plot_captions, random_tiles(2, 2), captions, has_frame, "title").axes[0]
+    assert [patch.get_xy() for patch in axes.patches] == [(-0.5, -0.5)]
+    shown = texts_of(axes.texts)
+    assert shown[0] == "query\na.png"
+    assert shown[1].startswith("0.912\nxxx")
+    assert "…" in shown[1]
+    assert shown[2:] == ["$a_b$", ""]
+
+
+# ---- studies ------------------------------------------------------------------------------------
+
+
+def test_ablations(draw):
     names = ["default", "stop_grad off", "a setting with a longer name: 4"]
     rows = [{"setting": name, "knn": 88.0, "untrained_knn": 29.6} for name in names * 2]
     rows[3]["knn"] = 60.0
-    figure = drawn(figures.ablations, rows, "data: what it shows")
+    figure = draw(figures.plot_ablations, rows, "data: what it shows")
     (axes,) = figure.axes
     assert [round(bar.get_height(), 3) for bar in axes.patches] == [74, 88, 88]
-    assert [text.get_text() for text in axes.get_xticklabels()] == names
-    assert [text.get_text() for text in axes.texts] == ["74.0", "88.0", "88.0"]
-    for text, bar in zip(axes.texts, axes.patches, strict=True):  # a mean is not above its bar
-        assert text.get_position()[1] + 5 < bar.get_height()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["untrained 29.6"]
+    assert texts_of(axes.get_xticklabels()) == names
+    assert texts_of(axes.texts) == ["74.0", "88.0", "88.0"]
+    assert texts_of(figure.legends[0].get_texts()) == ["untrained 29.6"]
 
 
-def test_ablation_curves(drawn):
+def test_ablation_curves(draw):
     names = ["default", "stop_grad off"]
     runs = {name: [history(5), history(5)] for name in (*names, "not shown")}
     runs["default"][1][-1]["test_acc@1"] = 60.0
-    figure = drawn(figures.ablation_curves, runs, names, "data: what it shows")
+    figure = draw(figures.plot_ablation_curves, runs, names, "data: what it shows")
     assert [len(axes.lines) for axes in figure.axes] == [2 * (2 + 1)] * 3  # seeds, and their mean
     mean = figure.axes[2].lines[2]
     assert mean.get_label() == "default"
     assert mean.get_ydata()[-1] == (88 + 60) / 2
 
 
-def test_rank_and_knn(drawn):
-    """A run that was warned is the one that spoils the order: rho is 1 without it."""
+def test_rank_and_knn(draw):
+    """The run with a warning spoils the order: rho is 1 without it."""
     start = {"data": "textures", "untrained_rank": 6, "untrained_knn": 30}
     rows = [start | {"rank": rank, "knn": 10 * rank} for rank in (4, 5, 6, 7)]
     rows.append(start | {"rank": 2, "knn": 90, "warned_at_step": 25})
     rows += [row | {"data": "others", "knn": row["knn"] / 2} for row in rows]
-    figure = drawn(figures.rank_and_knn, rows)
+    figure = draw(figures.plot_rank_and_knn, rows)
     assert len(figure.axes) == 2
     for axes, name in zip(figure.axes, ("textures", "others"), strict=True):
-        title = axes.get_title()
         # Of ranks 1..5 by rank, those by knn are 5 1 2 3 4: rho = 1 - 6 (16 + 4 * 1) / 120 = 0.
-        assert title.startswith(f"{name}: 5 runs, Spearman's ρ 0.00")
-        assert "(4 without a warning: ρ 1.00)" in title
+        assert axes.get_title().startswith(f"{name}: 5 runs, Spearman's ρ 0.00")
+        assert "(4 without a warning: ρ 1.00)" in axes.get_title()
         assert [len(line.get_xdata()) for line in axes.lines] == [4, 1, 1]
+
+
+def test_learning(draw):
+    recipes = {"short": [[(1, 30.0), (4, 50.0)], [(1, 31.0), (5, 52.0)]], "fast": [[(2, 60.0)]]}
+    figure = draw(figures.plot_learning, recipes, "title")
+    assert len(figure.axes[0].lines) == 3
+    legend = texts_of(figure.legends[0].get_texts())
+    assert legend == ["short: 52.0 % at the end", "fast: 60.0 % at the end"]
 
 
 # ---- names --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def font(tmp_path, monkeypatch):
-    """An installed font that has two letters of China, each a square, and no others."""
+def cjk_font(tmp_path, monkeypatch):
+    """Install a font that has two Chinese characters, each a square, under a usual name."""
     builder = FontBuilder(1000, isTTF=True)
     pen = TTGlyphPen(None)
     for i, point in enumerate([(0, 0), (0, 800), (800, 800), (800, 0)]):
@@ -235,52 +281,49 @@ def font(tmp_path, monkeypatch):
     builder.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
     builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (900, 0)))
     builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Two Animals", "styleName": "Regular"})
+    builder.setupNameTable({"familyName": "Noto Sans CJK JP", "styleName": "Regular"})
     builder.setupOS2()
     builder.setupPost()
-    builder.save(tmp_path / "animals.ttf")
-    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist])
-    fontManager.addfont(tmp_path / "animals.ttf")
+    builder.save(tmp_path / "cjk.ttf")
+    dejavu = [font for font in fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(fontManager, "ttflist", dejavu)
+    return lambda: fontManager.addfont(tmp_path / "cjk.ttf")
 
 
-CLASSES = ["猫", "狗", "鳥", "a\nb", "bytes \udcff", "_hidden", "$5$", "long_" * 20 + "a"]
-CLASSES += ["long_" * 20 + "b", "n02111889_samoyed_and_other_dogs_of_the_north", "鳥" * 40]
+def test_an_installed_font_draws_what_the_default_font_lacks(draw, cjk_font):
+    """Without one a character is a box, and nothing warns."""
+    boxes, latin = (draw(plot_curves, {name: history(5)}).pixels for name in ("猫", "cat"))
+    cjk_font()
+    squares = draw(plot_curves, {"猫": history(5)}).pixels
+    assert (squares != boxes).any()
+    assert (draw(plot_curves, {"cat": history(5)}).pixels == latin).all()
 
 
-def test_names_of_any_script_and_length_are_told_apart(drawn, font):
-    """Letters of an installed font are drawn; others escaped, as are line breaks and bad bytes."""
-    shown = [*drawable_names(CLASSES).values()]
-    assert shown[:7] == ["猫", "狗", "\\u9ce5", "a\\nb", "bytes \\udcff", "_hidden", "$5$"]
-    assert shown[7:9] == ["long_long_lo…long_long_a", "long_long_lo…long_long_b"]
-    assert len(set(shown)) == len(CLASSES)
+CLASSES = ["猫", "a\nb", "bytes \udcff", "_hidden", "$5$", "long_" * 20 + "a", "long_" * 20 + "b"]
+CLASSES += ["x" * 50 + middle + "y" * 50 for middle in "ab"]  # alike without their middle
+TEXTS = ["猫", "a\\nb", "bytes \\udcff", "_hidden", "$5$", "long_long_lo…long_long_a"]
+TEXTS += ["long_long_lo…long_long_b", *(f"xxxxxxxxxxxx…yyyyyyyyyyy ({i})" for i in (8, 9))]
+
+
+def test_names_of_any_script_and_length(draw):
+    """Control characters are escaped, long names lose their middle, and all stay distinct."""
     title = "運" * 300
-    figure = drawn(figures.confusion, np.eye(11, dtype=int).tolist(), CLASSES, title)
-    axes = figure.axes[0]
-    assert [text.get_text() for text in axes.get_yticklabels()] == shown
-    assert "Two Animals" in axes.get_yticklabels()[0].get_fontfamily()
-    features = np.random.default_rng(0).normal(size=(22, 4)).astype(np.float32)
-    figure = drawn(figures.embedding, features, CLASSES * 2, CLASSES, title)
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert [text.strip().replace(r"\$", "$") for text in legend] == shown
-    tiles = np.random.default_rng(0).integers(0, 256, (8, 9, 32, 32, 3), dtype=np.uint8)
-    drawn(figures.neighbours, tiles, np.ones((8, 8)), None, CLASSES[3:], title)
-    drawn(figures.curves, {title: history(5)})
-    drawn(figures.curves, {name: history(5) for name in ("_a", *CLASSES)})
-    drawn(figures.curves, {name: history(5, labelled=False) for name in ("x" * 240, "y" * 240)})
+    figure = draw(plot_confusion, np.eye(9, dtype=int).tolist(), CLASSES, title)
+    assert texts_of(figure.axes[0].get_yticklabels()) == TEXTS
+    features = np.random.default_rng(0).normal(size=(18, 4)).astype(np.float32)
+    figure = draw(plot_embedding, features, CLASSES * 2, CLASSES, title)
+    legend = texts_of(figure.legends[0].get_texts())
+    assert [text.strip().replace(r"\$", "$") for text in legend] == TEXTS
+    draw(plot_neighbours, random_tiles(8, 9), np.ones((8, 8)), None, CLASSES[1:], title)
+    draw(plot_curves, {title: history(5)})
+    draw(plot_curves, {name: history(5) for name in ("_a", *CLASSES)})
+    draw(plot_curves, {name: history(5, labelled=False) for name in ("x" * 240, "y" * 240)})
 
 
-def test_tensorboard_gets_a_line_a_name(tmp_path):
+def test_tensorboard_gets_a_line_per_name(tmp_path):
     board = Board(str(tmp_path), [], ())
     images = [torch.zeros(3, 3, 8, 8, dtype=torch.uint8)]
-    board.features(torch.eye(3), ["a\nb", "bytes \udcff", "猫"], images, 1)
+    board.add_features(torch.eye(3), ["a\nb", "bytes \udcff", "猫"], images, 1)
     board.close()
     (table,) = tmp_path.rglob("metadata.tsv")
     assert table.read_text(encoding="utf-8").splitlines() == [r"a\nb", r"bytes \udcff", "猫"]
-
-
-def test_a_long_name_loses_its_middle():
-    assert drawable("abcdefghij", 10) == "abcdefghij"
-    assert drawable("abcdefghijk", 10) == "abcde…hijk"
-    assert columns_of("ab猫") == 4
-    alike = ["x" * 50 + middle + "y" * 50 for middle in "ab"]  # in what is left of them
-    assert [text[-4:] for text in drawable_names([*alike, "c"]).values()] == [" (1)", " (2)", "c"]

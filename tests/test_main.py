@@ -27,7 +27,7 @@ from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models.methods import build_model
 from simsiam.models.simsiam import SimSiam, cross_entropy
-from simsiam.plots import run as pictures
+from simsiam.plots.run import draw_run, draw_views
 from simsiam.runtime.files import RunError, read_csv
 from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor
@@ -716,7 +716,7 @@ def test_views_stand_beside_their_own_image(tmp_path, in_files, more):
         images = ImageFiles([tmp_path / f"{i}.png" for i in range(16)], 32, workers=0)
     views = Views(32, *NORMALISATION["cifar"], Augmentation(jitter_p=0.0, gray_p=0.0), **more)
     path = tmp_path / "a_views.png"
-    pictures.draw_views(str(path), "a", images, views, 0)
+    draw_views(str(path), "a", images, views, 0)
     pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy())
     places = [pixels.eq(torch.tensor(colour)).all(2).nonzero() for colour in colours]
     shown = [place for place in places if len(place)]
@@ -741,7 +741,7 @@ def test_neighbours_map_and_confusion_of_test_images_or_of_the_users_own(tmp_pat
     def draw(name):
         drawn.clear()
         monitor = Monitor(net, views, images, args, 1.0, torch.autocast("cpu", enabled=False))
-        pictures.draw_run(str(tmp_path / name), name, history, monitor)
+        draw_run(str(tmp_path / name), name, history, monitor)
         return monitor
 
     def features(part):

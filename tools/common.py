@@ -9,7 +9,7 @@ import utils
 from simsiam.data.datasets import load_dataset
 from simsiam.data.loader import Data
 from simsiam.interop.weights import LoadedCheckpoint
-from simsiam.plots import curves as figures
+from simsiam.plots.style import FORMATS
 from simsiam.runtime import distributed
 from simsiam.runtime.config import AMP, WORKERS, default_workers
 
@@ -61,8 +61,8 @@ def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None
 
 def picture_path(text: str) -> str:
     """A type for argparse: the path of a picture, whose ending is its format."""
-    if picture_format(text) not in figures.FORMATS:
-        ends = ", ".join(f".{name}" for name in figures.FORMATS)
+    if picture_format(text) not in FORMATS:
+        ends = ", ".join(f".{name}" for name in FORMATS)
         raise argparse.ArgumentTypeError(f"{text}: choose an ending of {ends}")
     return text
 

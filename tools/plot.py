@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/plot.py`
 import utils
 from simsiam.data.loader import images_checksum
 from simsiam.interop.weights import LoadedCheckpoint
-from simsiam.plots import curves as figures
-from simsiam.plots import run as pictures
+from simsiam.plots.curves import PANELS, plot_curves
+from simsiam.plots.run import draw_run
+from simsiam.plots.style import FORMATS
 from simsiam.runtime import devices, distributed, files
 from simsiam.training.collapse import Monitor
 from tools.common import images_of_run, picture_format, picture_path
@@ -53,7 +54,7 @@ def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> N
         images = images.subset(args.bank_size, args.seed, "--bank_size")
     net, amp = source.to(device).net, devices.autocast(device, args.amp)
     monitor = Monitor(net, source.views, images.to(device), args, args.lr, amp)
-    pictures.draw_run(run, name, source.state["history"], monitor)
+    draw_run(run, name, source.state["history"], monitor)
     distributed.log(f"wrote the pictures of {run}")
 
 
@@ -67,7 +68,7 @@ def curves(histories: dict[str, list[dict]], out: str, overwrite: bool) -> None:
     """The picture `out`, in the format of its ending."""
     utils.check_new("picture", out, overwrite)
     with files.atomic_write(out) as file:
-        figures.curves(histories, file, picture_format(out))
+        plot_curves(histories, file, picture_format(out))
     distributed.log(f"wrote {out}")
 
 
@@ -90,13 +91,13 @@ def table(run: str) -> list[dict]:
         raise FileNotFoundError(f"{run}: there is no {path}")
     with files.error_prefix(path):
         rows = files.read_csv(path)
-        if not any(name in row for name in figures.PANELS for row in rows):
-            raise ValueError(f"is no table of a run: it has none of {', '.join(figures.PANELS)}")
+        if not any(name in row for name in PANELS for row in rows):
+            raise ValueError(f"is no table of a run: it has none of {', '.join(PANELS)}")
         for row in rows:
             epoch = row.get("epoch")
             if not isinstance(epoch, int | float) or not 0 <= epoch < 1e9 or epoch % 1:
                 raise ValueError(f"its epoch {epoch} is no whole number")
-            for name in figures.PANELS.keys() & row.keys():
+            for name in PANELS.keys() & row.keys():
                 if not isinstance(row[name], int | float) or not abs(row[name]) < 1e9:
                     raise ValueError(f"epoch {epoch:.0f} has {row[name]} for {name}: no number")
     return rows
@@ -107,7 +108,7 @@ def command(argv: list[str] | None = None) -> None:
     parser = utils.Parser("tools.plot", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="results/<run>, or one of its files")
-    ends = ", ".join(f".{name}" for name in figures.FORMATS)
+    ends = ", ".join(f".{name}" for name in FORMATS)
     out = f"of several runs: the picture, by its ending {ends} (overlay.png beside the first one)"
     add("--out", type=picture_path, help=out)
     add("--overwrite", action="store_true", help="replace the picture if it is there")

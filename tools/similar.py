@@ -28,7 +28,7 @@ from simsiam.data import arrays, folders
 from simsiam.data.decode import decode_files, ignore_pil_warnings
 from simsiam.evaluation.knn import nearest_neighbors, similar_pairs
 from simsiam.interop.weights import LoadedCheckpoint
-from simsiam.plots import sheets
+from simsiam.plots.sheets import plot_captions
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix, remove, write_csv
 from tools.common import encoder_flags, open_source, picture_format, picture_path
@@ -145,7 +145,7 @@ def sheet(
     pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
     pixels[there] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
     rows = range(0, len(tiles), columns)
-    sheets.captioned(
+    plot_captions(
         pixels.reshape(len(rows), columns, TILE, TILE, 3),
         [[tile.lines for tile in tiles[i : i + columns]] for i in rows],
         np.array([tile.framed for tile in tiles]).reshape(len(rows), columns),

@@ -35,7 +35,7 @@ from simsiam.data.loader import Data
 from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import KNN_K, knn
 from simsiam.interop.weights import LoadedCheckpoint
-from simsiam.plots import curves as figures
+from simsiam.plots.curves import plot_worth
 from simsiam.runtime import devices
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import RunError, atomic_write, error_prefix, read_csv, write_csv
@@ -284,7 +284,7 @@ def command(argv: list[str] | None = None) -> None:
     with atomic_write(study.table.with_suffix(".png")) as file:
         found = {method: by_labels(rows, method) for method in study.methods}
         title = f"{study.data}: {Path(args.model_path).name}"
-        figures.worth({name: points for name, points in found.items() if points}, title, file)
+        plot_worth({name: points for name, points in found.items() if points}, title, file)
     log(f"wrote {study.table} and {study.table.with_suffix('.png')}")
     for line in in_words(rows):
         log(line)
