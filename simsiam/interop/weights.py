@@ -18,7 +18,7 @@ from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
 from simsiam.interop.layouts import translate
 from simsiam.models.classifier import Classifier
-from simsiam.models.simsiam import SimSiam
+from simsiam.models.simsiam import SimSiam, prediction_mlp, projection_mlp
 from simsiam.runtime import reader
 from simsiam.runtime.config import Config
 from simsiam.runtime.files import error_prefix
@@ -79,13 +79,10 @@ def build_network(
     the file does not have is empty. Raises ValueError, which does not name the file.
     """
     weights, encoder, notes = translate(weights, stem)
+    arch, stem, width, channels = checkpoint.backbone_args(encoder)
     with torch.device("meta"):
-        arch, stem, width, channels = checkpoint.backbone_args(encoder)
-        net = SimSiam(arch, stem, 4, width=width, channels=channels)
-        net.projector, net.predictor = (
-            build_head(weights, "projector"),
-            build_head(weights, "predictor"),
-        )
+        heads = build_head(weights, "projector"), build_head(weights, "predictor")
+        net = SimSiam(arch, stem, width=width, channels=channels, heads=heads)
         if "fc.weight" in weights:
             net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
     checkpoint.load_strictly(net, weights)
@@ -120,7 +117,7 @@ def init_from_checkpoint(net: SimSiam, path: str | Path, parts: str = "fitting")
             flags = [f"--{flag} {encoder[flag]}" for flag in ("arch", "stem", "width")]
             flags = [flag for flag in flags if not flag.endswith("None")]
             raise ValueError(f"{reason}; it is of {' '.join(flags)}")
-        fits = head_flags(part, given, encoder)
+        fits = head_flags(part, given)
         fits = f"; it fits with {fits}" if fits else ""
         if parts == "all":
             raise ValueError(f"{reason}{fits}; --init_parts fitting starts that at random")
@@ -169,18 +166,16 @@ def first_mismatch(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str |
     return None
 
 
-def head_flags(part: str, given: dict[str, Tensor], encoder: dict) -> str | None:
+def head_flags(part: str, given: dict[str, Tensor]) -> str | None:
     """The flags of main.py for which the projector or predictor in `given` fits, if there are."""
     *layers, last = build_head(given, "projector") or [None]
     if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
         return None
     d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
-    arch, stem, width, channels = checkpoint.backbone_args(encoder)
-    affine = last.affine
     with torch.device("meta"):
-        usual = SimSiam(arch, stem, d, number, width, projector_affine=affine, channels=channels)
-        usual = usual.state_dict()
-    if first_mismatch(select_part(usual, part), select_part(given, part)):
+        projector = projection_mlp(layers[0].in_features, d, number, affine=last.affine)
+        heads = nn.ModuleDict({"projector": projector, "predictor": prediction_mlp(d)})
+    if first_mismatch(select_part(heads.state_dict(), part), select_part(given, part)):
         return None
     return f"--feature_dim {d} --projector_layers {number}" + " --projector_affine" * last.affine
 

@@ -1,7 +1,8 @@
-"""Backbones by name, without their classifiers: ours, torchvision's and timm's. They give features.
+"""Backbones by name, without their classifiers: images -> pooled features.
 
-`resnet18` to `resnet152` and `resnet8`, `resnet14`, ... are those of the paper; `timm:NAME` and
-`torchvision:NAME` are any classification model of these libraries, with random weights.
+`resnet18` to `resnet152` are torchvision's, `resnet8`, `resnet14`, ... those of He et al. 2016 for
+CIFAR; `timm:NAME` and `torchvision:NAME` are any classification model of a library. All weights are
+random.
 """
 
 import difflib
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 IMAGENET_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-# First layers of those. For CIFAR: conv1 of 3x3, no max-pool (paper, App. D); in solo-learn's conv1
-# has a padding of 2, in lightly's benchmark there is no ReLU after bn1.
+# First layers of the ResNets. `cifar`: a 3x3 conv1 with stride 1, no max-pool (paper, App. D);
+# `cifar_pad2`: conv1 has a padding of 2 (solo-learn); `cifar_no_relu`: no ReLU after bn1 (lightly's
+# benchmark).
 STEMS = ("cifar", "imagenet", "cifar_pad2", "cifar_no_relu")
 LIBRARIES = ("timm", "torchvision")
-# torchvision's that give more than logits in training: theirs is a loss of its own.
+# Models of torchvision that return auxiliary logits in training.
 WITH_AUXILIARY = ("googlenet", "inception_v3")
-BN_MOMENTUM = 0.1  # PyTorch's
+BN_MOMENTUM = 0.1  # PyTorch's default
 
 
 class PadShortcut(nn.Module):
-    """He et al. 2016, option A: every second pixel, zeros for the new channels; no parameters."""
+    """Parameter-free shortcut (He et al. 2016, option A): stride 2, zeros for the new channels."""
 
     def __init__(self, new_channels: int):
         super().__init__()
@@ -35,10 +37,10 @@ class PadShortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR ResNet of He et al. 2016, sec. 4.2, without its fc: depth 6n+2, three stages.
+    """ResNet for CIFAR (He et al. 2016, sec. 4.2) without its fc: depth 6n+2, three stages.
 
-    The stages are `width`, 2 `width` and 4 `width` channels wide (the paper: 16, 32, 64).
-    Parameters carry torchvision's names. N x `channels` x H x W -> N x 4 `width`.
+    The stages have `width`, 2 `width` and 4 `width` channels (16, 32, 64 in that paper). Parameters
+    have torchvision's names. N x `channels` x H x W -> N x 4 `width`.
     """
 
     def __init__(self, depth: int, width: int = 16, channels: int = 3):
@@ -49,7 +51,7 @@ class CifarResNet(nn.Module):
         self.layer1 = nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks)))
         self.layer2 = self._stage(width, 2 * width, blocks)
         self.layer3 = self._stage(2 * width, 4 * width, blocks)
-        # As torchvision's ResNet with zero_init_residual=True.
+        # The initialisation of torchvision's ResNet with zero_init_residual=True.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -70,17 +72,15 @@ class CifarResNet(nn.Module):
 def build_backbone(
     arch: str, stem: str = "cifar", width: int | None = None, channels: int = 3
 ) -> tuple[nn.Module, int]:
-    """A randomly initialised backbone that ends in its pooled features, and their number.
+    """Build a randomly initialised backbone for images of so many `channels`.
 
-    It takes images of so many `channels`.
+    Returns the network, N x `channels` x H x W -> N x features, and the number of features.
 
-    `arch` is one of torchvision's ResNets, `resnet18` to `resnet152`, with one of `STEMS`; or
-    `resnet{6n+2}` (`resnet8`, `resnet14`, `resnet20`, ...) of He et al. 2016, sec. 4.2, `width`
-    (16) channels wide at its start, which always has the CIFAR stem. (`resnet50` and `resnet152`
-    would fit both families: they are torchvision's.) Or it is `timm:NAME` or `torchvision:NAME`, as
-    `build_library_backbone` has it, whose stem is called `imagenet`.
-
-    Raises ValueError for an unknown `arch` or `stem`, or one that does not go with the other flags.
+    `arch`: one of `IMAGENET_ARCHS`, with a stem of `STEMS`; `resnet{6n+2}` of `CifarResNet`, with
+    the `cifar` stem and a `width` (16); or `timm:NAME` or `torchvision:NAME`, with the stem called
+    `imagenet`. Of the names that fit both ResNet families, `resnet50` and `resnet152`, the former
+    has them. Raises ValueError for an unknown `arch` or `stem`, or a `stem` or `width` that `arch`
+    does not have.
     """
     if stem not in STEMS:
         raise ValueError(f"--stem {stem}: choose one of {', '.join(STEMS)}")
@@ -92,22 +92,10 @@ def build_backbone(
     if library:
         if stem != "imagenet":
             raise ValueError(f"--stem {stem}: {arch} has first layers of its own: leave it out")
-        with torch.device("cpu"):  # buffers that no checkpoint has would stay on meta
+        with torch.device("cpu"):  # under `meta`, non-persistent buffers would have no values
             return build_library_backbone(arch, channels)
     if arch in IMAGENET_ARCHS:
-        net = getattr(torchvision.models, arch)(zero_init_residual=True)
-        features = net.fc.in_features
-        net.fc = nn.Identity()
-        if stem != "imagenet":
-            padding = 2 if stem == "cifar_pad2" else 1
-            net.conv1 = nn.Conv2d(channels, 64, 3, padding=padding, bias=False)
-            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-            net.maxpool = nn.Identity()
-        elif channels != 3:
-            replace_first_conv(net, channels)
-        if stem == "cifar_no_relu":
-            net.relu = nn.Identity()  # that of the stem: blocks have their own
-        return net, features
+        return build_resnet(arch, stem, channels)
     depth = re.fullmatch(r"resnet(\d{1,4})", arch)
     if not depth or int(depth[1]) < 8 or int(depth[1]) % 6 != 2:
         raise ValueError(
@@ -115,24 +103,47 @@ def build_backbone(
             "resnet14, resnet20, ... (depth 6n+2), timm:NAME or torchvision:NAME"
         )
     if stem != "cifar":
-        raise ValueError(f"--stem {stem}: {arch} has the CIFAR stem only; use --stem cifar")
+        raise ValueError(f"--stem {stem}: {arch} has the CIFAR stem only: use --stem cifar")
     net = CifarResNet(int(depth[1]), width or 16, channels)
     return net, 4 * net.conv1.out_channels
 
 
+def build_resnet(arch: str, stem: str, channels: int) -> tuple[nn.Module, int]:
+    """Build one of `IMAGENET_ARCHS` with one of `STEMS`; returns it and its number of features."""
+    net = getattr(torchvision.models, arch)(zero_init_residual=True)
+    features = net.fc.in_features
+    net.fc = nn.Identity()
+    if stem == "imagenet":
+        if channels != 3:
+            replace_first_conv(net, channels)
+        return net, features
+    padding = 2 if stem == "cifar_pad2" else 1
+    net.conv1 = nn.Conv2d(channels, 64, 3, padding=padding, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+    if stem == "cifar_no_relu":
+        net.relu = nn.Identity()  # the blocks have their own
+    return net, features
+
+
+# ---- timm and torchvision -----------------------------------------------------------------------
+
+
 def is_library_arch(arch: str) -> bool:
-    """Whether a backbone is timm's or torchvision's, by its name."""
+    """Return whether `arch` names a model of timm or torchvision."""
     return any(arch.startswith(f"{library}:") for library in LIBRARIES)
 
 
 def build_library_backbone(arch: str, channels: int = 3) -> tuple[nn.Module, int]:
-    """`timm:NAME` or `torchvision:NAME` with random weights and no classifier; its features.
+    """Build `timm:NAME` or `torchvision:NAME` without its classifier; returns it and its features.
 
-    Parameters carry their library's names. BN's running statistics move by a tenth a step at least:
-    by a hundredth, as in torchvision's MobileNets, they lag so far behind in a short run that in
-    eval mode the network is another one. Dropout and stochastic depth are off: they would draw at
-    random from more than seed, epoch, step and sample, and a resumed run would be another one.
-    timm's vision transformers take any size that their patches divide. Raises ValueError.
+    Parameters have the library's names. timm's vision transformers take any image size that their
+    patches divide. Two settings differ from the library's:
+    - BN's momentum is at least 0.1. With 0.01, as in torchvision's MobileNets, running statistics
+      lag so far behind in a short run that eval mode computes something else.
+    - Dropout and stochastic depth are off: their random numbers are not a function of (seed, epoch,
+      step), so that a resumed run would differ.
+    Raises ValueError.
     """
     library, _, name = arch.partition(":")
     net, features = (build_timm if library == "timm" else build_torchvision)(name, channels)
@@ -146,20 +157,20 @@ def build_library_backbone(arch: str, channels: int = 3) -> tuple[nn.Module, int
     return net, features
 
 
-def build_timm(name: str, channels: int = 3) -> tuple[nn.Module, int]:
-    """timm's model without its classifier, and its features. Raises ValueError."""
+def build_timm(name: str, channels: int) -> tuple[nn.Module, int]:
+    """Build a model of timm without its classifier; returns it and its number of features."""
     import timm  # here: it takes a second
 
     check_model_name("timm", name, timm.list_models())
     try:
         net = timm.create_model(name, num_classes=0, in_chans=channels, dynamic_img_size=True)
-    except TypeError:  # it is no transformer, and takes any size
+    except TypeError:  # not a transformer: it takes any size as it is
         net = timm.create_model(name, num_classes=0, in_chans=channels)
     return net, getattr(net, "head_hidden_size", None) or net.num_features
 
 
-def build_torchvision(name: str, channels: int = 3) -> tuple[nn.Module, int]:
-    """torchvision's model, its last linear layer an Identity; its features. Raises ValueError."""
+def build_torchvision(name: str, channels: int) -> tuple[nn.Module, int]:
+    """Build a model of torchvision without its last layer; returns it and its features."""
     check_model_name("torchvision", name, torchvision.models.list_models(torchvision.models))
     net = torchvision.models.get_model(name, weights=None) if name not in WITH_AUXILIARY else None
     last = find_classifier(net) if net else None
@@ -172,19 +183,52 @@ def build_torchvision(name: str, channels: int = 3) -> tuple[nn.Module, int]:
     return net, features
 
 
+def check_model_name(library: str, name: str, choices: list[str]) -> None:
+    """Raise ValueError, which suggests similar names, for a name that is not in `choices`."""
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, 3, 0.4)
+        hint = f"; similar names: {', '.join(near)}" if near else ""
+        raise ValueError(f"--arch {library}:{name}: {library} has no such model{hint}")
+
+
+def find_classifier(net: nn.Module) -> str | None:
+    """Return the name of the last linear layer with 1000 outputs, None if there is none."""
+    linear = [(name, module) for name, module in net.named_modules() if type(module) is nn.Linear]
+    return next((name for name, module in linear[::-1] if module.out_features == 1000), None)
+
+
+def classifier_name(arch: str) -> str:
+    """Return the classifier's parameter prefix in the library of `timm:NAME`, `torchvision:NAME`.
+
+    Raises ValueError for a model with several classifiers.
+    """
+    library, _, name = arch.partition(":")
+    if library == "torchvision":
+        return find_classifier(torchvision.models.get_model(name, weights=None))
+    import timm
+
+    prefix = timm.get_pretrained_cfg(name).classifier
+    if not isinstance(prefix, str):  # a distilled model has two
+        raise ValueError(f"timm's {name} has no single classifier: add --encoder_only")
+    return prefix
+
+
+# ---- any network --------------------------------------------------------------------------------
+
+
 def input_channels(net: nn.Module) -> int:
-    """How many channels the images of a network have; 3 where no convolution tells."""
-    found = (module.in_channels for module in net.modules() if isinstance(module, nn.Conv2d))
-    return next(found, 3)
+    """Return the image channels of a network, those of its first convolution; 3 without any."""
+    convolutions = (module for module in net.modules() if isinstance(module, nn.Conv2d))
+    return next((conv.in_channels for conv in convolutions), 3)
 
 
 def replace_first_conv(net: nn.Module, channels: int) -> None:
-    """Give torchvision's network a first convolution of so many `channels`, as He et al. start it.
+    """Replace a network's first convolution by a new one for so many image `channels`.
 
-    (Delving Deep into Rectifiers, arXiv 1502.01852, Eq. 14, as torchvision does.)
+    The initialisation is torchvision's: He et al. 2015, arXiv 1502.01852, Eq. 14.
     """
-    named = net.named_modules()
-    name, old = next((name, layer) for name, layer in named if isinstance(layer, nn.Conv2d))
+    modules = net.named_modules()
+    name, old = next((name, layer) for name, layer in modules if isinstance(layer, nn.Conv2d))
     shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation")}
     new = nn.Conv2d(channels, old.out_channels, **shape, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
@@ -193,37 +237,6 @@ def replace_first_conv(net: nn.Module, channels: int) -> None:
     net.set_submodule(name, new)
 
 
-def find_classifier(net: nn.Module) -> str | None:
-    """The name of torchvision's last linear layer, of 1,000 classes; None where there is none."""
-    names = [
-        name
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == 1000
-    ]
-    return names[-1] if names else None
-
-
-def check_model_name(library: str, name: str, known: list[str]) -> None:
-    """Raises ValueError for a name that a library has not, with the nearest that it has."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3, 0.4)
-        hint = f"; the nearest are {', '.join(near)}" if near else ""
-        raise ValueError(f"--arch {library}:{name}: {library} has no such model{hint}")
-
-
-def classifier_name(arch: str) -> str:
-    """What its library calls the classifier of a backbone `build_library_backbone`."""
-    library, _, name = arch.partition(":")
-    if library == "timm":
-        import timm
-
-        found = timm.get_pretrained_cfg(name).classifier
-        if not isinstance(found, str):  # of a distilled one there are two
-            raise ValueError(f"timm's {name} has no single classifier: add --encoder_only")
-        return found
-    return find_classifier(torchvision.models.get_model(name, weights=None))
-
-
 def has_batchnorm(net: nn.Module) -> bool:
-    """Whether a network has a BN layer (sec. 4.4: it keeps outputs apart)."""
+    """Return whether a network has a BN layer; without any, a collapse is likelier (sec. 4.4)."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
