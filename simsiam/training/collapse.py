@@ -47,38 +47,6 @@ def collapse_threshold(bn: str, batch_size: int) -> float:
     return (2 / batch_size**0.5) ** 0.5 if bn in ("default", "all") else MIN_STD
 
 
-def detect_collapse(
-    threshold: float,
-    std: float,
-    rank: float | None,
-    start_rank: float,
-    features: int,
-    is_flat: bool,
-) -> tuple[str, str] | None:
-    """Return a collapse's symptom and general advice, or None for a healthy run.
-
-    `threshold`: from `collapse_threshold`. `std`: mean over a window of steps. `rank`: effective
-    rank of the bank's features, None if not measured; `start_rank`: that of the untrained encoder.
-    `features`: their dimension. `is_flat`: the images hardly differ.
-    """
-    if std < threshold:
-        return (
-            f"std of z is {std:.2f}, below {threshold:.2f}: different images get the same output, "
-            "so that the loss goes to -1 and nothing is learned (total collapse)",
-            "Try a lower --lr, --warmup_epochs 10, a larger --batch_size",
-        )
-    min_rank = MIN_RANK if is_flat or start_rank >= MIN_RANK else 0
-    if rank is not None and rank < max(MIN_RANK_RATIO * start_rank, min_rank):
-        return (
-            f"the effective rank of the features is {rank:.1f} of {features}, and was "
-            f"{start_rank:.1f} before training: std is {std:.2f}, but the features span few "
-            "dimensions (dimensional collapse)",
-            "The network may be too small for the data (Li, Efros, Pathak, ECCV 2022), or lr too "
-            "high: try a wider or deeper --arch, fewer --epochs, a lower --lr",
-        )
-    return None
-
-
 def likely_causes(config: PretrainConfig, usual_lr: float, pixel_std: float) -> list[str]:
     """Likely causes of a collapse, with fixes.
 
@@ -245,22 +213,38 @@ class Monitor:
     def check_collapse(
         self, epoch: int, steps: int, std: float, rank: float | None, start_rank: float
     ) -> bool:
-        """Print a warning with likely causes, and return True, at the run's first collapse.
+        """Print a warning and return True at the run's first collapse.
 
-        `steps`: finished steps of the epoch. `std`, `rank`, `start_rank`: see `detect_collapse`.
+        `steps`: finished steps of the epoch. `std`: mean over some steps. `rank`: effective rank of
+        the bank's features, None if not measured. `start_rank`: the untrained encoder's.
         """
-        is_flat = start_rank < MIN_RANK and self.pixel_std < FLAT_IMAGES
-        collapse = detect_collapse(
-            self.threshold, std, rank, start_rank, self.net.features, is_flat
-        )
-        if collapse is None or self.warned:
+        min_rank = MIN_RANK_RATIO * start_rank
+        if start_rank >= MIN_RANK or self.pixel_std < FLAT_IMAGES:
+            min_rank = max(min_rank, MIN_RANK)
+        if std < self.threshold:
+            symptom = (
+                f"std of z is {std:.2f}, below {self.threshold:.2f}: different images get the same "
+                "output, so that the loss goes to -1 and nothing is learned (total collapse)"
+            )
+            advice = "Try a lower --lr, --warmup_epochs 10, a larger --batch_size"
+        elif rank is not None and rank < min_rank:
+            symptom = (
+                f"the effective rank of the features is {rank:.1f} of {self.net.features}, and was "
+                f"{start_rank:.1f} before training: std is {std:.2f}, but the features span few "
+                "dimensions (dimensional collapse)"
+            )
+            advice = (
+                "The network may be too small for the data (Li, Efros, Pathak, ECCV 2022), or lr "
+                "too high: try a wider or deeper --arch, fewer --epochs, a lower --lr"
+            )
+        else:
+            return False
+        if self.warned:
             return False
         self.warned = True
-        symptom, advice = collapse
         causes = likely_causes(self.config, self.usual_lr, self.pixel_std)
         if causes:
             advice = f"Likely: {'; '.join(causes)}"
-        distributed.log(
-            f"warning: collapse in epoch {epoch + 1}, step {steps}: {symptom}. {advice}."
-        )
+        where = f"epoch {epoch + 1}, step {steps}"
+        distributed.log(f"warning: collapse in {where}: {symptom}. {advice}.")
         return True
