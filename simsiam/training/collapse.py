@@ -22,11 +22,12 @@ from simsiam.views.augment import Views
 
 # Steps over which std is averaged before it is checked: the device is read once per window.
 STD_WINDOW = 25
-# Threshold on std of z without BN at the projector's output. Healthy runs have about 0.75 or 0.4,
-# depending on --bn, and collapsed ones less than 0.15.
+# Threshold on std of z without BN at the projector's output: runs start at 0.75 or 0.4, depending
+# on --bn, and collapsed ones end below 0.15.
 MIN_STD = 0.3
 # Thresholds on the effective rank: relative to the untrained encoder's, and absolute. The absolute
-# one does not hold for images so simple that the untrained encoder's rank is already below it.
+# one is waived if the untrained encoder is below it already, as it is on simple images, unless the
+# images hardly differ.
 MIN_RANK_RATIO, MIN_RANK = 0.6, 2
 # Above this weight, VICReg's covariance term has kept networks from learning.
 MAX_COVARIANCE = 0.03
@@ -90,7 +91,7 @@ class KnnResult(NamedTuple):
 
 
 class Monitor:
-    """Measures the features of a pre-training run and warns once if the run collapses.
+    """Monitor of a pre-training run: measures its features and warns once of a collapse.
 
     `images`: the kNN's bank (the training images or a subset) and the test images. `config`: of
     pre-training. `usual_lr`: the recipe's. `warned`: a resumed run was already warned.
@@ -138,14 +139,13 @@ class Monitor:
             pairs = metrics.extract_view_features(net, views, sample, self.amp, seed=seed)
             return KnnResult(bank, None, None, metrics.alignment(*pairs.unbind(1)))
         queries = metrics.extract_features(net, views.eval_transform, images.test_images, self.amp)
-        return KnnResult(
-            bank, queries, self._rank_classes(bank, queries, images.train_labels), None
-        )
+        ranking = self._classify(bank, queries, images.train_labels)
+        return KnnResult(bank, queries, ranking, None)
 
-    def _rank_classes(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
-        """Return the kNN's ranking for each query; ranks share the queries."""
+    def _classify(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
+        """Return the classes of each query, best first; ranks share the queries."""
         is_labelled = labels >= 0  # STL-10's unlabelled images have no vote
-        if not is_labelled.all():  # indexing would copy the bank
+        if not is_labelled.all():  # indexing copies the bank
             bank, labels = bank[is_labelled], labels[is_labelled]
         own = queries[distributed.local_slice(len(queries))]
         ranking = knn(bank, labels, own, self.config.k, self.config.temperature)
@@ -190,7 +190,7 @@ class Monitor:
             metrics.extract_features(pixels, self.views.eval_transform, part, self.amp)
             for part in (images.train_images, images.test_images)
         )
-        ranking = self._rank_classes(bank, queries, images.train_labels)
+        ranking = self._classify(bank, queries, images.train_labels)
         row["raw_acc@1"] = metrics.accuracy(ranking, images.test_labels)[0]
         distributed.log(
             f"kNN top-1 before training: raw pixels {row['raw_acc@1']:.1f} %, untrained encoder "

@@ -11,15 +11,15 @@ from simsiam.training.meters import Meters
 
 
 class Progress:
-    """Shows meters, speed and time left during an epoch, and estimates long runs at their start.
+    """Progress display of an epoch: meters, speed and time left, on rank 0.
 
-    Use it as a context and call it after each step. It reads the meters from the device at most
-    once per second. Ranks other than 0 show nothing.
+    A context manager, called after each step. It reads the meters from the device at most once per
+    second. If the run would take more than a day, it suggests a smaller one at the start.
 
     `epoch`, `start`: the epoch and its first step here, from 0. `config`: has `epochs` and
     `batch_size`. `steps`: per epoch. `shown`: labels of the meters to show, by name. `smaller`: a
-    command that takes less time. `unit`: divisor of the meters per step. `rest`: work of the later
-    epochs, in units of this epoch; by default their number.
+    command that takes less time. `unit`: what one step adds to a meter's divisor (1, or images).
+    `rest`: work of the later epochs relative to this epoch's; by default their number.
     """
 
     def __init__(
