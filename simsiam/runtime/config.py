@@ -259,7 +259,12 @@ class Config:
             try:
                 field.metadata["kind"].check(value)
             except ValueError as error:
-                raise ConfigError(f"--{field.name} {shown(value)}: {error}") from None
+                raise ConfigError(f"{self.flag(field.name)}: {error}") from None
+
+    def flag(self, name: str) -> str:
+        """Return a setting as its flag, for messages: `--lr 0.5`, `--ddp`."""
+        value = getattr(self, name)
+        return f"--{name}" if isinstance(value, bool) else f"--{name} {shown(value)}"
 
     def as_dict(self) -> dict[str, object]:
         """Return the field values by name, as a checkpoint stores them."""

@@ -350,7 +350,7 @@ class PretrainConfig(RunConfig):
             (
                 "warmup_epochs",
                 self.warmup_epochs >= self.epochs,
-                f"{self.warmup_epochs:g} must be below --epochs {self.epochs}",
+                f"must be below --epochs {self.epochs}",
             ),
             ("show_views", self.show_views and self.resume, "cannot be combined with --resume"),
             ("overwrite", self.overwrite and self.resume, "cannot be combined with --resume"),
@@ -379,7 +379,7 @@ class PretrainConfig(RunConfig):
             ),
         ):
             if wrong:
-                raise ConfigError(f"--{flag}: {reason}")
+                raise ConfigError(f"{self.flag(flag)}: {reason}")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -612,14 +612,14 @@ class LinearConfig(RunConfig):
         super().validate()
         for flag, wrong, reason in (
             ("cached", self.cached and self.finetune, "features of a trained encoder change"),
-            ("optimizer lars", self.optimizer == "lars" and self.finetune, "is for heads alone"),
-            ("amp fp16", self.amp == "fp16" and self.finetune, "is for frozen encoders"),
+            ("optimizer", self.optimizer == "lars" and self.finetune, "is for heads alone"),
+            ("amp", self.amp == "fp16" and self.finetune, "is for frozen encoders"),
             *(
                 (flag, getattr(self, flag) and not self.finetune, "goes with --finetune")
                 for flag in ("from_scratch", "encoder_lr", "mixup")
             ),
             (
-                "optimizer adamw",
+                "optimizer",
                 self.optimizer == "adamw" and not self.finetune,
                 "goes with --finetune",
             ),
@@ -629,7 +629,7 @@ class LinearConfig(RunConfig):
         ):
             if wrong:
                 ending = ", so without --finetune" if self.finetune and "goes" not in reason else ""
-                raise ConfigError(f"--{flag}: {reason}{ending}")
+                raise ConfigError(f"{self.flag(flag)}: {reason}{ending}")
 
     @property
     def mode(self) -> str:
