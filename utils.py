@@ -21,7 +21,6 @@ from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import distributed
 from simsiam.runtime.config import (
     Config,
-    ConfigError,
     Kind,
     Number,
     RunConfig,
@@ -80,7 +79,7 @@ class ConfigParser(Parser):
         overrides = vars(self.parse_args(argv))
         try:
             return self.config.resolve(overrides), overrides
-        except ConfigError as error:
+        except ValueError as error:
             self.error(str(error))
 
 

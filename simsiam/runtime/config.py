@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 # ---- kinds of values ----------------------------------------------------------------------------
 
@@ -217,8 +217,10 @@ class Config:
     """The base of a command's settings. `recipes`: named sets of defaults for some of its fields.
 
     `resolve` builds a config from explicit settings, a recipe and the defaults; `from_dict` one
-    from a checkpoint. Both validate.
+    from a checkpoint. Both validate. `selectors`: the settings on which others' defaults depend.
     """
+
+    selectors: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.validate()
@@ -271,16 +273,24 @@ class Config:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def command_line(self, leave_out: Iterable[str] = ()) -> list[str]:
-        """Return the flags that give these settings, where they differ from the defaults."""
+        """Return the flags that resolve to these settings, without those that are defaults."""
+        values = {k: v for k, v in self.as_dict().items() if v is not None}
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        chosen = {k: values[k] for k in self.selectors if values.get(k) != fields[k].default}
+        while True:
+            usual = self.resolve(chosen).as_dict()
+            more = {k: v for k, v in values.items() if k not in chosen and v != usual[k]}
+            if not more:
+                break
+            chosen |= more
         words = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in leave_out or value is None or value == field.default:
+        for name, value in chosen.items():
+            if name in leave_out:
                 continue
             if isinstance(value, bool):
-                words.append(f"--{field.name}" if value else f"--no-{field.name}")
+                words.append(f"--{name}" if value else f"--no-{name}")
             else:
-                words += [f"--{field.name}", *field.metadata["kind"].words(value)]
+                words += [f"--{name}", *fields[name].metadata["kind"].words(value)]
         return words
 
 

@@ -183,8 +183,7 @@ def is_history(rows: list, epochs: int, command: str) -> bool:
         isinstance(row, dict)
         and all(map(is_number, row.values()))
         and row.get("epoch") == i
-        and (i == 0 or "seconds" in row)
-        and ("test_acc@1" in row) == ("test_acc@5" in row)
+        and (i == 0 or ("seconds" in row and ("test_acc@1" in row) == ("test_acc@5" in row)))
         for i, row in enumerate(rows, first)
     )
 

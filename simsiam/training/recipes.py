@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 from simsiam.data.arrays import MAX_CHANNELS
 from simsiam.data.datasets import DATA_NAMES
@@ -56,6 +57,8 @@ class Roots(Kind):
     metavar = "ROOT"
 
     def parse_words(self, words: str | list[str]) -> str:
+        if not all(words):
+            raise ValueError("must be a folder or a list of images")
         roots = []
         for root in map(absolute_root, words):
             matches = [] if os.path.exists(root) else sorted(glob.glob(root))
@@ -303,6 +306,8 @@ class PretrainConfig(RunConfig):
     cuda_graphs: bool = option(
         Flag(), "with --compile on cuda, for small networks: a step as CUDA graphs", False
     )
+
+    selectors: ClassVar[tuple[str, ...]] = ("data_name", "recipe", "arch", "channels")
 
     @classmethod
     def recipes(cls) -> Mapping[str, Mapping[str, object]]:
@@ -589,6 +594,8 @@ class LinearConfig(RunConfig):
     mixup: float = option(
         Number(float, 0, 100), "alpha of mixup in training; 0: none", 0.0, "the whole network"
     )
+
+    selectors: ClassVar[tuple[str, ...]] = ("model_path", "finetune", "optimizer")
 
     @classmethod
     def recipes(cls) -> Mapping[str, Mapping[str, object]]:
