@@ -98,7 +98,7 @@ def initial_network(config: PretrainConfig) -> SimSiam:
         )
     if config.init:
         with error_prefix(f"--init {config.init}"):
-            for note in weights.initialise(net, config.init, config.init_parts):
+            for note in weights.init_from_checkpoint(net, config.init, config.init_parts):
                 distributed.log(f"{config.init}: {note}")
     return net
 

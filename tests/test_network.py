@@ -11,7 +11,9 @@ from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
 from lightly.models.modules.heads import ProjectionHead
 from torch import Tensor, nn
 
+import main
 import model
+from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models.backbones import build_backbone
 from simsiam.models.classifier import Classifier
 from simsiam.models.flops import params_and_flops
@@ -311,6 +313,28 @@ def test_a_method_from_outside_trains(monkeypatch):
     params, flops = params_and_flops(net, 16)
     assert params == sum(p.numel() for p in net.parameters())
     assert flops > 0
+
+
+def test_the_command_trains_and_resumes_a_method_from_outside(monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "barlow_twins", BarlowTwins)
+    flags = "--method barlow_twins --data_name textures --train_size 64 --width 4 --feature_dim 16 "
+    flags += f"--batch_size 32 --lr 0.1 --k 5 --epochs 2 --no-pictures --out {tmp_path} --name"
+
+    def interrupt(epoch, step):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    main.main([*flags.split(), "whole"])
+    with pytest.raises(KeyboardInterrupt):
+        main.main([*flags.split(), "cut"], on_step=interrupt)
+    main.main([*flags.split(), "cut", "--resume"])
+    sources = [LoadedCheckpoint.open(tmp_path / f"{name}_model.pth") for name in ("whole", "cut")]
+    assert all(isinstance(source.net, BarlowTwins) for source in sources)
+    whole, cut = (source.net.state_dict() for source in sources)
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    features = sources[0](torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert features.shape == (2, 16)
 
 
 # ---- parameters, multiply-adds, schedule, classifier --------------------------------------------
