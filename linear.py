@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import utils
 from simsiam.data import folders
 from simsiam.data.datasets import (
-    TORCHVISION_FILES,
+    TORCHVISION,
     check_data_root,
     check_has_test,
     load_dataset,
@@ -145,7 +145,7 @@ def load_images(
     root = config.data_root or (same and saved.data_root) or "data"
     if config.data_root and not config.data_name:
         check_data_root(name, root)
-    elif not config.data_root and name in TORCHVISION_FILES and not os.path.isdir(root):
+    elif not config.data_root and name in TORCHVISION and not os.path.isdir(root):
         root = "data"  # pre-training ran on another machine
     images = load_dataset(
         name,

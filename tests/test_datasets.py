@@ -126,7 +126,7 @@ def test_bad_files_are_left_out_and_named(tmp_path):
     assert "2.png: cannot be read" in bad[2]
     with pytest.raises(ValueError, match="2.png"):  # none is left
         decode_files(files[2:3], 8, bad_images="skip")
-    images, bad = decode_files(files[2:3], 8, bad_images="skip", allow_none=True)
+    images, bad = decode_files(files[2:3], 8, bad_images="skip", allow_empty=True)
     assert (len(images), list(bad)) == (0, [0])
 
 

@@ -93,7 +93,7 @@ def test_an_encoder_turns_images_of_any_kind_into_features(checkpoint, tmp_path)
     assert len(repr(encoder)) < 500  # what a notebook shows
     with pytest.raises(ValueError, match=r"none\.png: cannot be read"):
         encoder([file, tmp_path / "none.png"])
-    with pytest.raises(ValueError, match=r"cannot take torch\.uint8 of shape"):
+    with pytest.raises(ValueError, match=r"torch\.uint8 of shape"):
         encoder(tensor[:1])
 
 

@@ -482,7 +482,7 @@ def test_what_is_there_is_replaced_only_if_asked(fitted, folder, tmp_path, capsy
         linear.main([str(word) for word in ("--model_path", fitted, *mode, *out, "--overwrite")])
     assert len(pandas.read_csv(table)) == 20
     nowhere = ("--predict", folder / "val" / "rows", "--out_csv", tmp_path / "none" / "p.csv")
-    assert "there is no such folder" in refused(capsys, "--model_path", fitted, *nowhere)
+    assert "no such folder" in refused(capsys, "--model_path", fitted, *nowhere)
 
 
 def test_transfer_to_another_data_set(pretrained, tmp_path):

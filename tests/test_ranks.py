@@ -610,11 +610,11 @@ def test_a_run_on_shards(shards, tmp_path, capsys):
     main.main([*flags.split(), "some", "--data_root", pattern % 3])
     assert "120 training images, 0 test images" in capsys.readouterr().out
     line = refused(capsys, main, *flags.split(), "none", "--data_root", pattern % 9)
-    assert "train-000008.tar: there is no such file" in line
+    assert "train-000008.tar: no such file" in line
     line = refused(capsys, main, *flags.split(), "none", "--num_workers", 9)
     assert "--num_workers 9" in line
     assert "8 shards" in line
     junk = tmp_path / "junk.tar"
     junk.write_bytes(b"junk" * 1000)
     line = refused(capsys, main, *flags.split(), "none", "--data_root", junk)
-    assert "junk.tar: is no tar file" in line
+    assert "junk.tar: not a tar file" in line

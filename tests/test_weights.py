@@ -463,7 +463,7 @@ def test_a_predictor_takes_arrays_and_paths_and_says_what_else_it_takes(tmp_path
         (7, "int"),
         (None, "NoneType"),
     ]:
-        with pytest.raises(ValueError, match=f"cannot take ({what}).*: give a PIL image, a file"):
+        with pytest.raises(ValueError, match=f"({what}).*PIL image"):
             predictor.predict(wrong)
     with pytest.raises(ValueError, match="none.png: cannot be read"):
         predictor.predict(str(tmp_path / "none.png"))

@@ -66,7 +66,7 @@ def of_files(
     for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
         some = files[start : start + BATCH]
         cut = (views.size, args.num_workers, args.bad_images, source.resize)
-        images, bad = decode_files(some, *cut, allow_none=True, options=source.decode)
+        images, bad = decode_files(some, *cut, allow_empty=True, options=source.decode)
         for reason in bad.values():
             distributed.log(reason)
         kept += [start + i for i in range(len(some)) if i not in bad]

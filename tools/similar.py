@@ -61,7 +61,7 @@ def listed(root: Path) -> list[Path]:
     if not root.is_dir():
         return folders.find_images(root, scored=False).train.files
     listing = folders.list_folder(root, labelled=False)
-    distributed.log(folders.summarize(root, [("", listing)]).replace("no classes, ", ""))
+    distributed.log(folders.summarize(root, [("", listing)]))
     return listing.files
 
 

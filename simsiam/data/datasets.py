@@ -1,60 +1,30 @@
 """Data sets by name: torchvision's, the user's own folders and lists, shards, textures."""
 
 import copy
+import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
 
 from simsiam.data import folders
-from simsiam.runtime import distributed
-from simsiam.data.decode import DEFAULT_DECODE, SKIP_HINT, USER_DATA, DecodeOptions, decode_files, read_header, imagenet_resize_size
+from simsiam.data.decode import (
+    DEFAULT_DECODE,
+    SKIP_HINT,
+    USER_DATA,
+    DecodeOptions,
+    decode_files,
+    imagenet_resize_size,
+    read_header,
+)
 from simsiam.data.loader import Data, ImageFiles, filter_readable
 from simsiam.data.shards import load_shards
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
-
-DATA_NAMES = tuple(
-    ("cifar10 cifar100 stl10 svhn fashion_mnist folder imagenet webdataset textures").split()
-)
-
-# What torchvision has downloaded: a folder of it holds one of these.
-TORCHVISION_FILES = {
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
-    "stl10": ("stl10_binary", "stl10_binary.tar.gz"),
-    "svhn": ("train_32x32.mat",),
-    "fashion_mnist": ("FashionMNIST",),
-}
-
-
-def check_data_root(name: str, root: str | Path) -> None:
-    """Raises ValueError where `root` holds images of the user's own, not the data set `name`.
-
-    For where the user gave the one and not the other.
-    """
-    there = any(Path(root, part).exists() for part in TORCHVISION_FILES.get(name, ()))
-    if name in TORCHVISION_FILES and not there and folders.has_images(Path(root)):
-        raise ValueError(
-            f"--data_root {root}: holds images, and the data set is {name}: add --data_name "
-            f"folder; or --data_name {name}, which is then downloaded there"
-        )
-
-
-def check_has_test(test: object, root: str | Path) -> None:
-    """Raises ValueError where the data set at `root` has no part `test` to score with: None."""
-    if test is None:
-        raise ValueError(f"--data_root {root}: has no labelled test images to score with")
-
-
-def resize_size(name: str, size: int) -> int:
-    """What the test transform of the data set `name` resizes to before its centre crop of `size`.
-
-    ImageNet's custom is 256 for a crop of 224; elsewhere no margin is cut off.
-    """
-    return imagenet_resize_size(size) if name in ("imagenet", "webdataset") else size
+from simsiam.runtime import distributed
 
 
 def load_dataset(
@@ -67,84 +37,124 @@ def load_dataset(
     decode: DecodeOptions = DEFAULT_DECODE,
     split_names: list[str] | None = None,
 ) -> Data:
-    """The data set `name`, one of DATA_NAMES; torchvision's are downloaded once into `root`.
+    """Load the data set `name`, a key of DATASETS; torchvision's are downloaded once into `root`.
 
-    Images are uint8, N x C x H x W, `image_size` pixels a side where it is given; labels int64, N.
-    `folder` takes the user's own images (see `load_folder`), of one root or several, decoded by
-    `workers` threads; `imagenet` too, but keeps them as `ImageFiles`, which each epoch decodes again,
-    and `webdataset` (see `load_shards`) as `Shards`. `decode` and `split_names` are for these.
+    Images are uint8, N x C x H x W, or `ImageFiles` for imagenet and webdataset, which are decoded
+    in each epoch. Labels are int64, N. The other arguments are for the user's own files:
+    `image_size` in pixels, `workers` threads that decode, "skip" as `bad_images`, `test_only` to
+    leave the training images out, and `split_names` (see `load_folder`).
 
-    Raises ValueError for an unknown name, FileNotFoundError or ValueError (naming the file) for a
-    folder that cannot be used, ConnectionError where a download fails.
+    Raises ValueError for a wrong argument, FileNotFoundError or ValueError naming the file for
+    unusable files, ConnectionError for a failed download.
     """
+    if name not in DATASETS:
+        raise ValueError(f"--data_name {name}: choose {', '.join(DATASETS)}")
     if decode.channels != 3 and name not in USER_DATA:
         raise ValueError(
-            f"--data_name {name}: its images have 3 channels, not {decode.channels}: give "
-            f"{', '.join(USER_DATA)} or another encoder"
+            f"--data_name {name}: its images have 3 channels, but --channels is {decode.channels}: "
+            f"choose {' or '.join(USER_DATA)}, or an encoder for 3"
         )
     if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
-        raise ValueError("--split_names: goes with --data_name folder or imagenet, and a folder")
-    if name in TORCHVISION_FILES and len(folders.split_roots(root)) > 1:
-        raise ValueError(f"--data_root: {name} has one; several are for --data_name folder")
-    if name == "textures":
-        return copy.deepcopy(load_textures())  # what one run does to them is not another's
-    if name in ("folder", "imagenet"):
-        how = (image_size, workers, bad_images, test_only, name == "folder", decode, split_names)
-        return load_folder(Path(root), *how)
-    if name == "webdataset":
-        return load_shards(str(root), image_size, workers, bad_images, test_only, decode)
-    if name not in DATA_NAMES:
-        raise ValueError(f"--data_name {name}: choose one of {', '.join(DATA_NAMES)}")
-    return load_torchvision(name, Path(root))
+        raise ValueError(
+            "--split_names: needs --data_name folder or imagenet, and a folder as --data_root"
+        )
+    if name in TORCHVISION and len(folders.split_roots(root)) > 1:
+        raise ValueError(f"--data_root: {name} has one root; several need --data_name folder")
+    return DATASETS[name](
+        root=root,
+        image_size=image_size,
+        workers=workers,
+        bad_images=bad_images,
+        test_only=test_only,
+        decode=decode,
+        split_names=split_names,
+    )
+
+
+def check_data_root(name: str, root: str | Path) -> None:
+    """Raise ValueError if `root` has images of the user's own, but `name` is torchvision's.
+
+    To be called if the user gave --data_root without --data_name.
+    """
+    if name not in TORCHVISION or not folders.has_images(Path(root)):
+        return
+    if not any(Path(root, file).exists() for file in TORCHVISION[name][1]):
+        raise ValueError(
+            f"--data_root {root}: has images, but --data_name is {name}: add --data_name folder, "
+            f"or --data_name {name} to download it there"
+        )
+
+
+def check_has_test(test: object, root: str | Path) -> None:
+    """Raise ValueError if the data set at `root` has no test images: `test` is None."""
+    if test is None:
+        raise ValueError(f"--data_root {root}: has no labelled test images")
+
+
+def resize_size(name: str, crop_size: int) -> int:
+    """Return the shorter side, in pixels, before the centre crop of the test transform.
+
+    256 for ImageNet's crop of 224; elsewhere the crop has no margin.
+    """
+    return imagenet_resize_size(crop_size) if name in ("imagenet", "webdataset") else crop_size
+
+
+# ---- data sets without files of the user's own --------------------------------------------------
 
 
 @functools.cache
-def load_textures() -> Data:
-    """The textures, made once a process: many runs of it may ask for them, and they are 15 MB."""
+def cached_textures() -> Data:
+    """Generate the textures (15 MB) once per process."""
     return Data(*make_textures(4000, seed=1), *make_textures(1000, seed=2), list(TEXTURE_CLASSES))
 
 
-def load_torchvision(name: str, root: Path) -> Data:
-    """CIFAR-10/100, STL-10, SVHN or Fashion-MNIST at their native size, as `Data`.
+def load_textures(**_: object) -> Data:
+    """Return the textures: 4,000 training and 1,000 test images of 32 x 32 pixels."""
+    return copy.deepcopy(cached_textures())  # a caller may change its own copy
 
-    STL-10's training images are its labelled and its unlabelled ones; Fashion-MNIST's one channel
-    is repeated three times. Raises ConnectionError where the download fails.
+
+# Class and, relative to the root, files of which one exists after the download.
+TORCHVISION = {
+    "cifar10": (CIFAR10, ("cifar-10-batches-py", "cifar-10-python.tar.gz")),
+    "cifar100": (CIFAR100, ("cifar-100-python", "cifar-100-python.tar.gz")),
+    "stl10": (STL10, ("stl10_binary", "stl10_binary.tar.gz")),
+    "svhn": (SVHN, ("train_32x32.mat",)),
+    "fashion_mnist": (FashionMNIST, ("FashionMNIST",)),
+}
+
+
+def load_torchvision(name: str, root: str | Path, **_: object) -> Data:
+    """Load a data set of torchvision at its native size; download it if necessary.
+
+    STL-10's training images include the unlabelled ones. Fashion-MNIST's channel is repeated three
+    times. Raises ConnectionError if the download fails.
     """
-    sets = torchvision.datasets
-    kinds = {
-        "cifar10": sets.CIFAR10,
-        "cifar100": sets.CIFAR100,
-        "stl10": sets.STL10,
-        "svhn": sets.SVHN,
-        "fashion_mnist": sets.FashionMNIST,
-    }
-    kind, place = kinds[name], root
+    cls, (*_, archive) = TORCHVISION[name]
+    folder = Path(root)
     splits = [{"train": True}, {"train": False}]
     if name in ("stl10", "svhn"):
         splits = [{"split": "train+unlabeled" if name == "stl10" else "train"}, {"split": "test"}]
     if name == "svhn":
         archive = "train_32x32.mat and test_32x32.mat"
     elif name == "fashion_mnist":
-        archive, place = "its four *-ubyte.gz files", root / "FashionMNIST" / "raw"
-    else:
-        archive = kind.filename
+        archive, folder = "its four *-ubyte.gz files", folder / "FashionMNIST" / "raw"
 
-    def downloaded() -> list[torch.utils.data.Dataset]:
+    def download() -> list[torch.utils.data.Dataset]:
         try:
-            return [kind(root, download=True, **split) for split in splits]
-        except ImportError as error:  # SVHN's reader
+            return [cls(root, download=True, **split) for split in splits]
+        except ImportError as error:  # SVHN is read with SciPy
             raise ValueError(
                 f"--data_name {name}: needs {error.name}: pip install scipy"
             ) from error
-        except (OSError, RuntimeError) as error:  # URLError; RuntimeError at a bad MD5
+        except (OSError, RuntimeError) as error:  # URLError; RuntimeError for a wrong checksum
             reason = getattr(error, "reason", error)
             raise ConnectionError(
-                f"--data_name {name}: could not be downloaded ({reason}); put {archive} into "
-                f"{place} yourself, or go on without a network: --data_name textures"
+                f"--data_name {name}: download failed ({reason}): put {archive} into {folder}, "
+                "or use a data set that needs no network: --data_name textures"
             ) from error
 
-    parts = distributed.rank0_first(downloaded)
     tensors = []
+    parts = distributed.rank0_first(download)
     for part in parts:
         images = torch.as_tensor(np.asarray(part.data))
         if name.startswith("cifar"):
@@ -160,70 +170,63 @@ def load_torchvision(name: str, root: Path) -> Data:
 
 
 def load_folder(
-    root: Path,
-    image_size: int | None = None,
-    workers: int = 2,
-    bad_images: str = "error",
-    test_only: bool = False,
+    root: str | Path,
+    image_size: int | None,
+    workers: int,
+    bad_images: str,
+    test_only: bool,
+    decode: DecodeOptions,
+    split_names: list[str] | None,
     in_memory: bool = True,
-    decode: DecodeOptions = DEFAULT_DECODE,
-    split_names: list[str] | None = None,
 ) -> Data:
-    """The user's own images, decoded once or left as `ImageFiles`; if `test_only`, no training image.
+    """Load images of the user's own: decoded once, or as `ImageFiles` unless `in_memory`.
 
-    `root` is one of
-    - a folder with `train/<class>/*` and, to score with, `test/<class>/*` or `val/<class>/*`;
-    - a folder with `train.csv` and, to score with, `test.csv` or `val.csv`;
-    - a CSV list: column `path` (relative to the list's folder), optional column `label`;
+    `root` is one of these, or several of them joined by a colon:
+    - a folder with `train/<class>/*` and, for the scores, `test/<class>/*` or `val/<class>/*`;
+    - a folder with `train.csv` and, for the scores, `test.csv` or `val.csv`;
+    - a CSV list with a column `path` (relative to the list) and, optionally, `label`;
     - a folder of images at any depth, without labels;
-    - Kaggle's ImageNet, as it is unpacked.
+    - Kaggle's ImageNet as unpacked.
 
-    In the place of `train`, `test` and `val` there may be one of `folders.SPLIT_NAMES`; `split_names`
-    says which to take. `decode`: of the files, and which of them to leave out.
-
-    Each image's shorter side is resized to `image_size`, then its centre is cropped: the default
-    is the median shorter side of (at most 100 of) the images, at most 96.
-
-    A file that cannot be read is an error or, if `bad_images` is "skip", left out.
-
+    Splits may have other usual names (`folders.SPLIT_NAMES`), or those given as `split_names`.
+    `image_size` defaults to the median shorter side of up to 100 images, at most 96 pixels.
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    train, test, line, _ = folders.find_images(root, split_names, exclude=decode.exclude)
-    files, names = train.files, train.labels
-    classes = sorted({name for name in names if name is not None})
-    number = {name: i for i, name in enumerate(classes)} | {None: -1}
-    if test:
-        for path, name in zip(test.files, test.labels, strict=True):
-            if name is None:
-                raise ValueError(f"{path}: has no class, and is to be scored with")
-            if name not in number:
-                raise ValueError(f"{path}: its class {name} is not among the training classes")
-    if image_size is None:
-        image_size = default_image_size(files[:: max(1, len(files) // 100)], bad_images, decode)
-    bad: list[str] = []
+    train, test, summary, _ = folders.find_images(Path(root), split_names, exclude=decode.exclude)
+    size = image_size or default_image_size(train.files, bad_images, decode)
 
-    def part(files: list[Path], names: list[str | None]) -> tuple[Tensor | ImageFiles, Tensor]:
+    def read(files: list[Path]) -> tuple[Tensor | ImageFiles, dict[int, str]]:
         if in_memory:
-            images, found = decode_files(files, image_size, workers, bad_images, options=decode)
-        else:
-            good, found = filter_readable(list(map(str, files)), workers, bad_images, decode)
-            images = ImageFiles(good, image_size, workers, decode)
-        bad.extend(found.values())
-        good = [name for i, name in enumerate(names) if i not in found]
-        return images, torch.tensor([number[name] for name in good], dtype=torch.int64)
+            return decode_files(files, size, workers, bad_images, options=decode)
+        readable, reasons = filter_readable(list(map(str, files)), workers, bad_images, decode)
+        return ImageFiles(readable, size, workers, decode), reasons
 
-    trained = part([], []) if test_only and test else part(files, names)
-    tested = part(test.files, test.labels) if test else (None, None)
-    return Data(*trained, *tested, classes, bad, line, files if in_memory else ())
+    for path, label in zip(*test[:2], strict=True) if test else ():
+        if label is None:
+            raise ValueError(f"{path}: a test image without a class")
+    data = Data.from_files(train[:2], test and test[:2], read, test_only)
+    return dataclasses.replace(data, summary=summary, train_files=train.files if in_memory else ())
 
 
 def default_image_size(files: list[Path], bad_images: str, decode: DecodeOptions) -> int:
-    """The median shorter side of some images, at most 96."""
+    """Return the median shorter side of up to 100 images, at most 96 pixels."""
     sides = []
-    for path in files:
+    for path in files[:: max(1, len(files) // 100)]:
         try:
             sides.append(min(read_header(path, decode).size))
         except ValueError as error:
             if bad_images == "error":
                 raise ValueError(f"{error}{SKIP_HINT}") from error
     return min(96, int(np.median(sides))) if sides else 32
+
+
+# The functions that load a data set, by its name. Each takes the arguments of `load_dataset`,
+# without the name, as keywords.
+DATASETS: dict[str, Callable[..., Data]] = {
+    **{name: functools.partial(load_torchvision, name) for name in TORCHVISION},
+    "folder": load_folder,
+    "imagenet": functools.partial(load_folder, in_memory=False),
+    "webdataset": load_shards,
+    "textures": load_textures,
+}
+DATA_NAMES = tuple(DATASETS)

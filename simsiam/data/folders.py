@@ -1,7 +1,4 @@
-"""Image files in folders and CSV lists: which there are, of which classes, and a line that says so.
-
-Nothing is decoded here.
-"""
+"""List the image files of folders and CSV lists with their classes; nothing is decoded here."""
 
 import collections
 import csv
@@ -14,93 +11,71 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from simsiam.runtime.files import printable
 from simsiam.data.decode import IMAGE_EXTENSIONS
+from simsiam.runtime.files import printable
 
-# Names of a folder's parts, in any case. Test images are scored with, or else validation images.
+# Names of the splits of a folder, in any case. "val" is used if there is no labelled "test".
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
     "val": ("val", "valid", "validation"),
 }
-# What systems leave in folders, besides files whose names begin with a dot.
+# Files and folders of operating systems; names that begin with a dot are ignored as well.
 SYSTEM_FILES = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
-# Where Kaggle's ImageNet has its train/ and val/, and the classes of the latter.
+# Where Kaggle's ImageNet has its train/ and val/, and the classes of the images in val/.
 KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 KAGGLE_SOLUTION, KAGGLE_VAL_PREFIX = "LOC_val_solution.csv", "ILSVRC2012_val"
-NO_CLASSES_ADVICE = (
-    "has no class folders: put each image into {place}/<class>/, or train without a test: "
-    "--split_names {train}"
-)
-NO_SOLUTION_ADVICE = (
-    f"are ImageNet's, whose classes are in {KAGGLE_SOLUTION} of Kaggle's archive: put that file beside "
-    "the folder, or each image into {place}/<class>/, or train without a test: "
-    "--split_names {train}"
-)
 
 
 class ImageList(NamedTuple):
-    """Image files, each with its class or None; and how many files were left out, by kind."""
+    """Image files, the class of each or None, and the number of skipped files by kind."""
 
     files: list[Path]
     labels: list[str | None]
     skipped: collections.Counter
 
 
+class FolderListing(NamedTuple):
+    """Training images, test images if any, a line that summarizes them, and whether of splits."""
+
+    train: ImageList
+    test: ImageList | None
+    summary: str
+    has_splits: bool
+
+
 # ---- one folder ---------------------------------------------------------------------------------
 
 
-def is_excluded(path: Path, root: Path, patterns: Sequence[str]) -> bool:
-    """Whether a pattern is of a file: of its path below `root`, or of a name in that, in any case.
-
-    Patterns are the shell's, with *, ? and [], where * may stand for slashes, too.
-    """
-    inner = os.path.relpath(path, root).replace(os.sep, "/").lower()
-    names = (inner, *inner.split("/"))
-    return any(fnmatch.fnmatchcase(name, one.lower()) for one in patterns for name in names)
-
-
-def drop_excluded(listing: ImageList, root: Path, patterns: Sequence[str]) -> ImageList:
-    """A listing without the files that are `is_excluded`. Raises FileNotFoundError if none is left."""
-    if not patterns:
-        return listing
-    left = [not is_excluded(path, root, patterns) for path in listing.files]
-    if not any(left):
-        raise FileNotFoundError(f"--exclude: leaves no image of {root}")
-    files, labels = (list(itertools.compress(part, left)) for part in listing[:2])
-    number = len(left) - len(files)
-    return ImageList(files, labels, listing.skipped + collections.Counter(excluded=number))
-
-
 def list_folder(folder: Path, labelled: bool) -> ImageList:
-    """Image files below `folder`, sorted, each with its class: the first folder's name, or None.
+    """List the images below `folder`, sorted; if `labelled`, their first folder is their class.
 
-    Links are followed, but no folder is read twice, and none that `folder` lies in. Raises
-    FileNotFoundError where there are no images.
+    Follows links, but reads no folder twice and none that contains `folder`. Raises
+    FileNotFoundError if there are no images.
     """
     files, skipped = [], collections.Counter()
-    seen = {inode(above) for above in folder.resolve().parents}
-    waiting, links = [folder], []
-    while waiting or links:
-        # Links last: a folder is read where it lies, not where a link to it does.
-        place = waiting.pop() if waiting else links.pop(links.index(min(links)))
-        if inode(place) in seen:
-            skipped["links to folders that are read already"] += 1
+    visited = {inode(parent) for parent in folder.resolve().parents}
+    folders, links = [folder], []
+    while folders or links:
+        # Links come last, so that a folder is listed under its own path and not that of a link.
+        place = folders.pop() if folders else links.pop(links.index(min(links)))
+        if inode(place) in visited:
+            skipped["links to folders already read"] += 1
             continue
-        seen.add(inode(place))
+        visited.add(inode(place))
         for entry in visible_entries(place):
             if is_folder(entry):
-                (links if entry.is_symlink() else waiting).append(Path(entry.path))
-            elif is_special(entry):
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif not is_file(entry):
                 skipped["pipes or devices"] += 1
             elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 files.append(Path(entry.path))
             else:
                 end = os.path.splitext(entry.name)[1].lower()
-                skipped[end if re.fullmatch(r"\.\w{1,8}", end) else "without an ending"] += 1
+                skipped[end if re.fullmatch(r"\.\w{1,8}", end) else "without extension"] += 1
     if not files:
-        found = f"; there are {format_counts(skipped)}" if skipped else ""
-        raise FileNotFoundError(f"{folder}: there are no images ({', '.join(IMAGE_EXTENSIONS)}){found}")
+        others = f"; it has {format_counts(skipped)}" if skipped else ""
+        raise FileNotFoundError(f"{folder}: no images ({', '.join(IMAGE_EXTENSIONS)}){others}")
     files.sort()
     parts = [path.relative_to(folder).parts for path in files]
     labels = [printable(part[0]) if labelled and len(part) > 1 else None for part in parts]
@@ -108,7 +83,7 @@ def list_folder(folder: Path, labelled: bool) -> ImageList:
 
 
 def visible_entries(folder: Path) -> Iterator[os.DirEntry]:
-    """The entries of a folder, but for what systems hide there."""
+    """Iterate over a folder without hidden and system files."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] != "." and entry.name.lower() not in SYSTEM_FILES:
@@ -116,60 +91,85 @@ def visible_entries(folder: Path) -> Iterator[os.DirEntry]:
 
 
 def is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is one, or a link to one; a link that leads nowhere, or round, is none."""
+    """Return True for a folder or a link to one; False for a broken or circular link."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def is_special(entry: os.DirEntry) -> bool:
-    """Whether it is a FIFO, a socket or a device, that nobody should open."""
+def is_file(entry: os.DirEntry) -> bool:
+    """Return True for a file, a link to one and a broken link; False for a FIFO, socket or device."""
     if entry.is_symlink():
-        return os.path.exists(entry.path) and not os.path.isfile(entry.path)
-    return not entry.is_file()
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
 
 
 def inode(folder: Path) -> tuple[int, int]:
-    """What a folder has in common with the links to it."""
+    """Return what identifies a folder under all of its paths."""
     info = os.stat(folder)
     return info.st_dev, info.st_ino
 
 
-def format_counts(skipped: collections.Counter) -> str:
-    """Such as "9 .gif, 3 without an ending": the most common first, at most six kinds."""
-    kinds = sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))
-    told = [f"{number:,} {what}" for what, number in kinds[:6]]
-    rest = sum(number for _, number in kinds[6:])
-    return ", ".join(told + [f"{rest:,} others"] * (rest > 0))
+def has_images(root: Path) -> bool:
+    """Return True for a CSV list, and for a folder with images or lists in its first 1,000 files."""
+    if root.is_file():
+        return root.suffix.lower() == ".csv"
+    names = (name for _, _, names in os.walk(root) for name in names)
+    extensions = (*IMAGE_EXTENSIONS, ".csv")
+    return any(name.lower().endswith(extensions) for name in itertools.islice(names, 1000))
+
+
+def is_excluded(path: Path, root: Path, patterns: Sequence[str]) -> bool:
+    """Return True if a shell pattern matches the path below `root` or a name in it, in any case.
+
+    A * matches slashes, too.
+    """
+    inner = os.path.relpath(path, root).replace(os.sep, "/").lower()
+    names = (inner, *inner.split("/"))
+    return any(fnmatch.fnmatchcase(name, one.lower()) for one in patterns for name in names)
+
+
+def drop_excluded(images: ImageList, root: Path, patterns: Sequence[str]) -> ImageList:
+    """Remove the files that `is_excluded`. Raises FileNotFoundError if none is left."""
+    if not patterns:
+        return images
+    keep = [not is_excluded(path, root, patterns) for path in images.files]
+    if not any(keep):
+        raise FileNotFoundError(f"--exclude {' '.join(patterns)}: leaves no image of {root}")
+    files, labels = (list(itertools.compress(column, keep)) for column in images[:2])
+    excluded = collections.Counter(excluded=len(keep) - len(files))
+    return ImageList(files, labels, images.skipped + excluded)
 
 
 # ---- a CSV list ---------------------------------------------------------------------------------
 
 
-def read_csv_rows(path: Path, usual: tuple[str, ...] = ()) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row of a CSV table, and the number of its last line. Names of columns are lower case.
+def read_csv_rows(
+    path: Path, default_columns: tuple[str, ...] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Iterate over the rows of a CSV file with their line numbers; column names are lower case.
 
-    Where the first row begins with the name of an image, there is no header: the columns are the
-    `usual` ones, as many as there are. Raises ValueError, naming the file and the line, for what is
-    no such table.
+    A file whose first row begins with the name of an image has no header: its columns are the
+    first of `default_columns`. Raises ValueError naming the file and the line.
     """
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: is not in UTF-8: save the list in it") from error
+        raise ValueError(f"{path}, line {line}: not UTF-8: save the file as UTF-8") from error
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = [name.strip().lower() for name in next(reader, [])]
-        if usual and header and header[0].endswith(IMAGE_EXTENSIONS) and len(header) <= len(usual):
+        is_image = bool(header) and header[0].endswith(IMAGE_EXTENSIONS)
+        if is_image and len(header) <= len(default_columns):
             reader = csv.reader(io.StringIO(text, newline=""))
-            header = list(usual[: len(header)])
+            header = list(default_columns[: len(header)])
         if len(set(header)) < len(header):
-            raise ValueError(f"{path}, line 1: two columns have one name")
+            raise ValueError(f"{path}, line 1: two columns have the same name")
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: has {len(row)} fields, and the header "
-                    f"{len(header)}: quote a field that has a comma"
+                    f"{path}, line {reader.line_num}: {len(row)} fields, but the header has "
+                    f"{len(header)}: quote fields with commas"
                 )
             if row:
                 yield reader.line_num, dict(zip(header, map(str.strip, row), strict=True))
@@ -178,38 +178,28 @@ def read_csv_rows(path: Path, usual: tuple[str, ...] = ()) -> Iterator[tuple[int
 
 
 def list_csv(path: Path) -> ImageList:
-    """The files and labels of a CSV list (columns `path`, optional `label`; or without a header).
+    """List the images of a CSV file with the columns `path` and, optionally, `label`.
 
-    Raises FileNotFoundError, or ValueError that names the line.
+    Paths are relative to the file. Raises FileNotFoundError, or ValueError naming the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--data_root {path}: there is no such list")
+        raise FileNotFoundError(f"--data_root {path}: no such file")
     files, labels = [], []
     for line, row in read_csv_rows(path, ("path", "label")):
         if "path" not in row:
             break
         if not row["path"]:
-            raise ValueError(f"{path}, line {line}: has no path")
+            raise ValueError(f"{path}, line {line}: empty path")
         files.append(path.parent / row["path"])
         labels.append(row.get("label") or None)
     if not files:
         raise ValueError(
-            f"{path}: needs a header with a column `path`, and at least one row; commas between "
-            "the columns"
+            f"{path}: needs a header with a column `path`, commas between columns, and a row"
         )
     return ImageList(files, labels, collections.Counter())
 
 
-# ---- a folder's parts ---------------------------------------------------------------------------
-
-
-class FolderListing(NamedTuple):
-    """The images to train on and those to score with, if there are; and a line that says so."""
-
-    train: ImageList
-    test: ImageList | None
-    summary: str
-    has_splits: bool  # whether these are parts of a folder
+# ---- splits -------------------------------------------------------------------------------------
 
 
 def find_images(
@@ -218,200 +208,212 @@ def find_images(
     scored: bool = True,
     exclude: Sequence[str] = (),
 ) -> FolderListing:
-    """The images of `root`, a folder or a CSV list; `datasets.load_folder` says which there may be.
+    """List the images of `root`; `datasets.load_folder` describes what it may be.
 
-    `split_names`: the folder or list within `root` of the images to train on and, if there are two,
-    of those to score with. Where nothing is to be `scored`, these need no classes, and a folder
-    without parts has the folders in it for classes. Several places, joined as by `split_roots`, are one
-    data set, whose classes of one name are one. What is `is_excluded` is left out. Raises
-    FileNotFoundError or ValueError, naming the file.
+    Several roots, joined as for `split_roots`, are one data set; equal class names are one class.
+    `split_names`: the folders or lists in `root` with training and, optionally, test images.
+    With `scored`, test images need classes; without, the folders in a root without splits are its
+    classes. `exclude`: patterns of `is_excluded`. Raises FileNotFoundError or ValueError, naming
+    the file.
     """
-    roots = split_roots(root)
-    if len(roots) > 1:
-        return find_in_roots([Path(one) for one in roots], split_names, scored, exclude)
-    if root.suffix.lower() == ".csv" and not root.is_dir():
-        listing = drop_excluded(list_csv(root), root.parent, exclude)
-        return FolderListing(listing, None, summarize(root, [("", listing)]), False)
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data_root {root}: there is no such folder or .csv list")
-    name = root
-    root, (train, *tests) = find_splits(root, split_names)
-    if train is None:
-        listing = drop_excluded(list_folder(root, labelled=not scored), root, exclude)
-        line = summarize(name, [("", listing)]) + (explain_no_classes(root) if scored else "")
-        return FolderListing(listing, None, line, False)
-    listing, test = drop_excluded(list_split(train), root, exclude), None
-    parts = [(display_name(root, train), listing)]
-    if tests and (any(listing.labels) or not scored):
-        test = drop_excluded(list_test_split(tests[0], train, scored), root, exclude)
-        parts.append((display_name(root, tests[0]), test))
-    line = summarize(name, parts)
-    read = [place for place, _ in parts]
-    unread = [f"{printable(entry.name)}/" for entry in visible_entries(root) if is_folder(entry)]
-    unread = sorted(set(unread) - set(read))
-    if unread and split_names is None:
-        line += f"; not read: {', '.join(unread[:5])}" + ", ..." * (len(unread) > 5)
-    return FolderListing(listing, test, line, True)
+    roots = [Path(one) for one in split_roots(root)]
+    resolved = [one.resolve() for one in roots]
+    for i, one in enumerate(roots):
+        if resolved[i] in resolved[:i]:
+            raise ValueError(f"--data_root: {one} is given twice")
+    listings = [find_in_root(one, split_names, scored, exclude) for one in roots]
+    tests = [listing.test for listing in listings if listing.test]
+    return FolderListing(
+        concatenate([listing.train for listing in listings]),
+        concatenate(tests) if tests else None,
+        "; ".join(listing.summary for listing in listings),
+        any(listing.has_splits for listing in listings),
+    )
 
 
 def split_roots(root: str | Path) -> list[str]:
-    """The places that a --data_root is of: what is between the colons (as in PATH), or itself."""
+    """Split a --data_root at its colons, as in PATH, unless it exists as it is."""
     return [str(root)] if os.path.exists(root) else str(root).split(os.pathsep)
 
 
-def find_in_roots(
-    roots: list[Path], split_names: list[str] | None, scored: bool, exclude: Sequence[str]
+def concatenate(lists: list[ImageList]) -> ImageList:
+    """Join several lists of images."""
+    files, labels, skipped = zip(*lists, strict=True)
+    chain = itertools.chain.from_iterable
+    return ImageList(list(chain(files)), list(chain(labels)), sum(skipped, collections.Counter()))
+
+
+def find_in_root(
+    root: Path, split_names: list[str] | None, scored: bool, exclude: Sequence[str]
 ) -> FolderListing:
-    """What `find_images` finds in several places, together."""
-    twice = [root for i, root in enumerate(roots) if root.resolve() in map(Path.resolve, roots[:i])]
-    if twice:
-        raise ValueError(f"--data_root: {twice[0]} is named twice")
-    parts = [find_images(root, split_names, scored, exclude) for root in roots]
-    tests = [part.test for part in parts if part.test]
-    line = "; ".join(part.summary for part in parts)
-    train = concatenate([part.train for part in parts])
-    return FolderListing(train, concatenate(tests) if tests else None, line, any(p.has_splits for p in parts))
+    """List the images of one folder or CSV list: `find_images` of a single root."""
+    if root.suffix.lower() == ".csv" and not root.is_dir():
+        images = drop_excluded(list_csv(root), root.parent, exclude)
+        return FolderListing(images, None, summarize(root, [("", images)]), False)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--data_root {root}: no such folder or .csv list")
+    folder, train_split, test_split = find_splits(root, split_names)
+    if train_split is None:
+        images = drop_excluded(list_folder(folder, labelled=not scored), folder, exclude)
+        summary = summarize(root, [("", images)])
+        if scored and any(map(is_folder, visible_entries(folder))):
+            summary += f"; its folders become classes if moved to {folder.name}/train/"
+        return FolderListing(images, None, summary, False)
+    train, test = drop_excluded(list_split(train_split), folder, exclude), None
+    splits = [(split_label(folder, train_split), train)]
+    if test_split and (any(train.labels) or not scored):
+        test = drop_excluded(list_test_split(test_split, train_split, scored), folder, exclude)
+        splits.append((split_label(folder, test_split), test))
+    summary = summarize(root, splits)
+    entries = visible_entries(folder)
+    subfolders = {f"{printable(entry.name)}/" for entry in entries if is_folder(entry)}
+    unread = sorted(subfolders - {name for name, _ in splits})
+    if unread and split_names is None:
+        summary += f"; not read: {', '.join(unread[:5])}" + ", ..." * (len(unread) > 5)
+    return FolderListing(train, test, summary, True)
 
 
-def concatenate(listings: list[ImageList]) -> ImageList:
-    """Several listings as one."""
-    files, labels, skipped = zip(*listings, strict=True)
-    one = itertools.chain.from_iterable
-    return ImageList(list(one(files)), list(one(labels)), sum(skipped, collections.Counter()))
+def find_splits(
+    root: Path, split_names: list[str] | None
+) -> tuple[Path, Path | None, Path | None]:
+    """Return the folder with the splits, its training split and its test split, or None.
 
-
-def find_splits(root: Path, split_names: list[str] | None) -> tuple[Path, list[Path | None]]:
-    """The folder of the parts, which Kaggle's ImageNet has deeper within, and the parts.
-
-    Of the latter the first is None where there is none to train on.
+    The folder is `root`, or deeper in Kaggle's ImageNet.
     """
     if split_names:
-        parts = [root / name for name in split_names]
-        for place in parts:
-            if not (place.is_dir() or (place.suffix.lower() == ".csv" and place.is_file())):
+        splits = [root / name for name in split_names]
+        for split in splits:
+            if not (split.is_dir() or (split.suffix.lower() == ".csv" and split.is_file())):
                 raise FileNotFoundError(
-                    f"--split_names {place.name}: {root} has no such folder or .csv list"
+                    f"--split_names {split.name}: no such folder or .csv list in {root}"
                 )
-        return root, parts
+        return root, splits[0], splits[1] if len(splits) > 1 else None
     train = find_split(root, "train")
     for inner in () if train else KAGGLE_FOLDERS:
         if (root / inner / "train").is_dir():
             root = root / inner
             train = root / "train"
             break
-    tests = []
+    test = None
     for kind in ("test", "val") if train else ():
-        place = find_split(root, kind)
-        if place:
-            tests = [place]
-            if has_classes(place):
-                break
-    return root, [train, *tests]
+        split = find_split(root, kind)
+        test = split or test
+        if split and has_classes(split):
+            break
+    return root, train, test
 
 
 def find_split(root: Path, kind: str) -> Path | None:
-    """The folder or list of a part, one of SPLITS; a folder of classes rather than a list.
+    """Return the folder or CSV list of a split named as in SPLIT_NAMES.
 
-    Raises ValueError where two might be meant.
+    A folder with classes takes precedence over a list. Raises ValueError if several match.
     """
-    found = [Path(entry.path) for entry in visible_entries(root)]
-    folders = [path for path in found if path.is_dir() and path.name.lower() in SPLIT_NAMES[kind]]
-    lists = [
-        path
-        for path in found
-        if path.suffix.lower() == ".csv" and path.stem.lower() in SPLIT_NAMES[kind] and path.is_file()
-    ]
-    fitting = folders if len(folders) == 1 and has_classes(folders[0]) else sorted(folders + lists)
-    if len(fitting) > 1:
-        names = " and ".join(display_name(root, path) for path in fitting)
+    paths = [Path(entry.path) for entry in visible_entries(root)]
+    names = SPLIT_NAMES[kind]
+    folders = [path for path in paths if path.is_dir() and path.name.lower() in names]
+    lists = [path for path in paths if path.suffix.lower() == ".csv" and path.is_file()]
+    lists = [path for path in lists if path.stem.lower() in names]
+    matches = sorted(folders + lists)
+    if len(folders) == 1 and has_classes(folders[0]):
+        matches = folders
+    if len(matches) > 1:
+        labels = " and ".join(split_label(root, path) for path in matches)
         raise ValueError(
-            f"--data_root {root}: {names} may both be meant: say which by --split_names TRAIN "
-            "[TEST], such as --split_names " + fitting[0].name
+            f"--data_root {root}: {labels} may both be the {kind} split: choose with --split_names "
+            f"TRAIN [TEST], such as --split_names {matches[0].name}"
         )
-    return fitting[0] if fitting else None
+    return matches[0] if matches else None
 
 
-def has_classes(place: Path) -> bool:
-    """Whether a part has labels: a list, a folder with folders in it, or one of ImageNet's."""
-    return place.is_file() or any(map(is_folder, visible_entries(place))) or find_kaggle_solution(place) is not None
+def has_classes(split: Path) -> bool:
+    """Return True for a list, a folder with subfolders, and ImageNet's val/ with its solution."""
+    return (
+        split.is_file()
+        or any(map(is_folder, visible_entries(split)))
+        or find_kaggle_solution(split) is not None
+    )
 
 
-def find_kaggle_solution(val: Path) -> Path | None:
-    """The table of the classes of ImageNet's validation images, if it lies by their folder."""
-    some = (entry.name for entry in itertools.islice(visible_entries(val), 9))
-    if not any(name.startswith(KAGGLE_VAL_PREFIX) for name in some):
-        return None
-    above = (val, *list(val.resolve().parents)[:4])
-    return next((folder / KAGGLE_SOLUTION for folder in above if (folder / KAGGLE_SOLUTION).is_file()), None)
+def list_split(split: Path) -> ImageList:
+    """List the images of a split with their classes."""
+    return list_csv(split) if split.is_file() else list_folder(split, labelled=True)
 
 
-def list_split(place: Path) -> ImageList:
-    """The files of a part, with their classes."""
-    return list_csv(place) if place.is_file() else list_folder(place, labelled=True)
-
-
-def list_test_split(place: Path, train: Path, scored: bool) -> ImageList:
-    """The files of a part to score with: if `scored`, ValueError where they have no classes."""
-    listing = list_split(place)
-    if any(listing.labels):
-        return listing
-    classes = find_kaggle_solution(place)
-    if classes:
-        return listing._replace(labels=read_kaggle_labels(listing.files, classes))
+def list_test_split(split: Path, train_split: Path, scored: bool) -> ImageList:
+    """List the images of the test split. Raises ValueError if `scored` and they have no classes."""
+    images = list_split(split)
+    if any(images.labels):
+        return images
+    solution = find_kaggle_solution(split)
+    if solution:
+        return images._replace(labels=read_kaggle_labels(images.files, solution))
     if not scored:
-        return listing
-    imagenet = listing.files[0].name.startswith(KAGGLE_VAL_PREFIX)
-    advice = f"{place}: its images " + NO_SOLUTION_ADVICE if imagenet else f"{place}: " + NO_CLASSES_ADVICE
-    raise ValueError(advice.format(place=place.name, train=train.name))
+        return images
+    advice = (
+        f"move each image to {split.name}/<class>/, or train without test images: --split_names "
+        f"{train_split.name}"
+    )
+    if images.files[0].name.startswith(KAGGLE_VAL_PREFIX):
+        raise ValueError(
+            f"{split}: its classes are in {KAGGLE_SOLUTION} of Kaggle's archive: put that file "
+            f"beside the folder; or {advice}"
+        )
+    raise ValueError(f"{split}: has no class folders: {advice}")
 
 
-def read_kaggle_labels(files: list[Path], classes: Path) -> list[str | None]:
-    """The class (wnid) of each of ImageNet's validation images, by the table of Kaggle's."""
-    known = {}
-    for line, row in read_csv_rows(classes):
+def find_kaggle_solution(split: Path) -> Path | None:
+    """Return the table of classes of ImageNet's validation images, in the folder or above it."""
+    names = (entry.name for entry in itertools.islice(visible_entries(split), 9))
+    if not any(name.startswith(KAGGLE_VAL_PREFIX) for name in names):
+        return None
+    parents = (split, *list(split.resolve().parents)[:4])
+    paths = (folder / KAGGLE_SOLUTION for folder in parents)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_kaggle_labels(files: list[Path], solution: Path) -> list[str | None]:
+    """Return the class (WordNet ID) of each of ImageNet's validation images."""
+    classes = {}
+    for line, row in read_csv_rows(solution):
         if not row.get("imageid") or not row.get("predictionstring"):
-            raise ValueError(f"{classes}, line {line}: needs an ImageId and a PredictionString")
-        known[row["imageid"]] = row["predictionstring"].split()[0]
-    return [known.get(path.stem) for path in files]
+            raise ValueError(f"{solution}, line {line}: needs ImageId and PredictionString")
+        classes[row["imageid"]] = row["predictionstring"].split()[0]
+    return [classes.get(path.stem) for path in files]
 
 
-def has_images(root: Path) -> bool:
-    """Whether `root` is a list, or there are images or lists in it, among its first files."""
-    if root.is_file():
-        return root.suffix.lower() == ".csv"
-    names = (name for _, _, names in os.walk(root) for name in names)
-    wanted = (*IMAGE_EXTENSIONS, ".csv")
-    return any(name.lower().endswith(wanted) for name in itertools.islice(names, 1000))
+# ---- the summary --------------------------------------------------------------------------------
 
 
-# ---- the line -----------------------------------------------------------------------------------
+def split_label(root: Path, split: Path) -> str:
+    """Return the name of a split, with a slash after a folder's."""
+    return printable(os.path.relpath(split, root)) + "/" * split.is_dir()
 
 
-def display_name(root: Path, place: Path) -> str:
-    """A part's name, a slash after a folder's."""
-    return printable(os.path.relpath(place, root)) + "/" * place.is_dir()
+def summarize(root: Path, splits: list[tuple[str, ImageList]]) -> str:
+    """Summarize a root in a line: classes, images per split (training, then test), skipped files.
 
-
-def summarize(root: Path, parts: list[tuple[str, ImageList]]) -> str:
-    """What was found in the parts, each with its name: to train on and, if two, to score with."""
-    classes = len(set(parts[0][1].labels) - {None})
-    noun = "class" if classes == 1 else "classes"
-    told = [f"{printable(root.resolve().name)}: {classes or 'no'} {noun}"]
+    `splits`: name and images; a root without splits has one named "".
+    """
+    classes = len(set(splits[0][1].labels) - {None})
+    parts = [f"{classes} class" if classes == 1 else f"{classes} classes"] * (classes > 0)
     skipped = collections.Counter()
-    for kind, (place, listing) in zip(("training", "test"), parts, strict=False):
-        told.append(f"{len(listing.files):,} {f'{kind} images in {place}' if place else 'images'}")
-        without = listing.labels.count(None)
-        if classes and without:
-            told[-1] += f" ({without:,} without a class)"
-        skipped += listing.skipped
+    for kind, (name, images) in zip(("training", "test"), splits, strict=False):
+        part = f"{len(images.files):,} " + (f"{kind} images in {name}" if name else "images")
+        unlabelled = images.labels.count(None)
+        if classes and unlabelled:
+            part += f" ({unlabelled:,} without a class)"
+        parts.append(part)
+        skipped += images.skipped
+    line = f"{printable(root.resolve().name)}: {', '.join(parts)}"
     number = skipped.total()
-    noun = "file" if number == 1 else "files"
-    return ", ".join(told) + f"; left out {number:,} {noun}: {format_counts(skipped)}" * (number > 0)
+    if number:
+        line += f"; skipped {number:,} file{'s' * (number > 1)}: {format_counts(skipped)}"
+    return line
 
 
-def explain_no_classes(root: Path) -> str:
-    """Why a folder's images have no classes, as the end of a line."""
-    folders = sum(map(is_folder, visible_entries(root)))
-    if folders:
-        return f"; its folders are no classes, unless they are moved to {root.name}/train/"
-    return "; classes would be folders in train/"
+def format_counts(counts: collections.Counter) -> str:
+    """Format such as "9 .gif, 3 without extension": the six most frequent kinds first."""
+    kinds = sorted(counts.items(), key=lambda kind: (-kind[1], kind[0]))
+    parts = [f"{number:,} {kind}" for kind, number in kinds[:6]]
+    others = sum(number for _, number in kinds[6:])
+    return ", ".join(parts + [f"{others:,} others"] * (others > 0))

@@ -1,6 +1,6 @@
-"""Data sets in memory or in files, and the loader that deals out their batches.
+"""Data sets in memory or in files, and the loader of their shuffled batches.
 
-Images are bytes (uint8, N x C x H x W) held on the device, or files whose crops workers cut.
+Images are uint8 tensors on the device, or files whose crops are made by worker processes.
 """
 
 import atexit
@@ -11,156 +11,198 @@ import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from simsiam.runtime import distributed
 from simsiam.data.decode import (
     DEFAULT_DECODE,
     SKIP_HINT,
-    UnreadableImageError,
-    ImageFile,
     DecodeOptions,
-    resize_center_crop,
+    ImageFile,
+    UnreadableImageError,
     decode_files,
     ignore_pil_warnings,
     imagenet_resize_size,
     read_image,
+    resize_center_crop,
 )
+from simsiam.runtime import distributed
 from simsiam.views.augment import Augmentation, Batch, Views, crop_boxes
 
 
 @dataclasses.dataclass
 class Data:
-    """A data set. Images: uint8, N x C x H x W, or `ImageFiles`. Labels: int64, N; -1 is "no label".
+    """A data set. Images: uint8, N x C x H x W, or `ImageFiles`. Labels: int64, N; -1 is "none".
 
-    Without test images (or without labels) there is nothing to score: `test_images` is None.
-    `unreadable`: the files that could not be read and were left out, each with the reason. `summary`: a
-    line on how the files were read, or nothing. `train_files`: those of training images that were decoded
-    from files of the user's own, before any was left out.
+    `test_images` is None without labelled test images. `unreadable`: the files left out, with
+    reasons. `summary`: a line about the files read, or "". `train_files`: the user's files of the
+    training images that are in memory, including unreadable ones.
     """
 
-    train_images: "Tensor | Files"
+    train_images: "Tensor | ImageFiles"
     train_labels: Tensor
-    test_images: "Tensor | Files | None"
+    test_images: "Tensor | ImageFiles | None"
     test_labels: Tensor | None
     classes: list[str]
     unreadable: list[str] = dataclasses.field(default_factory=list)
     summary: str = ""
     train_files: Sequence[ImageFile] = ()
 
+    @classmethod
+    def from_files(
+        cls,
+        train: tuple[Sequence[ImageFile], Sequence[str | None]],
+        test: tuple[Sequence[ImageFile], Sequence[str | None]] | None,
+        read: Callable[[Sequence], tuple["Tensor | ImageFiles", dict[int, str]]],
+        test_only: bool,
+        class_order: Callable[[str], Any] | None = None,
+    ) -> "Data":
+        """Build a data set from files and their class names, or None.
+
+        `read` returns the images of files, and the reasons of unreadable ones by index. Where there
+        are test images, `test_only` reads no training image. `class_order`: a sort key. Raises
+        ValueError for a test image of an unknown class.
+        """
+        classes = sorted(set(train[1]) - {None}, key=class_order)
+        index = {name: i for i, name in enumerate(classes)} | {None: -1}
+        for file, name in zip(*test, strict=True) if test else ():
+            if name not in index:
+                raise ValueError(f"{file}: its class {name} is not one of the training images")
+        unreadable = []
+
+        def read_part(files: Sequence, names: Sequence) -> "tuple[Tensor | ImageFiles, Tensor]":
+            images, reasons = read(files)
+            unreadable.extend(reasons.values())
+            labels = [index[name] for i, name in enumerate(names) if i not in reasons]
+            return images, torch.tensor(labels, dtype=torch.int64)
+
+        train_part = read_part([], []) if test_only and test else read_part(*train)
+        test_part = read_part(*test) if test else (None, None)
+        return cls(*train_part, *test_part, classes, unreadable)
+
     def to(self, device: torch.device) -> "Data":
-        """The same on `device`."""
+        """Move images and labels to `device`."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
-        there = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(self, **{name: x.to(device) for name, x in there.items()})
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(self, **{name: x.to(device) for name, x in values.items()})
 
     def select(self, which: Tensor) -> "Data":
-        """The training images that `which` (indices or a mask, on any device) says; all others."""
+        """Select training images by indices or a mask; keep all test images."""
         which = which.to(self.train_labels.device)
         return dataclasses.replace(
             self, train_images=self.train_images[which], train_labels=self.train_labels[which]
         )
 
     def subset(self, size: int, seed: int, flag: str = "--train_size") -> "Data":
-        """`size` of the training images, class-balanced and seeded; all test images."""
+        """Select `size` training images with `balanced_subset`."""
         return self.select(balanced_subset(self.train_labels.cpu(), size, seed, flag))
 
     def limit(self, size: int, seed: int) -> "Data":
-        """A `balanced_subset` of `size`, or all if they are fewer."""
+        """Select at most `size` training images."""
         return self.subset(size, seed) if len(self.train_images) > size else self
 
 
 def balanced_subset(labels: Tensor, size: int, seed: int, flag: str = "--train_size") -> Tensor:
-    """Sorted indices of `size` samples, class-balanced as far as the classes reach, seeded.
+    """Return sorted indices of `size` samples, drawn with `seed`, as many per class as possible.
 
-    Images without a label count as one class. Raises ValueError for a size out of range,
-    naming the `flag` that it is of.
+    Samples without a label count as one class. Raises ValueError naming `flag` if there are fewer
+    samples.
     """
     if not 0 < size <= len(labels):
-        raise ValueError(f"{flag} {size}: must be from 1 to {len(labels)}, the images there")
+        raise ValueError(f"{flag} {size}: must be from 1 to {len(labels)}, the number of images")
     order = np.random.default_rng([seed, 0]).permutation(len(labels))
     shuffled = labels.numpy()[order]
-    turn = np.empty(len(labels), int)  # a sample's place within its class
+    rank_in_class = np.empty(len(labels), int)
     for label in np.unique(shuffled):
-        turn[shuffled == label] = np.arange((shuffled == label).sum())
-    return torch.from_numpy(np.sort(order[np.argsort(turn, kind="stable")[:size]]))
+        rank_in_class[shuffled == label] = np.arange((shuffled == label).sum())
+    chosen = order[np.argsort(rank_in_class, kind="stable")[:size]]
+    return torch.from_numpy(np.sort(chosen))
 
 
-def evenly_spaced(number: int, most: int) -> Tensor:
-    """The places of at most `most` out of `number`, evenly apart."""
-    return torch.linspace(0, number - 1, min(number, most)).long()
+def evenly_spaced(number: int, maximum: int) -> Tensor:
+    """Return at most `maximum` indices below `number`, evenly spaced."""
+    return torch.linspace(0, number - 1, min(number, maximum)).long()
 
 
 # ---- images that stay in their files ------------------------------------------------------------
 
 
-# Images under the test transform that a worker sends at once: small parts of a chunk, since two of
-# each worker's wait in the shared memory.
+# Images per worker message under the test transform. Two messages of each worker wait in the
+# shared memory, so a message must be small.
 EVAL_BATCH_SIZE = 64
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """What a loader's worker makes of a file: uint8, views x size x size x C, or why it cannot.
+    """Crops of image files: uint8, views x size x size x C, or the reason a file is unreadable.
 
-    An item is (epoch, i): `views` random crops of file i, decoded once; their boxes are a function
-    of (seed, epoch, i). With no views: the centre, as the test transform has it.
+    An item is (epoch, i): `num_views` random crops of file i, whose boxes are a function of (seed,
+    epoch, i); or its centre crop under the test transform if `num_views` is 0.
     """
 
-    def __init__(self, files: "ImageFiles", views: int, augmentation: Augmentation, seed: int):
-        self.files, self.views, self.augmentation, self.seed = files, views, augmentation, seed
+    def __init__(self, files: "ImageFiles", num_views: int, augmentation: Augmentation, seed: int):
+        self.files, self.num_views = files, num_views
+        self.augmentation, self.seed = augmentation, seed
 
     def __getitem__(self, item: tuple[int, int]) -> np.ndarray | str:
         epoch, i = item
+        return self.read_crops(self.files.paths[i], epoch, i)
+
+    def read_crops(self, file: ImageFile, epoch: int, sample: int) -> np.ndarray | str:
+        """Return the crops of a file, drawn from (seed, epoch, sample), or why it is unreadable."""
         try:
-            image = read_image(self.files.paths[i], self.files.decode)
-            return self.crop(image, [self.seed, epoch, i])
+            image = read_image(file, self.files.decode)
+            return self.crop(image, [self.seed, epoch, sample])
         except ValueError as error:
             return str(error)
 
-    def crop(self, image: Image.Image, chance: list[int]) -> np.ndarray:
-        """The crops of an image, their boxes a function of `chance`."""
+    def crop(self, image: Image.Image, seed: list[int]) -> np.ndarray:
+        """Crop an image, at random unless `num_views` is 0: uint8, views x size x size x C."""
         size = self.files.size
-        if not self.views:
+        if not self.num_views:
             return resize_center_crop(image, size, imagenet_resize_size(size))[None]
-        rng = np.random.default_rng(chance)
+        rng = np.random.default_rng(seed)
         scale, ratio = self.augmentation.crop_scale, self.augmentation.crop_ratio
-        boxes = crop_boxes(rng, self.views, image.height, image.width, scale, ratio)
-        # Cropped first: PIL's resize of a box would mix in pixels from outside of it.
+        boxes = crop_boxes(rng, self.num_views, image.height, image.width, scale, ratio)
+        # Crop, then resize: PIL's resize of a box would mix in pixels from outside of it.
         crops = (image.crop((x, y, x + w, y + h)) for y, x, h, w in boxes.tolist())
         bilinear = Image.Resampling.BILINEAR
         return np.stack([np.asarray(crop.resize((size, size), bilinear)) for crop in crops])
 
 
 def collate_crops(items: list[np.ndarray | str]) -> Tensor | str:
-    """A worker's batch; of one with a bad file only the reason."""
-    bad = [item for item in items if isinstance(item, str)]
-    return bad[0] if bad else torch.from_numpy(np.stack(items))
+    """Stack crops into a batch; return the reason instead if a file is unreadable."""
+    reasons = [item for item in items if isinstance(item, str)]
+    return reasons[0] if reasons else torch.from_numpy(np.stack(items))
 
 
 class EpochBatchSampler:
-    """The items of a DataLoader, a batch at a time; others in each epoch."""
+    """A batch sampler of (epoch, index) pairs, set anew for each epoch."""
 
     def __init__(self):
-        self.epoch, self.parts = 0, ()
+        self.epoch, self.batches = 0, ()
+
+    def set_epoch(self, epoch: int, start: int, batches: list[Tensor]) -> None:
+        """Continue with the indices of an epoch's batches from step `start` on."""
+        self.epoch, self.batches = epoch, batches[start:]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for part in self.parts:
-            yield [(self.epoch, i) for i in part.tolist()]
+        for batch in self.batches:
+            yield [(self.epoch, i) for i in batch.tolist()]
 
 
 def init_worker(worker: int) -> None:
-    """A worker leaves signals to the run, which needs it to the end of its step."""
+    """Ignore signals in a worker: the run handles them, and needs its workers until a step ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ignore_pil_warnings()
 
 
 def kill_workers() -> None:
-    """At the process's exit, which would wait forever for workers that heed no SIGTERM."""
+    """Kill the workers at exit: they ignore SIGTERM, and Python would wait for them forever."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -168,9 +210,9 @@ def kill_workers() -> None:
 
 @dataclasses.dataclass
 class ImageFiles:
-    """Image files in the place of a uint8 tensor of images, N x C x size x size.
+    """Image files in place of a uint8 tensor N x C x size x size.
 
-    They are decoded when needed, by `workers` processes, and what those cut goes to the device.
+    `workers` processes decode them whenever they are needed; the crops go to `device`.
     """
 
     paths: Sequence[ImageFile]
@@ -186,121 +228,127 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, chosen: Tensor | slice) -> "ImageFiles":
-        """A part of the files: indices, a mask or a slice, as of a tensor."""
-        chosen = chosen.cpu().numpy() if isinstance(chosen, Tensor) else chosen
-        chosen = np.arange(len(self))[chosen].tolist()
-        return dataclasses.replace(self, paths=[self.paths[i] for i in chosen])
+    def __getitem__(self, which: Tensor | slice) -> "ImageFiles":
+        """Select files by indices, a mask or a slice."""
+        which = which.cpu().numpy() if isinstance(which, Tensor) else which
+        indices = np.arange(len(self))[which].tolist()
+        return dataclasses.replace(self, paths=[self.paths[i] for i in indices])
 
     def to(self, device: torch.device) -> "ImageFiles":
-        """The same, to be brought to `device`."""
+        """Set the device of the images."""
         return dataclasses.replace(self, device=device)
 
-    def split(self, number: int) -> Iterator[Tensor]:
-        """As of a tensor: chunks under the test transform, uint8, `number` x C x size x size."""
-        chunks = [chunk.split(EVAL_BATCH_SIZE) for chunk in torch.arange(len(self)).split(number)]
-        crops = CropLoader(self, 0, Augmentation(), 0)
-        found = crops(0, 0, list(itertools.chain(*chunks)))
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Iterate over chunks under the test transform, as Tensor.split: uint8, n x C x H x W."""
+        chunks = [chunk.split(EVAL_BATCH_SIZE) for chunk in torch.arange(len(self)).split(size)]
+        crops = self.epoch_crops(0, Augmentation(), 0)(0, 0, list(itertools.chain(*chunks)))
         for parts in chunks:
-            yield torch.cat([images[:, 0] for images in itertools.islice(found, len(parts))])
+            yield torch.cat([images[:, 0] for images in itertools.islice(crops, len(parts))])
 
-    def crop_batches(
+    def train_crops(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
-    ) -> "Callable[[int, int, list[Tensor]], Iterator[Tensor]]":
-        """What a `Loader` calls in each epoch for the crops of its batches; see `CropLoader`.
+    ) -> "EpochCrops":
+        """Return the random crops of a `Loader`: `rows` of each global batch on this rank.
 
-        `rows` of the global `batch_size` are this rank's. `ordered`: whether the images must come
-        in the loader's order (labels are looked up by an image's place).
+        With `ordered` the images follow the loader's order, which its labels need.
         """
-        return CropLoader(self, views.number, views.augmentation, seed)
+        return self.epoch_crops(views.number, views.augmentation, seed)
 
-    def make_dataloader(
-        self, dataset: torch.utils.data.Dataset, **settings: object
-    ) -> torch.utils.data.DataLoader:
-        """A DataLoader with the settings that all of ours have."""
-        return torch.utils.data.DataLoader(
+    def epoch_crops(self, num_views: int, augmentation: Augmentation, seed: int) -> "EpochCrops":
+        """Return crops of chosen files; with random crops, the workers live on between epochs."""
+        sampler = EpochBatchSampler()
+        return EpochCrops(
+            self,
+            CropDataset(self, num_views, augmentation, seed),
+            sampler,
+            batch_sampler=sampler,
+            collate_fn=collate_crops,
+            persistent_workers=self.workers > 0 and num_views > 0,
+        )
+
+
+class EpochCrops:
+    """Batches of crops from worker processes; called with an epoch, its first step, and its batches.
+
+    A batch is the indices of its files. `order.set_epoch` gets the arguments of the call.
+    `settings`: of torch's DataLoader.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        dataset: torch.utils.data.Dataset,
+        order: Any,
+        **settings: object,
+    ):
+        self.order, self.device = order, files.device
+        self.loader = torch.utils.data.DataLoader(
             dataset,
-            num_workers=self.workers,
-            pin_memory=torch.device(self.device).type == "cuda",
+            num_workers=files.workers,
+            pin_memory=torch.device(files.device).type == "cuda",
             worker_init_fn=init_worker,
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # without it, the global generator would advance
             **settings,
         )
 
-    def load_batches(self, loader: torch.utils.data.DataLoader) -> Iterator[Tensor]:
-        """What the workers cut, on the device: uint8, n x views x C x size x size."""
+    def __call__(self, epoch: int, start: int, batches: list[Tensor]) -> Iterator[Tensor]:
+        """Iterate over crops on the device: uint8, n x views x C x size x size."""
+        self.order.set_epoch(epoch, start, batches)
         distributed.wait_before_fork()
-        batches = iter(loader)  # forks the workers
-        pinned = loader.pin_memory  # only then the copy has its memory until it is done
+        iterator = iter(self.loader)  # forks the workers
         atexit.unregister(kill_workers)
-        atexit.register(kill_workers)  # the last one to be registered is the first to be called
-        for found in batches:
-            if isinstance(found, str):
-                raise UnreadableImageError(f"{found}{SKIP_HINT}")
-            found = found.to(self.device, non_blocking=pinned)
-            yield found.permute(0, 1, 4, 2, 3)
-
-
-class CropLoader:
-    """The crops of chosen `files`, a batch at a time; its workers stay between epochs.
-
-    Called with the epoch, the first step and, for each step of the epoch, the places of its files.
-    """
-
-    def __init__(self, files: ImageFiles, views: int, augmentation: Augmentation, seed: int):
-        self.files = files
-        self.loader = files.make_dataloader(
-            CropDataset(files, views, augmentation, seed),
-            batch_sampler=EpochBatchSampler(),
-            collate_fn=collate_crops,
-            persistent_workers=files.workers > 0 and views > 0,
-        )
-
-    def __call__(self, epoch: int, start: int, places: list[Tensor]) -> Iterator[Tensor]:
-        self.loader.batch_sampler.epoch = epoch
-        self.loader.batch_sampler.parts = places[start:]
-        return self.files.load_batches(self.loader)
+        atexit.register(kill_workers)  # registered last, called first
+        for crops in iterator:
+            if isinstance(crops, str):
+                raise UnreadableImageError(f"{crops}{SKIP_HINT}")
+            # Only pinned memory stays valid until an asynchronous copy is done.
+            crops = crops.to(self.device, non_blocking=self.loader.pin_memory)
+            yield crops.permute(0, 1, 4, 2, 3)
 
 
 def filter_readable(
-    files: Sequence[ImageFile], workers: int, bad_images: str, decode: DecodeOptions = DEFAULT_DECODE
+    files: Sequence[ImageFile],
+    workers: int,
+    bad_images: str,
+    decode: DecodeOptions = DEFAULT_DECODE,
 ) -> tuple[Sequence[ImageFile], dict[int, str]]:
-    """Those of `files` that can be decoded, and the others as `decode_files` names them.
+    """Return the readable files, and the reasons of the unreadable ones by index.
 
-    All are taken for good unless `bad_images` is "skip": what is to be skipped must be known
-    before the first epoch, so that all files are decoded once. The ranks share them.
+    With `bad_images` "skip", the ranks decode all files once, since the files of a run must be
+    known before its first epoch; otherwise all of them pass unread.
     """
     if bad_images != "skip":
         return files, {}
-    mine = distributed.slice_for_rank(len(files), distributed.rank(), distributed.world_size())
-    bad = decode_files(files[mine], 1, workers, "skip", allow_none=True, options=decode)[1]
-    parts = distributed.all_gather_objects({mine.start + i: reason for i, reason in bad.items()})
-    bad = {i: reason for part in parts for i, reason in part.items()}
-    if files and len(bad) == len(files):
-        raise ValueError(bad[0])
-    return [path for i, path in enumerate(files) if i not in bad], bad
+    rows = distributed.slice_for_rank(len(files), distributed.rank(), distributed.world_size())
+    bad = decode_files(files[rows], 1, workers, "skip", allow_empty=True, options=decode)[1]
+    parts = distributed.all_gather_objects({rows.start + i: reason for i, reason in bad.items()})
+    reasons = {i: reason for part in parts for i, reason in part.items()}
+    if files and len(reasons) == len(files):
+        raise ValueError(reasons[0])
+    return [path for i, path in enumerate(files) if i not in reasons], reasons
 
 
-def check_shared_memory(batch: int, workers: int) -> None:
-    """Whether the shared memory holds the batches, of so many bytes, that wait in it.
+def check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Check that /dev/shm can hold the prefetched batches, where a worker would die of a bus error.
 
-    Raises ValueError, where else a worker would die of a bus error in the middle of a run.
+    Raises ValueError.
     """
     if os.path.isdir("/dev/shm") and workers:
-        there = os.statvfs("/dev/shm")
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
-        free, needed = there.f_bavail * there.f_frsize, 2 * workers * neighbours * batch
+        memory = os.statvfs("/dev/shm")
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+        free, needed = memory.f_bavail * memory.f_frsize, 2 * workers * local_ranks * batch_bytes
         if free < needed:
             raise ValueError(
-                f"--num_workers {workers}: their batches need {needed / 1e6:.0f} MB in /dev/shm, "
-                f"which has {free / 1e6:.0f}: docker run --shm-size gives more; or fewer workers"
+                f"--num_workers {workers}: the prefetched batches need {needed / 1e6:.0f} MB in "
+                f"/dev/shm, but {free / 1e6:.0f} MB are free: use fewer workers, or a larger "
+                "docker run --shm-size"
             )
 
 
 def images_checksum(images: Tensor | ImageFiles) -> int:
-    """A checksum of the training images: a run goes on with those that it began with.
+    """Return a CRC-32 of images, by which a resumed run recognizes its training images.
 
-    Of files, the names below their common folder (which may have moved) are taken.
+    That of `ImageFiles` is of their names below their common folder, which may have moved.
     """
     if isinstance(images, ImageFiles):
         names = [str(path) for path in images.paths]
@@ -311,12 +359,12 @@ def images_checksum(images: Tensor | ImageFiles) -> int:
 
 
 class Loader:
-    """Shuffled batches of images, and of labels if you like, on the images' device.
+    """Shuffled batches of images, and of labels if given; `len` is the number of steps per epoch.
 
-    The last, incomplete batch is left out unless `keep_last`. `len(loader)`: the steps an epoch.
-    Of `ImageFiles` a batch is their crops, which `views` then make into views.
-    `batch_size` is that of all ranks together: of a batch's n images `share(n)` are this rank's,
-    while labels come whole. Raises ValueError for a batch that the images or ranks do not fit.
+    `batch_size` is the global one: of the n images of a batch, this rank gets the rows
+    `local_slice(n)`, but all n labels. `ImageFiles` give crops, which `views` turn into views. The
+    last, incomplete batch is dropped unless `keep_last`. Raises ValueError for a batch size that
+    does not fit the images or the ranks.
     """
 
     def __init__(
@@ -337,31 +385,31 @@ class Loader:
         self.images, self.labels, self.local_slice = images, labels, local_slice
         self.batch_size, self.seed = batch_size, seed
         self.steps = -(-number // batch_size) if keep_last else number // batch_size
-        self.crop_loader = None
+        self.crops = None
         if isinstance(images, ImageFiles):
             rows = local_slice(batch_size)
-            # What waits there in an epoch, or while the kNN looks at the images.
+            # The larger of the batches of an epoch and of the evaluation.
             crops = max(views.number * (rows.stop - rows.start), EVAL_BATCH_SIZE)
             check_shared_memory(crops * images.shape[1] * images.size**2, images.workers)
-            self.crop_loader = images.crop_batches(views, seed, batch_size, rows, labels is not None)
+            self.crops = images.train_crops(views, seed, batch_size, rows, labels is not None)
 
     def __len__(self) -> int:
         return self.steps
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches from step `start` on; their order is a function of (seed, epoch)."""
+        """Iterate over an epoch from step `start` on; the order is a function of (seed, epoch)."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         order = torch.from_numpy(order[: self.steps * self.batch_size])
-        places = order.split(self.batch_size)
-        rows = [self.local_slice(len(part)) for part in places]
-        # To the device at once: a transfer a step would let the host wait for it in each.
+        batches = order.split(self.batch_size)
+        rows = [self.local_slice(len(batch)) for batch in batches]
+        # One transfer per epoch: one per step would make the host wait for the device.
         device = self.images.device if self.labels is None else self.labels.device
         on_device = order.to(device).split(self.batch_size)
-        if self.crop_loader is None:
-            found = (self.images[on_device[step][rows[step]]] for step in range(start, self.steps))
+        if self.crops is None:
+            images = (self.images[on_device[step][rows[step]]] for step in range(start, self.steps))
         else:
-            mine = [part[those] for part, those in zip(places, rows, strict=True)]
-            found = self.crop_loader(epoch, start, mine)
-        for step, images in enumerate(found, start):
+            local = [batch[part] for batch, part in zip(batches, rows, strict=True)]
+            images = self.crops(epoch, start, local)
+        for step, part in enumerate(images, start):
             labels = None if self.labels is None else self.labels[on_device[step]]
-            yield Batch(epoch, step, images, labels, len(places[step]), rows[step])
+            yield Batch(epoch, step, part, labels, len(batches[step]), rows[step])

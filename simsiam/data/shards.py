@@ -1,4 +1,4 @@
-"""Images in shards: tar files in webdataset's layout, read from end to end."""
+"""Images in shards: tar files in webdataset's layout, read sequentially."""
 
 import io
 import itertools
@@ -6,7 +6,7 @@ import random
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,158 +14,144 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.data.decode import DEFAULT_DECODE, IMAGE_EXTENSIONS, DecodeOptions, read_image
-from simsiam.data.loader import CropDataset, Data, ImageFiles, filter_readable, collate_crops
+from simsiam.data.decode import IMAGE_EXTENSIONS, DecodeOptions
+from simsiam.data.loader import (
+    CropDataset,
+    Data,
+    EpochCrops,
+    ImageFiles,
+    collate_crops,
+    filter_readable,
+)
 from simsiam.views.augment import Views
 
-# Images that a worker keeps, as the bytes of their files, to draw the next one from.
-SHUFFLE_BUFFER = 1000
-MAX_LABEL_BYTES = 1000  # bytes of a label's file that are read
+SHUFFLE_BUFFER = 1000  # encoded images per worker, of which the next one is drawn
+MAX_LABEL_BYTES = 1000
 
 
 class ShardMember(NamedTuple):
-    """An image file within a tar file; printed as a path."""
+    """An image file in a tar file, with its content once it is read; `str()` gives a path."""
 
     shard: str
     offset: int
-    key: str  # webdataset's: the name as far as its first dot
+    key: str  # webdataset's: the name up to its first dot
     size: int
+    content: bytes | None = None
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.key}"
 
     def open(self) -> io.BytesIO:
-        """The file's bytes."""
+        """Return the content of the file."""
+        if self.content is not None:
+            return io.BytesIO(self.content)
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
             return io.BytesIO(file.read(self.size))
 
 
-class ShardSample(NamedTuple):
-    """An image file that is already read; printed as a path."""
-
-    name: str
-    bytes: bytes
-
-    def __str__(self) -> str:
-        return self.name
-
-    def open(self) -> io.BytesIO:
-        """The file's bytes."""
-        return io.BytesIO(self.bytes)
-
-
 class Shards(ImageFiles):
-    """`ImageFiles` within tar files, which pre-training reads from their beginnings to their ends.
+    """`ImageFiles` in tar files, which pre-training reads sequentially.
 
-    All else (test images, the kNN's bank, linear evaluation) goes to single members, as if they
-    were files.
+    Test images, the kNN's bank and linear evaluation read single members, as if they were files.
     """
 
-    def crop_batches(
+    def train_crops(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
-    ) -> Callable[[int, int, list[Tensor]], Iterator[Tensor]]:
-        """As of `ImageFiles`; unless `ordered`, from the beginnings of the tar files to their ends.
+    ) -> EpochCrops:
+        """Return random crops in the order of `ShardStream`, or of the loader if `ordered`.
 
-        Raises ValueError where there are more workers than shards.
+        Raises ValueError if there are more workers than shards.
         """
         if ordered:
-            return super().crop_batches(views, seed, batch_size, rows, ordered)
+            return super().train_crops(views, seed, batch_size, rows, ordered)
         size = rows.stop - rows.start  # the same on all ranks
-        cutter = CropDataset(self, views.number, views.augmentation, seed)
-        return StreamLoader(self, ShardStream(cutter, size, rows.start // size, batch_size // size))
-
-
-class StreamLoader:
-    """What `stream` gives, on the device; called as `Crops` are, but in an order of its own."""
-
-    def __init__(self, files: Shards, stream: "ShardStream"):
-        if stream.ranks * max(1, files.workers) > len(stream.shards):
+        dataset = CropDataset(self, views.number, views.augmentation, seed)
+        stream = ShardStream(dataset, size, rows.start // size, batch_size // size)
+        if stream.ranks * max(1, self.workers) > len(stream.shards):
             raise ValueError(
-                f"--num_workers {files.workers}: on {stream.ranks} ranks these would be more than "
-                f"the {len(stream.shards)} shards, each of which one worker reads"
+                f"--num_workers {self.workers}: each worker of {stream.ranks} ranks needs a shard, "
+                f"and there are {len(stream.shards)}"
             )
-        self.files, self.loader = files, files.make_dataloader(stream, batch_size=None)
-
-    def __call__(self, epoch: int, start: int, places: list[Tensor]) -> Iterator[Tensor]:
-        self.loader.dataset.epoch = epoch
-        self.loader.dataset.steps = range(start, len(places))
-        return self.files.load_batches(self.loader)
+        return EpochCrops(self, stream, stream, batch_size=None)
 
 
 class ShardStream(torch.utils.data.IterableDataset):
-    """The batches of one rank in an epoch, from step `start` on, `size` images each.
+    """Batches of `size` crops of one rank, read from the shards sequentially.
 
-    The order of the shards is drawn an epoch, and they are dealt out to the ranks, then to a rank's
-    workers, whose batches take turns; a worker draws each image from `SHUFFLE_BUFFER` ones. One that has
-    come to its last shard's end, before the others, begins with its first again.
-
-    All of it is a function of (seed, epoch, step) and of the numbers of ranks and workers.
+    Each epoch shuffles the shards and deals them out to the ranks, then to a rank's workers, whose
+    batches take turns. A worker draws each image from a buffer of SHUFFLE_BUFFER; when its shards
+    end before those of others, it starts over. The result is a function of (seed, epoch, step) and
+    the numbers of ranks and workers.
     """
 
-    def __init__(self, cutter: CropDataset, size: int, rank: int, ranks: int):
-        self.cutter, self.size, self.rank, self.ranks = cutter, size, rank, ranks
-        self.members: dict[str, list[ShardMember]] = {}  # of each shard, in their order there
-        for member in sorted(cutter.files.paths):
+    def __init__(self, dataset: CropDataset, size: int, rank: int, ranks: int):
+        self.dataset, self.size, self.rank, self.ranks = dataset, size, rank, ranks
+        self.members: dict[str, list[ShardMember]] = {}  # by shard, in the order of their offsets
+        for member in sorted(dataset.files.paths):
             self.members.setdefault(member.shard, []).append(member)
         self.shards = list(self.members)
         self.epoch, self.steps = 0, range(0)
+
+    def set_epoch(self, epoch: int, start: int, batches: list[Tensor]) -> None:
+        """Continue an epoch from step `start` on; only the number of batches matters."""
+        self.epoch, self.steps = epoch, range(start, len(batches))
 
     def __iter__(self) -> Iterator[Tensor | str]:
         import webdataset
 
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        worker = (worker + self.steps.start) % workers  # whose turn it is at the first of the steps
-        chance = [self.cutter.seed, self.epoch]
-        order = np.random.default_rng(chance).permutation(len(self.shards))
+        worker = (worker + self.steps.start) % workers  # torch asks worker 0 for the first step
+        seed = [self.dataset.seed, self.epoch]
+        order = np.random.default_rng(seed).permutation(len(self.shards))
         order = order[self.rank :: self.ranks][worker::workers]
-        rng = random.Random(repr([*chance, self.rank, worker]))
+        rng = random.Random(repr([*seed, self.rank, worker]))
         samples = webdataset.DataPipeline(
             lambda: self.read([self.shards[i] for i in order]),
             webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng),
         ).repeat()
-        before = len(range(worker, self.steps.start, workers))  # its batches before the first step
-        samples = itertools.islice(samples, before * self.size, None)
-        for _ in range(worker + before * workers, self.steps.stop, workers):
-            yield collate_crops([self.cut(sample) for sample in itertools.islice(samples, self.size)])
+        batches_before = len(range(worker, self.steps.start, workers))
+        samples = itertools.islice(samples, batches_before * self.size, None)
+        for _ in range(worker + batches_before * workers, self.steps.stop, workers):
+            batch = itertools.islice(samples, self.size)
+            yield collate_crops([self.crops_of(sample) for sample in batch])
 
-    def read(self, shards: list[str]) -> Iterator["ShardSample"]:
-        """The images of shards, from their beginnings to their ends.
+    def read(self, shards: list[str]) -> Iterator[ShardMember]:
+        """Read the images of shards from beginning to end.
 
-        The shards are opened here, and always as files: webdataset would take a name that begins
-        with `pipe:` for a command, and run it.
+        Opens the shards as files: webdataset would run a name that begins with `pipe:`.
         """
         for shard in shards:
             with open(shard, "rb") as file:
                 for member in self.members[shard]:
                     file.seek(member.offset)
-                    yield ShardSample(str(member), file.read(member.size))
+                    yield member._replace(content=file.read(member.size))
 
-    def cut(self, sample: "ShardSample") -> np.ndarray | str:
-        """What the cutter makes of an image file."""
-        name = "/".join(Path(sample.name).parts[-2:])
-        chance = zlib.crc32(name.encode("utf-8", "surrogateescape"))
-        try:
-            image = read_image(sample, self.cutter.files.decode)
-        except ValueError as error:
-            return str(error)
-        return self.cutter.crop(image, [self.cutter.seed, self.epoch, chance])
+    def crops_of(self, sample: ShardMember) -> np.ndarray | str:
+        """Return the crops of an image, drawn from its name, or why it is unreadable."""
+        name = "/".join(Path(str(sample)).parts[-2:])
+        number = zlib.crc32(name.encode("utf-8", "surrogateescape"))
+        return self.dataset.read_crops(sample, self.epoch, number)
+
+
+# ---- loading ------------------------------------------------------------------------------------
 
 
 def load_shards(
-    root: str,
+    root: str | Path,
     image_size: int | None,
     workers: int,
     bad_images: str,
     test_only: bool,
-    decode: DecodeOptions = DEFAULT_DECODE,
+    decode: DecodeOptions,
+    **_: object,
 ) -> Data:
-    """Tar files in webdataset's layout: `<key>.jpg` (or another image) and, of labels, `<key>.cls`.
+    """Load tar files in webdataset's layout: `<key>.jpg` (or another image), `<key>.cls` (a label).
 
-    `root` is a pattern of the training set's, as `shard-{000000..000099}.tar`, or a folder of
-    `*train*.tar` and, to score with, `*val*.tar` or `*test*.tar`. They must be files: what is in
-    them is listed before the first epoch. Raises FileNotFoundError or ValueError, naming the file.
+    `root` is a pattern of training shards, such as `shard-{000000..000099}.tar`, or a folder with
+    `*train*.tar` and, for the scores, `*val*.tar` or `*test*.tar`. Raises FileNotFoundError or
+    ValueError, naming the file.
     """
     try:
         from webdataset.shardlists import expand_urls
@@ -178,61 +164,54 @@ def load_shards(
         )
         test = test or val
     else:
-        train = expand_urls(root)
+        train = expand_urls(str(root))
         for name in train:
             if re.match(r"[A-Za-z][\w.+-]+:", name) and not Path(name).exists():
-                raise ValueError(f"--data_root {name}: shards must be files, no addresses")
+                raise ValueError(f"--data_root {name}: shards must be files, not addresses")
     if not train:
-        raise FileNotFoundError(f"--data_root {root}: there is no *train*.tar")
-    numbers: dict[str, int] = {}
-    bad: list[str] = []
+        raise FileNotFoundError(f"--data_root {root}: no *train*.tar in it")
 
-    def part(shards: list[str]) -> tuple[Shards, Tensor]:
-        members, labels = [], []
-        for shard in shards:
-            found = list_shard(shard)
-            members += found
-            labels += found.values()
-        good, found = filter_readable(members, workers, bad_images, decode)
-        bad.extend(found.values())
-        if not numbers:  # the training set's classes, where it is listed
-            classes = sorted(set(labels) - {None}, key=lambda text: (len(text), text))
-            numbers.update({name: i for i, name in enumerate(classes)})
-        for member, label in zip(members, labels, strict=True):
-            if label is not None and label not in numbers:
-                raise ValueError(f"{member}: its class {label} is not among the training classes")
-        labels = [-1 if name is None else numbers[name] for name in labels]
-        kept = torch.tensor([i not in found for i in range(len(members))], dtype=torch.bool)
-        images = Shards(good, image_size or 224, workers, decode)
-        return images, torch.tensor(labels, dtype=torch.int64)[kept]
+    def read(members: list[ShardMember]) -> tuple[Shards, dict[int, str]]:
+        readable, reasons = filter_readable(members, workers, bad_images, decode)
+        return Shards(readable, image_size or 224, workers, decode), reasons
 
-    train_part = part([] if test_only and test else train)
-    test_part = part(test) if test and numbers else (None, None)
-    return Data(*train_part, *test_part, list(numbers), bad)
+    listing = list_shards(train)
+    has_labels = any(label is not None for label in listing[1])
+    test_listing = list_shards(test) if test and has_labels else None
+    by_length = {"class_order": lambda name: (len(name), name)}  # numbers in their order
+    return Data.from_files(listing, test_listing, read, test_only, **by_length)
+
+
+def list_shards(shards: list[str]) -> tuple[list[ShardMember], list[str | None]]:
+    """List the images of several shards, and their labels."""
+    labels = {}
+    for shard in shards:
+        labels |= list_shard(shard)
+    return list(labels), list(labels.values())
 
 
 def list_shard(shard: str) -> dict[ShardMember, str | None]:
-    """The images of a tar file, each with its label."""
+    """List the images of a tar file, each with its label."""
     if not Path(shard).is_file():
-        raise FileNotFoundError(f"--data_root {shard}: there is no such file")
+        raise FileNotFoundError(f"--data_root {shard}: no such file")
     length = Path(shard).stat().st_size
-    found, labels = {}, {}
+    members, labels = {}, {}
     try:
         with tarfile.open(shard, "r:") as archive:
             for info in archive:
                 if info.size < 0 or (info.isreg() and info.offset_data + info.size > length):
-                    raise ValueError(f"a size in it is {info.size}")
+                    raise ValueError(f"{info.name} has a size of {info.size} bytes")
                 end = info.name.rpartition("/")[2].partition(".")[2]
                 key = info.name[: len(info.name) - len(end) - 1]
                 if info.isreg() and f".{end.lower()}" in IMAGE_EXTENSIONS:
-                    found.setdefault(key, ShardMember(shard, info.offset_data, key, info.size))
+                    members.setdefault(key, ShardMember(shard, info.offset_data, key, info.size))
                 elif info.isreg() and end.lower() == "cls":
                     labels[key] = archive.extractfile(info).read(MAX_LABEL_BYTES).decode().strip()
-                archive.members = []
+                archive.members = []  # the archive would keep all of them in memory
     except OSError:
         raise
-    except Exception as error:  # a parser fed with junk may raise anything
-        raise ValueError(f"{shard}: is no tar file of images ({error})") from error
-    if not found:
-        raise ValueError(f"{shard}: there are no images in it")
-    return {member: labels.get(key) for key, member in found.items()}
+    except Exception as error:  # the parser may raise anything on a damaged file
+        raise ValueError(f"{shard}: not a tar file of images ({error})") from error
+    if not members:
+        raise ValueError(f"{shard}: has no images")
+    return {member: labels.get(key) for key, member in members.items()}

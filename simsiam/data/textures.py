@@ -1,37 +1,27 @@
-"""Textures: the embedded data set, generated, that SimSiam learns in minutes on a CPU."""
+"""A generated data set of ten texture classes, from which SimSiam learns in minutes on a CPU."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-TEXTURE_CLASSES = (
-    "rows",
-    "columns",
-    "diagonals",
-    "checks",
-    "grid",
-    "dots",
-    "rings",
-    "bricks",
-    "zigzag",
-    "blobs",
+TEXTURE_CLASSES = tuple(
+    "rows columns diagonals checks grid dots rings bricks zigzag blobs".split()
 )
-# A sine of 4096 steps, rounded: the rounding and the exact operations below (+ - * / floor sqrt)
-# give every machine the same bytes, which libm's sine does not promise.
+# A rounded table of the sine: with it and the exact operations below (+ - * / floor sqrt) every
+# machine generates the same bytes, which libm's sine does not guarantee.
 SINE = np.round(np.sin(2 * np.pi * np.arange(4096) / 4096) * 2**15) / 2**15
 
 
 def sine(cycles: np.ndarray) -> np.ndarray:
-    """Sine of `cycles` turns, in [-1, 1]."""
+    """Return the sine of `cycles` periods."""
     return SINE[np.floor(cycles * 4096).astype(np.int64) & 4095]
 
 
 def make_textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`number` generated 32 x 32 images of ten texture classes in turn, and their labels.
+    """Generate images, uint8, N x 3 x 32 x 32, of the classes in turn, and their labels.
 
-    Phase, scale, contrast, polarity, lighting and tint vary in every class alike, so that neither
-    single pixels nor colours tell the class; the arrangement does, and no view changes that.
-    The same bytes on every machine.
+    Phase, scale, contrast, polarity, lighting and tint vary within every class alike: neither single
+    pixels nor colours tell the class, only the arrangement does, which no view changes.
     """
     rng = np.random.default_rng([seed, number])
     u = rng.random((number, 16, 1, 1))
@@ -40,8 +30,8 @@ def make_textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
     labels = np.arange(number) % len(TEXTURE_CLASSES)
     field = np.empty((number, 32, 32))
     for label, name in enumerate(TEXTURE_CLASSES):
-        of = labels == label
-        field[of] = draw_texture(name, u[of], corners[of])
+        rows = labels == label
+        field[rows] = draw_texture(name, u[rows], corners[rows])
     y, x = np.mgrid[0:32, 0:32].astype(float)
     field *= np.where(u[:, 7] < 0.5, 1.0, -1.0) * (0.10 + 0.25 * u[:, 8])  # polarity, contrast
     field += 0.3 * ((u[:, 9] - 0.5) * (x - 15.5) + (u[:, 10] - 0.5) * (y - 15.5)) / 16  # lighting
@@ -52,10 +42,13 @@ def make_textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_texture(name: str, u: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Brightness in [-1, 1], N x 32 x 32, of one class, from its N x 16 random numbers."""
+    """Return brightness in [-1, 1], N x 32 x 32, of a class.
+
+    `u`: N x 16 and `corners`: N x 14 x 14 random numbers from 0 to 1.
+    """
     y, x = np.mgrid[0:32, 0:32].astype(float)
     period = 5 + 6 * u[:, 0]  # pixels
-    # Slightly turned, sheared by the same slope: exact, and as good as a rotation here.
+    # A shear of both axes: unlike a rotation exact, and as good here.
     slope = 0.3 * (u[:, 1] - 0.5)
     a = (x + slope * y) / period + u[:, 2]  # in periods
     b = (y - slope * x) / period + u[:, 3]
@@ -83,8 +76,8 @@ def draw_texture(name: str, u: np.ndarray, corners: np.ndarray) -> np.ndarray:
     elif name == "zigzag":
         field = sine(b + 0.6 * line(a / 2))
     elif name == "blobs":
-        # Random values on a grid of half a period, joined bilinearly. Sums, not a matrix product:
-        # two neighbours and zeros add up the same in every order.
+        # Bilinear interpolation of random values. Sums, not a matrix product: the two neighbours
+        # and zeros add up to the same bits in any order.
         cell = np.arange(32)[:, None] / (0.55 * period)
         down = np.clip(1 - np.abs(cell + u[:, 2] - np.arange(14)), 0, None)  # N x 32 x 14
         across = np.clip(1 - np.abs(cell + u[:, 3] - np.arange(14)), 0, None)
