@@ -149,7 +149,7 @@ def load_torchvision(name: str, root: str | Path, **_: object) -> Data:
         except (OSError, RuntimeError) as error:  # URLError; RuntimeError for a wrong checksum
             reason = getattr(error, "reason", error)
             raise ConnectionError(
-                f"--data_name {name}: download failed ({reason}): put {archive} into {folder}, "
+                f"--data_name {name}: could not be downloaded ({reason}): put {archive} into {folder}, "
                 "or use a data set that needs no network: --data_name textures"
             ) from error
 
