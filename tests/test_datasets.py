@@ -77,7 +77,7 @@ def test_textures_need_no_files():
 
 
 def write_torchvision_files(name, root):
-    """Write the files of torchvision with a few images: pixel (c, y, x) is 10 c + y + i of image i."""
+    """Write torchvision's files with a few images; pixel (c, y, x) of image i is 10 c + y + i."""
 
     def pixels(number, size):
         c, y, _ = np.mgrid[0:3, 0:size, 0:size]

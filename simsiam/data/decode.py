@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -96,27 +96,6 @@ class DecodeOptions:
 
 
 DEFAULT_DECODE = DecodeOptions()
-
-
-def add_decode_options(add: Callable[..., None], pre_trained: bool) -> None:
-    """Add the flags of `DecodeOptions` with `add`, of utils.Flags.group.
-
-    With `pre_trained` a flag that is not given means the value of the pre-training, and there is
-    no --channels: the encoder decides.
-    """
-    default = None if pre_trained else DEFAULT_DECODE
-    end = " (default: as in pre-training)" if pre_trained else ""
-    add("exif", "two", f"rotate images as EXIF says{end}", default and default.exif)
-    background = f"colour behind transparent pixels; none: the colour stored there{end}"
-    add("background", BACKGROUNDS, background, default and default.background)
-    exclude = f"shell patterns of files and folders in --data_root to skip{end}"
-    add("exclude", str, exclude, nargs="+", metavar="PATTERN")
-    if not pre_trained:
-        channels = "of the images; 3: RGB, 1: gray, others: as in the file (TIFF or .npy)"
-        add("channels", int, channels, default.channels)
-    levels = "pixel values that become black and white"
-    levels += end or " (default: the range of the files' type)"
-    add("levels", float, levels, nargs=2, metavar=("LOW", "HIGH"))
 
 
 def check_decode_options(flags: Mapping, data_name: str) -> None:
