@@ -277,7 +277,8 @@ def test_a_run_finds_its_images_from_another_folder(tmp_path, capsys, monkeypatc
 def test_a_run_on_several_roots_is_resumed_and_evaluated_without_excluded_files(tmp_path, capsys):
     a, _ = (write_photos(tmp_path / name) for name in "ab")
     write(a, "train/cat/mask_0.png", "test/dog/mask_1.png")
-    flags = f"--data_name folder --data_root {tmp_path}/[ab] {RUN} --out {tmp_path}/r --name one".split()
+    flags = f"--data_name folder --data_root {tmp_path}/[ab] {RUN} --out {tmp_path}/r".split()
+    flags += ["--name", "one"]
     main.main([*flags, "--exclude", "mask_*"])
     out = capsys.readouterr().out
     assert "32 training images, 16 test images, 2 classes" in out

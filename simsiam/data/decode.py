@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from simsiam.data import arrays
 from simsiam.data.arrays import MultibandImage
+from simsiam.runtime.config import ConfigError
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif", *arrays.NUMPY_EXTENSIONS)
 # Pillow reads AVIF from 11.3 on. Asking Pillow itself would load all of its decoders.
@@ -51,7 +52,7 @@ BACKGROUNDS = ("white", "black", "none")
 
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions:
-    """How image files are read. Raises ValueError naming the flag for an invalid value.
+    """How image files are read. Raises ConfigError naming the flag for an invalid value.
 
     `exif`: rotate an image as its EXIF orientation says. `background`: the colour behind
     transparent pixels, one of BACKGROUNDS; "none" keeps the colours stored there. `exclude`: shell
@@ -68,21 +69,21 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.exif, bool):
-            raise ValueError(f"--exif {self.exif}: must be true or false")
+            raise ConfigError(f"--exif {self.exif}: must be true or false")
         if self.background not in BACKGROUNDS:
-            raise ValueError(f"--background {self.background}: choose {', '.join(BACKGROUNDS)}")
+            raise ConfigError(f"--background {self.background}: choose {', '.join(BACKGROUNDS)}")
         if not isinstance(self.exclude, tuple) or not all(type(x) is str for x in self.exclude):
-            raise ValueError(f"--exclude {self.exclude}: must be patterns")
+            raise ConfigError(f"--exclude {self.exclude}: must be patterns")
         if type(self.channels) is not int or not 1 <= self.channels <= arrays.MAX_CHANNELS:
-            raise ValueError(
+            raise ConfigError(
                 f"--channels {self.channels}: must be from 1 to {arrays.MAX_CHANNELS}"
             )
         if self.levels is not None:
             pair = self.levels if isinstance(self.levels, tuple) else ()
             if len(pair) != 2 or not all(type(x) in (int, float) and abs(x) < 1e9 for x in pair):
-                raise ValueError(f"--levels {self.levels}: must be two numbers")
+                raise ConfigError(f"--levels {self.levels}: must be two numbers")
             if not pair[0] < pair[1]:
-                raise ValueError(
+                raise ConfigError(
                     f"--levels {pair[0]:g} {pair[1]:g}: must rise, from the value that becomes "
                     "black to the one that becomes white"
                 )
@@ -99,10 +100,10 @@ DEFAULT_DECODE = DecodeOptions()
 
 
 def check_decode_options(flags: Mapping, data_name: str) -> None:
-    """Raise ValueError for invalid flags of `DecodeOptions`, or flags `data_name` does not use."""
+    """Raise ConfigError for invalid flags of `DecodeOptions`, or flags `data_name` does not use."""
     for flag, names in (("exclude", FOLDER_DATA), ("levels", USER_DATA)):
         if flags[flag] and data_name not in names:
-            raise ValueError(f"--{flag}: needs --data_name {' or '.join(names)}")
+            raise ConfigError(f"--{flag}: needs --data_name {' or '.join(names)}")
     DecodeOptions.from_args(flags)
 
 
