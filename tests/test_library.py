@@ -77,7 +77,7 @@ def test_an_encoder_turns_images_of_any_kind_into_features(checkpoint, tmp_path)
     file = tmp_path / "a.png"
     Image.fromarray(pixels).save(file)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    cut = decode.decode_files([file], 32, shorter=encoder.resize)[0]
+    cut = decode.decode_files([file], 32, resize_size=encoder.resize)[0]
     with torch.no_grad():
         expected = encoder.net.backbone(encoder.views.eval_transform(cut))
     for image in (file, str(file), Image.open(file), pixels, tensor, tensor / 255):
