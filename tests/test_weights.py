@@ -424,7 +424,7 @@ def test_a_predictor_cuts_as_decode_does(tmp_path):
     net, path = ours(tmp_path, stem="cifar", classes=4)
     predictor = Predictor(LoadedCheckpoint.open(path))
     files = sorted(pictures(tmp_path / "images").rglob("*.png"))
-    pixels, _ = decode.decode_files(files, predictor.size, shorter=predictor.resize)
+    pixels, _ = decode.decode_files(files, predictor.size, resize_size=predictor.resize)
     views = Views(48, *NORMALISATION["imagenet"])
     with torch.no_grad():
         expected = net(views.eval_transform(pixels)).softmax(1)
