@@ -4,9 +4,9 @@
     encoder = simsiam.open_encoder("results/..._model.pth")
     features = encoder(["a.jpg", "b.jpg"])  # fp32, 2 x features
 
-`SimSiam` is the network, `Views` its input, `Augmentation` what chance does there, `load_dataset`
-reads a data set by its name, `knn` the vote of the nearest, `open_encoder` opens any checkpoint.
-A name's module is imported when the name is first used: `import simsiam` alone imports no torch.
+`SimSiam` is the network, `Views` makes its augmented inputs by an `Augmentation`, `load_dataset`
+reads a data set by name, `knn` classifies features, and `open_encoder` opens any checkpoint. Each
+name's module is imported at its first use, so that `import simsiam` alone does not import torch.
 """
 
 import importlib
@@ -31,14 +31,14 @@ MODULE_OF = {
 
 
 def __getattr__(name: str) -> object:
-    """One of the names above, from its room. Raises AttributeError for others."""
+    """Import a public name from its module."""
     if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"simsiam.{MODULE_OF[name]}"), name)
-    globals()[name] = found  # so that it is looked up once
-    return found
+    value = getattr(importlib.import_module(f"simsiam.{MODULE_OF[name]}"), name)
+    globals()[name] = value  # later uses do not come here
+    return value
 
 
 def __dir__() -> list[str]:
-    """With the names that are not imported yet, for completion in a notebook."""
+    """List names that are not imported yet too, for completion in a notebook."""
     return sorted({*globals(), *__all__})
