@@ -83,7 +83,7 @@ def test_the_authors_class_takes_what_goes_out(tmp_path, capsys):
     assert lincls_takes(state)
     _, path = ours(tmp_path)  # d = 64, after 512 features
     line = refused(capsys, door, path, tmp_path / "out", "--to", "authors")
-    assert "the authors' projector is 512 wide, as its encoder, this one 64" in line
+    assert "as wide as its encoder, 512, this one 64" in line
     assert "--encoder_only" in line
     state = torch.load(converted(path, "authors", "--encoder_only"))["state_dict"]
     assert all(name.startswith("module.encoder.") for name in state)
@@ -91,7 +91,7 @@ def test_the_authors_class_takes_what_goes_out(tmp_path, capsys):
     _, path = ours(tmp_path, stem="cifar", d=512)
     for flags in ((), ("--encoder_only",)):
         line = refused(capsys, door, path, tmp_path / "out", "--to", "authors", *flags)
-        assert "the authors' resnet18 has another stem" in line
+        assert "7x7 conv1" in line
         assert "choose timm" in line
     assert not (tmp_path / "out").exists()
 
@@ -103,7 +103,7 @@ def test_an_affine_last_bn_goes_out_where_a_class_can_have_it(tmp_path, capsys, 
     door = SimpleNamespace(main=convert.command)
     flags = ("--stem", "imagenet", path, tmp_path / "out", "--to")
     line = refused(capsys, door, *flags, "lightly")
-    assert "the last BN of lightly's projector is not affine, and this one's is" in line
+    assert "last BN is not affine" in line
     assert "--encoder_only" in refused(capsys, door, *flags, "authors")
     state = torch.load(converted(path, "mmpretrain"))["state_dict"]
     NonLinearNeck(512, 64, 64, layers, True).load_state_dict(part(state, "neck."))
@@ -321,8 +321,8 @@ def test_what_cannot_go_out_is_said(tmp_path, capsys):
     for arch, stem, layers, to, words in [
         ("resnet18", "cifar", 3, "torchvision", "choose timm"),
         ("resnet18", "cifar", 3, "detectron2", "choose timm"),
-        ("resnet18", "imagenet", 2, "authors", "the authors' projector has 3 layers, this one 2"),
-        ("resnet18", "imagenet", 4, "lightly", "projector has 1 or 2 or 3 layers, this one 4"),
+        ("resnet18", "imagenet", 2, "authors", "projector of 3 layers, this one 2"),
+        ("resnet18", "imagenet", 4, "lightly", "projector of 1 or 2 or 3 layers, this one 4"),
         ("resnet8", "cifar", 3, "timm", "no resnet8"),
     ]:
         _, path = ours(tmp_path, arch, stem, layers)
@@ -345,7 +345,7 @@ def test_heads_of_ablations_do_not_go_out_under_names_of_others(flags):
     net = SimSiam("resnet18", "imagenet", 16, 3, **flags)
     args = {"arch": "resnet18", "stem": "imagenet"}
     for to in ("authors", "lightly", "mmpretrain"):
-        with pytest.raises(ValueError, match="other heads"):
+        with pytest.raises(ValueError, match="--predictor"):
             export.export_weights(net, args, to)
     assert len(export.export_weights(net, args, "timm")) == len(net.backbone.state_dict())
 
@@ -354,5 +354,5 @@ def test_hidden_layers_of_two_widths_have_no_class(tmp_path):
     net = SimSiam("resnet18", "imagenet", 64, 3)
     net.projector = mlp(512, 32, 48, 64, affine=False)
     for to in ("authors", "lightly", "mmpretrain"):
-        with pytest.raises(ValueError, match=r"this one 32: add|one hidden width, .* \[32, 48\]"):
+        with pytest.raises(ValueError, match="this one 32:|this one .32, 48"):
             export.export_weights(net, {"arch": "resnet18", "stem": "imagenet"}, to)

@@ -55,6 +55,10 @@ class Parameter:
         return tuple, (self.pair,)
 
 
+def read_weights(path) -> dict:
+    return weights.find_weights(reader.read(path))
+
+
 def as_bytes(write: Callable) -> bytes:
     file = io.BytesIO()
     write(file)
@@ -90,7 +94,7 @@ def test_the_content_tells_the_format(tmp_path):
     path, number = tmp_path / "weights.bin", 0
     for name, content in files():
         path.write_bytes(content)
-        found = weights.read_weights(path)
+        found = read_weights(path)
         assert found.keys() == state().keys(), name
         for key, value in state().items():
             expected = value.float() if value.is_floating_point() else value
@@ -163,7 +167,7 @@ class Program(torch.nn.Module):
 def test_a_torchscript_archive_is_refused_and_not_run(tmp_path, capsys):
     path, done = tmp_path / "a.pth", tmp_path / "done"
     torch.save({"w": torch.ones(3)}, tmp_path / "code.pth")  # its parts lie in a folder, code/
-    assert len(weights.read_weights(tmp_path / "code.pth")) == 1
+    assert len(read_weights(tmp_path / "code.pth")) == 1
     torch.jit.save(torch.jit.script(Program(str(done))), path)
     flags = ("--data_name", "textures", "--out", tmp_path / "none")
     for command, flag in ((linear, "--model_path"), (main, "--init")):
@@ -189,7 +193,7 @@ def ends_well(function: Callable, *args) -> bool:
 
 def is_refused(path) -> bool:
     try:
-        weights.read_weights(path)
+        read_weights(path)
     except ValueError as error:
         return str(error) in ("is damaged, or no checkpoint", "has no weights")
     return False
@@ -243,7 +247,7 @@ def test_there_is_one_reader(tmp_path):
         for path in ROOT.glob(pattern):
             assert not re.search(loads, re.sub(harmless, "", path.read_text())), path
     torch.save({"version": 2}, tmp_path / "a.pth")
-    for read in (checkpoint.load, weights.read_weights):
+    for read in (checkpoint.load, read_weights):
         with pytest.raises(ValueError, match="is damaged, or not a checkpoint|has no weights"):
             read(tmp_path / "a.pth")
 
@@ -349,9 +353,9 @@ def test_archives_and_tensors_claim_no_more_than_the_file_has(tmp_path, capsys):
             torch.save({"w": tensor}, path, _use_new_zipfile_serialization=new)
             assert is_refused(path)
     torch.save({f"w{i}": storage for i in range(100)}, path)
-    assert len(weights.read_weights(path)) == 100
+    assert len(read_weights(path)) == 100
     torch.save({f"w{i}": torch.ones(10**5).half()[:] for i in range(2)}, path)
-    assert len(weights.read_weights(path)) == 2
+    assert len(read_weights(path)) == 2
     storage = torch.ones(10**6).half()
     torch.save({f"w{i}": storage for i in range(100)}, path)  # as floats: 400 MB of a file of 2
     assert is_refused(path)

@@ -303,7 +303,7 @@ def test_features_label_as_training_and_replace_nothing_unasked(runs, tmp_path, 
         file = root / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels + len(name)).save(file)
-    tables = {end: tmp_path / f"f{end}" for end in features.ENDS}
+    tables = {end: tmp_path / f"f{end}" for end in features.FORMATS}
     flags = ("--model_path", runs / "a_model.pth", "--data_root", root)
     for table in tables.values():
         features.command([*map(str, flags), "--out", str(table)])

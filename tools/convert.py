@@ -1,4 +1,4 @@
-"""A checkpoint, ours or another project's, in the format of another one.
+"""Convert a checkpoint of any known project to another format.
 
 python -m tools.convert results/..._model.pth encoder.pth --to torchvision
 """
@@ -16,29 +16,28 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/convert.
 
 import utils
 from simsiam.interop.export import EXPORTS, export_notes, export_weights
-from simsiam.interop.weights import LoadedCheckpoint, select_part
+from simsiam.interop.weights import SINGLE_START, LoadedCheckpoint, select_part
 from simsiam.runtime import distributed, files
 
 FORMATS = (*EXPORTS, "safetensors", "onnx")
-OF_ONE_START = ("resume", "overwrite", "ddp")  # flags that are of one start of a run only
 
 
 def metadata(state: dict | None) -> dict[str, str]:
-    """Where a checkpoint of this program comes from, as text; nothing of another project's."""
+    """Return a checkpoint's encoder, data and command as text; nothing for another project's."""
     if state is None:
         return {}
     names = ("arch", "stem", "image_size", "mean", "std")
-    found = {name: state["encoder"][name] for name in names}
+    entries = {name: state["encoder"][name] for name in names}
     config = state["config"]
-    found |= {"data": config.data_name, "epochs": state["epoch"]}
-    words = ["python", state["command"], *config.command_line(leave_out=OF_ONE_START)]
-    return {name: str(value) for name, value in (found | {"command": shlex.join(words)}).items()}
+    words = ["python", state["command"], *config.command_line(leave_out=SINGLE_START)]
+    entries |= {"data": config.data_name, "epochs": state["epoch"], "command": shlex.join(words)}
+    return {name: str(value) for name, value in entries.items()}
 
 
-def onnx_bytes(source: LoadedCheckpoint, net: nn.Module, about: dict[str, str]) -> bytes:
-    """What `net` makes of the source's images: N x C x size x size -> features or logits.
+def onnx_bytes(source: LoadedCheckpoint, net: nn.Module, meta: dict[str, str]) -> bytes:
+    """Export `net` to ONNX: images, N x C x size x size -> features or logits.
 
-    Raises ValueError where onnx is not installed, or its runtime finds other numbers.
+    Raises ValueError where onnx is not installed, or onnxruntime's output differs.
     """
     try:
         import onnx
@@ -57,21 +56,21 @@ def onnx_bytes(source: LoadedCheckpoint, net: nn.Module, about: dict[str, str]) 
         dynamo=True,
         verbose=False,
     )
-    made = program.model_proto
-    onnx.helper.set_model_props(made, about)
-    content = made.SerializeToString()
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, meta)
+    content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    images = torch.cat([images, images.flip(3)[:1]])  # another number than that of the export
+    images = torch.cat([images, images.flip(3)[:1]])  # not the batch size of the export
     with torch.no_grad():
         expected = net(images)
-    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    if not torch.allclose(expected, found, atol=1e-4, rtol=1e-4):
-        raise ValueError(f"onnxruntime's output is {(expected - found).abs().max():.2g} off")
+    output = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if not torch.allclose(expected, output, atol=1e-4, rtol=1e-4):
+        raise ValueError(f"onnxruntime's output is {(expected - output).abs().max():.2g} off")
     return content
 
 
 def linear_evaluation(source: LoadedCheckpoint) -> dict:
-    """What the authors' main_lincls reads of a linear model to go on from it, or evaluate it."""
+    """Return what facebookresearch/simsiam's main_lincls --resume reads besides the weights."""
     history = source.state["history"] if source.state else []
     best = max((row.get("test_acc@1", 0.0) for row in history), default=0.0)
     sgd = torch.optim.SGD(source.net.fc.parameters(), lr=0.1, momentum=0.9)
@@ -79,14 +78,14 @@ def linear_evaluation(source: LoadedCheckpoint) -> dict:
 
 
 def convert(source: LoadedCheckpoint, to: str, encoder_only: bool = False) -> bytes:
-    """The content of a file in the format `to`, one of FORMATS, of all parts or of the encoder.
+    """Return the content of a file in the format `to`, one of FORMATS.
 
-    Raises ValueError if it has none. The message does not name the source's file.
+    Raises ValueError where the format has no such network; it does not name the source's file.
     """
-    about, content = metadata(source.state), io.BytesIO()
+    meta, content = metadata(source.state), io.BytesIO()
     if to == "onnx":
-        whole = source.is_linear and not encoder_only
-        return onnx_bytes(source, source.net if whole else source.net.backbone, about)
+        has_logits = source.is_linear and not encoder_only
+        return onnx_bytes(source, source.net if has_logits else source.net.backbone, meta)
     if to == "safetensors":
         try:
             from safetensors.torch import save
@@ -95,29 +94,28 @@ def convert(source: LoadedCheckpoint, to: str, encoder_only: bool = False) -> by
         weights = {name: value.contiguous() for name, value in source.net.state_dict().items()}
         if encoder_only:
             weights = select_part(weights, "backbone")
-        return save(weights, {"format": "pt"} | about)
+        return save(weights, {"format": "pt"} | meta)
     weights = export_weights(source.net, source.encoder, to, encoder_only)
     if to == "detectron2":
         arrays = {name: value.numpy() for name, value in weights.items()}
-        whole = {"model": arrays, "__author__": "SimSiam", "matching_heuristics": True}
-        return pickle.dumps(whole)
+        return pickle.dumps({"model": arrays, "__author__": "SimSiam", "matching_heuristics": True})
     if to == "authors":
-        epoch, arch = int(about.get("epochs", 0)), source.encoder["arch"]
-        weights = {"epoch": epoch, "arch": arch, "state_dict": weights, "meta": about}
+        epoch, arch = int(meta.get("epochs", 0)), source.encoder["arch"]
+        weights = {"epoch": epoch, "arch": arch, "state_dict": weights, "meta": meta}
         if source.is_linear and not encoder_only:
             weights |= linear_evaluation(source)
     elif to == "mmpretrain":
-        weights = {"meta": about, "state_dict": weights}
+        weights = {"meta": meta, "state_dict": weights}
     torch.save(weights, content)
     return content.getvalue()
 
 
 def command(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = utils.Parser(prog="tools.convert", description=__doc__)
     add = parser.add_argument
     add("source", metavar="IN", help="a checkpoint")
-    add("target", metavar="OUT", help="a file that is not there yet")
+    add("target", metavar="OUT", help="a new file")
     add("--to", required=True, choices=FORMATS, help="the format of OUT")
     add("--encoder_only", action="store_true", help="leave out heads and classifier")
     utils.add_source_options(parser)

@@ -1,6 +1,6 @@
-"""Features of image files, to a table: NumPy's .npz, .csv or .parquet.
+"""Write the features of image files to a table: NumPy's .npz, .csv or .parquet.
 
-python -m tools.features --model_path results/..._model.pth --data_root my_images --out found.npz
+python -m tools.features --model_path results/..._model.pth --data_root my_images --out features.npz
 """
 
 import sys
@@ -25,25 +25,25 @@ from simsiam.runtime.files import atomic_write, printable
 from tools.common import encoder_flags, open_source
 
 BATCH = 256  # files decoded at a time
-ENDS = (".npz", ".csv", ".parquet")
+FORMATS = (".npz", ".csv", ".parquet")
 
 
-def listed(root: Path, split_names: list[str] | None) -> pandas.DataFrame:
-    """The images of a folder or CSV list: file, split and label, as main.py reads them.
+def list_images(root: Path, split_names: list[str] | None) -> pandas.DataFrame:
+    """Return file, split and label of the images in a folder or CSV list, as main.py reads them.
 
-    Where the folder has no splits, the first folder within it is a file's label.
+    In a folder without splits a file's label is its first subfolder.
     """
-    rows = []
-    found = folders.find_images(root, split_names, scored=False)
-    distributed.log(found.summary)
-    for split, part in (("train" if found.has_splits else "", found.train), ("test", found.test)):
+    rows, listing = [], folders.find_images(root, split_names, scored=False)
+    distributed.log(listing.summary)
+    train = "train" if listing.has_splits else ""
+    for split, part in ((train, listing.train), ("test", listing.test)):
         pairs = zip(part.files, part.labels, strict=True) if part else ()
         rows += [(path, split, label or "") for path, label in pairs]
     return pandas.DataFrame(rows, columns=["file", "split", "label"])
 
 
-def chosen_part(source: LoadedCheckpoint, layer: str) -> nn.Module:
-    """What makes features of images. Raises ValueError where the checkpoint has no such layer."""
+def network_up_to(source: LoadedCheckpoint, layer: str) -> nn.Module:
+    """Return the network up to a layer. Raises ValueError where the checkpoint does not have it."""
     if layer == "backbone":
         return source.net.backbone
     if source.is_linear or not len(source.net.projector):
@@ -51,52 +51,51 @@ def chosen_part(source: LoadedCheckpoint, layer: str) -> nn.Module:
     return nn.Sequential(source.net.backbone, source.net.projector)
 
 
-def of_files(
+def extract(
     source: LoadedCheckpoint, part: nn.Module, files: list[Path], args: Namespace
 ) -> tuple[np.ndarray, list[int]]:
-    """What a `part` of the network makes of files, fp32, N x features, and which files these are.
+    """Return the features of files, fp32, N x features, and the indices of the files.
 
-    `args`: of `encoder_flags`. Moves the source to their device. Raises ValueError, naming the
-    file, for one that cannot be read, unless those are skipped.
+    `part`: a part of the source's network. `args`: of `encoder_flags`. Moves the source to their
+    device. A file that cannot be read is skipped with `--bad_images skip`; else raises ValueError.
     """
     device, amp_name = devices.setup_device(args)
     source.to(device)
     amp = devices.autocast(device, amp_name)
-    views, found, kept = source.views, None, []
+    views, table, indices = source.views, None, []
     for start in tqdm(range(0, len(files), BATCH), "features", disable=None, leave=False):
-        some = files[start : start + BATCH]
-        cut = (views.size, args.num_workers, args.bad_images, source.resize)
-        images, bad = decode_files(some, *cut, allow_empty=True, options=source.decode)
+        batch = files[start : start + BATCH]
+        how = (views.size, args.num_workers, args.bad_images, source.resize)
+        images, bad = decode_files(batch, *how, allow_empty=True, options=source.decode)
         for reason in bad.values():
             distributed.log(reason)
-        kept += [start + i for i in range(len(some)) if i not in bad]
+        indices += [start + i for i in range(len(batch)) if i not in bad]
         if len(images):
             features = metrics.extract_features(
                 part, views.eval_transform, images.to(device), amp, normalise=False
             )
-            if found is None:  # filled: a list to be joined would take twice as much
-                found = np.empty((len(files), features.shape[1]), np.float32)
-            found[len(kept) - len(features) : len(kept)] = features.cpu()
-    if found is None:
+            if table is None:  # one array: concatenating a list would take twice the memory
+                table = np.empty((len(files), features.shape[1]), np.float32)
+            table[len(indices) - len(features) : len(indices)] = features.cpu()
+    if table is None:
         raise ValueError(f"{files[0]}: cannot be read, nor can any other")
-    return found[: len(kept)], kept
+    return table[: len(indices)], indices
 
 
 def write(out: Path, images: pandas.DataFrame, features: np.ndarray) -> None:
-    """A table of `images`, of `listed`, and `features`, N x features, in the format of the ending.
+    """Write `images`, of `list_images`, and `features`, N x features, in the format of the ending.
 
-    Splits and labels are columns where there are some.
+    .csv and .parquet have columns of splits and labels only where there are some.
     """
     images = images.map(lambda value: printable(str(value)))
-    known = {name: images[name].tolist() for name in images if any(images[name])}
+    columns = {name: images[name].tolist() for name in images if any(images[name])}
     with atomic_write(out) as file:
         if out.suffix == ".npz":
             arrays = {f"{name}s": images[name].tolist() for name in images}
             np.savez(file, features=features, **arrays)
             return
-        columns = [f"f{i}" for i in range(features.shape[1])]
-        table = pandas.DataFrame(features, columns=columns)
-        for i, (name, values) in enumerate(known.items()):
+        table = pandas.DataFrame(features, columns=[f"f{i}" for i in range(features.shape[1])])
+        for i, (name, values) in enumerate(columns.items()):
             table.insert(i, name, values)
         if out.suffix == ".csv":
             table.to_csv(file, index=False)
@@ -108,28 +107,28 @@ def write(out: Path, images: pandas.DataFrame, features: np.ndarray) -> None:
 
 
 def command(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = utils.Parser(prog="tools.features", description=__doc__)
     add = parser.add_argument
-    add("--model_path", required=True, help="a checkpoint, ours or another project's")
+    add("--model_path", required=True, help="a checkpoint of any known project")
     add("--data_root", required=True, help="a folder of images of any size, or a CSV list")
     add("--split_names", nargs="+", metavar="NAME", help="as of main.py")
-    add("--out", required=True, help=f"the table: a file that ends in {', '.join(ENDS)}")
-    add("--overwrite", action="store_true", help="replace the table if it is there")
+    add("--out", required=True, help=f"the table, {', '.join(FORMATS)}")
+    add("--overwrite", action="store_true", help="replace an existing table")
     add("--layer", default="backbone", choices=("backbone", "projector"), help="(backbone)")
     encoder_flags(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
-    if out.suffix not in ENDS:
-        parser.error(f"--out {out}: choose an end of {', '.join(ENDS)}")
+    if out.suffix not in FORMATS:
+        parser.error(f"--out {out}: choose an ending of {', '.join(FORMATS)}")
     with warnings.catch_warnings(), parser.bad_input():
         ignore_pil_warnings()
         utils.check_new("--out", args.out, args.overwrite)
         source = open_source(args)
-        part = chosen_part(source, args.layer)
-        images = listed(Path(args.data_root), args.split_names)
-        features, kept = of_files(source, part, images["file"].tolist(), args)
-        write(out, images.iloc[kept], features)
+        part = network_up_to(source, args.layer)
+        images = list_images(Path(args.data_root), args.split_names)
+        features, indices = extract(source, part, images["file"].tolist(), args)
+        write(out, images.iloc[indices], features)
     distributed.log(f"wrote {out}: {features.shape[0]} images, {features.shape[1]} features")
 
 

@@ -32,7 +32,7 @@ from simsiam.plots.sheets import plot_captions
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix, remove, write_csv
 from tools.common import encoder_flags, open_source, picture_format, picture_path
-from tools.features import of_files
+from tools.features import extract
 
 TOP, MAX_PAIRS = 20, 100_000
 NEAREST = ("query", "rank", "file", "similarity")
@@ -74,7 +74,7 @@ def finite(features: Tensor, args: Namespace) -> Tensor:
 
 def bank_of(args: Namespace, source: LoadedCheckpoint, files: list[Path]) -> Bank:
     """Files and their features, on the source's device. Raises ValueError, naming the file."""
-    features, kept = of_files(source, source.net.backbone, files, args)
+    features, kept = extract(source, source.net.backbone, files, args)
     device = next(source.net.parameters()).device
     return Bank([files[i] for i in kept], finite(torch.from_numpy(features).to(device), args))
 

@@ -1,8 +1,8 @@
-"""Names of weights in other projects' checkpoints: one table, read in both directions.
+"""Names of weights in other projects' checkpoints: one table, used for reading and writing.
 
-Its names begin like theirs, or like those of this program; what follows is the same in both, for
-all have torchvision's names within a stage. `{a b c}` stands for one word after the other, and a
-word on one side for the word at the same place on the other side.
+An entry pairs the start of a name in another project with its start in this one. What follows is
+the same in both, since all use torchvision's names within a stage. `{a b c}` expands to three
+names, and the words of the other side are paired with these in order.
 """
 
 import functools
@@ -16,53 +16,55 @@ from simsiam.models.backbones import IMAGENET_ARCHS
 from simsiam.views.augment import NORMALISATION
 
 RESNET = "{conv1 bn1 layer1 layer2 layer3 layer4}"
-MLP = "{0 1 3 4 6 7}"  # a Linear and its BN, of each layer of a head
-# The names of this program, for the right-hand sides.
+MLP = "{0 1 3 4 6 7}"  # the Linear and the BN of each layer of a head
+# Names in this project.
 BACKBONE, PROJECTOR, PREDICTOR = f"backbone.{RESNET}", f"projector.{MLP}", f"predictor.{MLP}"
 
 
 class Layout(NamedTuple):
-    """A project's names. In each pair the first is theirs, and the second is of this program.
+    """The names of weights in another project.
 
-    `names`: how names begin. None stands for nowhere: such weights are left out. Where names of
-    this program stand twice, the first pair is for the way out, and the second is read too.
-    `within`: words that differ in what follows.
-    `normalisation`: mean and std of its images, if it has one for all; None: those of the stem.
-    `out_only`: whether files of it are written only.
+    `names`: pairs (start there, start here). None: the weights are dropped. Where a start here
+    occurs twice, the first pair is written, and both are read.
+    `within`: pairs of words that differ in the rest of a name.
+    `normalisation`: mean and std of the project's images; None: those usual for the stem.
+    `write_only`: files of the layout are written, and not read.
     """
 
     names: tuple[tuple[str | None, str | None], ...]
     within: tuple[tuple[str, str], ...] = ()
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    out_only: bool = False
+    write_only: bool = False
 
 
-# This program's own Linear has no bias before a BN, and so a bias tells other projects' heads.
+# A Linear has no bias before a BN here; in a file with one the projector is another project's.
 BIAS_FREE = "projector.{0.weight 1 3.weight 4 6.weight 7}"
 LIGHTLY = (
     (f"projection_head.layers.{MLP}", PROJECTOR),
     (f"prediction_head.layers.{MLP}", PREDICTOR),
-    (f"projection_mlp.layers.{MLP}", PROJECTOR),  # of lightly.models.SimSiam
+    (f"projection_mlp.layers.{MLP}", PROJECTOR),  # lightly.models.SimSiam
     (f"prediction_mlp.layers.{MLP}", PREDICTOR),
-    ("projection_mlp.{0.0 0.1 1.0 1.1 2.0 2.1}", PROJECTOR),  # the same until version 1.1
+    ("projection_mlp.{0.0 0.1 1.0 1.1 2.0 2.1}", PROJECTOR),  # until version 1.1
     ("prediction_mlp.{0.0 0.1 1}", "predictor.{0 1 3}"),
-    ("dummy_param", None),  # of its benchmarks until version 1.4.1
+    ("dummy_param", None),  # in benchmarks until version 1.4.1
 )
-LAYOUTS = {  # in the order in which they are tried
+LAYOUTS = {  # in the order of detection
     "torchvision": Layout(
         ((RESNET, BACKBONE), ("fc", "fc"), (None, "projector"), (None, "predictor"))
     ),
-    "ours": Layout(
+    "simsiam": Layout(
         ((BACKBONE, BACKBONE), (BIAS_FREE, BIAS_FREE), (PREDICTOR, PREDICTOR), ("fc", "fc"))
     ),
-    "the authors'": Layout(
+    "facebookresearch/simsiam": Layout(
         (
             (f"module.encoder.{RESNET}", BACKBONE),
             (f"module.encoder.fc.{MLP}", PROJECTOR),
             (f"module.predictor.{MLP}", PREDICTOR),
         )
     ),
-    "the authors' linear": Layout(((f"module.{RESNET}", BACKBONE), ("module.fc", "fc"))),
+    "facebookresearch/simsiam, linear": Layout(
+        ((f"module.{RESNET}", BACKBONE), ("module.fc", "fc"))
+    ),
     "leftthomas/SimSiam": Layout(
         (
             ("f.{0 1 3 4 5 6}", BACKBONE),
@@ -77,16 +79,16 @@ LAYOUTS = {  # in the order in which they are tried
             (BACKBONE, BACKBONE),
             ("projector.layer{1.0 1.1 2.0 2.1 3.0 3.1}", PROJECTOR),
             ("predictor.{layer1.0 layer1.1 layer2}", "predictor.{0 1 3}"),
-            ("encoder.{0 1}", None),  # backbone and projector again
+            ("encoder.{0 1}", None),  # copies of backbone and projector
         ),
-        within=(("shortcut", "downsample"),),  # of its second ResNet for CIFAR
+        within=(("shortcut", "downsample"),),  # in its second ResNet for CIFAR
         normalisation=NORMALISATION["imagenet"],
     ),
     "lightly": Layout(
         (("backbone.{0 1 4 5 6 7}", BACKBONE), *LIGHTLY),
         normalisation=NORMALISATION["imagenet"],
     ),
-    "lightly's CIFAR benchmark": Layout(
+    "lightly, CIFAR benchmark": Layout(
         (("backbone.{0 1 2 3 4 5}", BACKBONE), *LIGHTLY),
         within=(("shortcut", "downsample"),),
         normalisation=NORMALISATION["imagenet"],
@@ -94,10 +96,10 @@ LAYOUTS = {  # in the order in which they are tried
     "solo-learn": Layout(
         (
             (BACKBONE, BACKBONE),
-            (f"encoder.{RESNET}", BACKBONE),  # of older versions
+            (f"encoder.{RESNET}", BACKBONE),  # in older versions
             (PROJECTOR, PROJECTOR),
             (PREDICTOR, PREDICTOR),
-            ("classifier", None),  # trained beside the encoder, on all of the labels
+            ("classifier", None),  # an online probe
         )
     ),
     "mmpretrain": Layout(
@@ -113,7 +115,7 @@ LAYOUTS = {  # in the order in which they are tried
             (f"encoder.{RESNET}", BACKBONE),
             (f"encoder.fc.{MLP}", PROJECTOR),
             (f"predictor.{MLP}", PREDICTOR),
-            (f"predictor.mlp.{MLP}", PREDICTOR),  # of version 1.1
+            (f"predictor.mlp.{MLP}", PREDICTOR),  # in version 1.1
         )
     ),
     "detectron2": Layout(
@@ -128,29 +130,29 @@ LAYOUTS = {  # in the order in which they are tried
             ("shortcut.norm", "downsample.1"),
             ("shortcut", "downsample.0"),
         ),
-        out_only=True,
+        write_only=True,
     ),
 }
-# What thop.profile leaves in the modules that it has no rule for, whatever the layout.
+# Buffers that thop.profile leaves in modules, in any layout.
 THOP_COUNTERS = re.compile(r"(.+\.)?total_(ops|params)")
-# What wraps a whole network: DataParallel, torch.compile.
+# Prefixes of a wrapped network: DataParallel, torch.compile.
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
-BLOCKS = {  # of layer1 to layer4, and whether they are bottlenecks
+BLOCKS = {  # blocks in layer1 to layer4, and whether they are bottlenecks
     (2, 2, 2, 2, False): "resnet18",
     (3, 4, 6, 3, False): "resnet34",
     (3, 4, 6, 3, True): "resnet50",
     (3, 4, 23, 3, True): "resnet101",
     (3, 8, 36, 3, True): "resnet152",
 }
-# timm's networks that have the same names and shapes as torchvision's, and other features.
+# timm networks with the names and shapes of a torchvision ResNet, but other features.
 TWINS = {"resnet18": "resnetblur18", "resnet50": "resnetaa50 and resnetblur50"}
 
 
-# ---- the table in use ---------------------------------------------------------------------------
+# ---- renaming -----------------------------------------------------------------------------------
 
 
 def expand(name: str) -> list[str]:
-    """A name of the table with each of its words: "f.{0 1}" -> ["f.0", "f.1"]."""
+    """Expand the braces in a name: "f.{0 1}" -> ["f.0", "f.1"]."""
     start, _, rest = name.partition("{")
     words, brace, end = rest.partition("}")
     return [start + word + end for word in words.split()] if brace else [name]
@@ -158,104 +160,103 @@ def expand(name: str) -> list[str]:
 
 @functools.cache
 def expand_pairs(
-    pairs: tuple[tuple[str | None, str | None], ...], out: bool
+    pairs: tuple[tuple[str | None, str | None], ...], write: bool
 ) -> list[tuple[str, str | None]]:
-    """Pairs of the table spelled, as (from, to), longest first; to theirs if `out`."""
-    found = []
+    """Expand pairs of the table to (old, new), longest first; the other way round if `write`."""
+    expanded = []
     for pair in pairs:
-        start, end = reversed(pair) if out else pair
-        if start is not None:
-            starts = expand(start)
-            ends = [None] * len(starts) if end is None else expand(end)
-            found += zip(starts, ends, strict=True)
-    return sorted(found, key=lambda pair: -len(pair[0]))  # stable: of equals the first one stays
+        old, new = reversed(pair) if write else pair
+        if old is not None:
+            olds = expand(old)
+            news = [None] * len(olds) if new is None else expand(new)
+            expanded += zip(olds, news, strict=True)
+    return sorted(expanded, key=lambda pair: -len(pair[0]))  # stable: equals keep their order
 
 
-def rename(name: str, layout: Layout, out: bool = False) -> str | None:
-    """A name as in `rename_all`; None if the layout leaves it out. Raises KeyError."""
+def rename(name: str, layout: Layout, write: bool = False) -> str | None:
+    """Return the new name of a weight; None where the layout drops it. Raises KeyError."""
     if THOP_COUNTERS.fullmatch(name):
         return None
-    for start, end in expand_pairs(layout.names, out):
-        if f"{name}.".startswith(f"{start}."):
-            rest = name.removeprefix(start)
-            for word, other in expand_pairs(layout.within, out):
-                rest = rest.replace(f".{word}.", f".{other}.")
-            return None if end is None else end + rest
+    for old, new in expand_pairs(layout.names, write):
+        if f"{name}.".startswith(f"{old}."):
+            rest = name.removeprefix(old)
+            for old_word, new_word in expand_pairs(layout.within, write):
+                rest = rest.replace(f".{old_word}.", f".{new_word}.")
+            return None if new is None else new + rest
     raise KeyError(name)
 
 
 def rename_all(
-    weights: dict[str, Tensor], layout: Layout, out: bool = False
+    weights: dict[str, Tensor], layout: Layout, write: bool = False
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Weights of a `layout` under the names of this program or, if `out`, the other way round.
+    """Rename weights from a layout to this project's names, or back if `write`.
 
-    Also the names that the layout leaves out, and those that it does not know, or has twice.
+    Also returns the names that are dropped, and those that are unknown or would occur twice.
     """
-    found, left, unknown = {}, [], []
+    renamed, dropped, unknown = {}, [], []
     for name, value in weights.items():
         try:
-            new = rename(name, layout, out)
+            new = rename(name, layout, write)
         except KeyError:
             unknown.append(name)
             continue
         if new is None:
-            left.append(name)
-        elif new in found:
+            dropped.append(name)
+        elif new in renamed:
             unknown.append(name)
         else:
-            found[new] = value
-    return found, left, unknown
+            renamed[new] = value
+    return renamed, dropped, unknown
 
 
-# ---- in -----------------------------------------------------------------------------------------
+# ---- reading ------------------------------------------------------------------------------------
 
 
 def translate(
     weights: dict[str, Tensor], stem: str | None = None
 ) -> tuple[dict[str, Tensor], dict, list[str]]:
-    """Another project's weights under the names of this program, and what they are.
+    """Translate another project's weights to this project's names.
 
-    Returns the weights, a dict of `checkpoint.ENCODER`, and lines to say about them. `stem`: one of
-    `STEMS`, if it is known; by default what the layout suggests.
+    Returns the weights, a dict of `checkpoint.ENCODER`, and notes for the user. `stem`: one of
+    `STEMS`; by default the layout's.
 
-    Each name is translated or is one that the layout leaves out. Biases before a BN are folded
-    into its running mean, which changes nothing in eval mode. Raises ValueError that names what is
-    unknown or missing.
+    Biases before a BN are folded into its running mean, which is exact in eval mode. Raises
+    ValueError that names what is unknown or missing.
     """
-    layout, found, left = detect_layout(from_paddle(weights))
+    layout, weights, dropped = detect_layout(from_paddle(weights))
     notes = [f"layout: {layout}"]
-    if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        notes.append(f"left out, as of no use here: {', '.join(left[:3])}{more}")
-    arch, width = detect_arch(found)
-    small = found["backbone.conv1.weight"].shape[-1] == 3
+    if dropped:
+        more = f" and {len(dropped) - 3} more" if len(dropped) > 3 else ""
+        notes.append(f"not used: {', '.join(dropped[:3])}{more}")
+    arch, width = detect_arch(weights)
+    is_cifar = has_small_conv = weights["backbone.conv1.weight"].shape[-1] == 3
     if stem is not None:
-        notes.append(f"taken to have the stem {stem}, as --stem says")
+        notes.append(f"stem {stem}, by --stem")
     else:
-        backbone_alone = all(name.startswith("backbone.") for name in found) and width is None
-        stem, reason = default_stem(layout, small, backbone_alone)
+        is_bare = all(name.startswith("backbone.") for name in weights) and width is None
+        stem, reason = default_stem(layout, has_small_conv, is_bare)
         notes += [reason] if reason else []
     if layout == "torchvision" and arch in TWINS:
-        twins = f"names and shapes are also those of timm's {TWINS[arch]}, whose features differ"
-        notes.append(f"taken for a {arch}: {twins}")
-    of_cifar = small
-    if layout == "PatrickHua/SimSiam" and "projector.6.weight" in found:
-        unused, reason = is_second_layer_unused(found, small)
-        if unused:
-            of_cifar, found = True, drop_second_layer(found)
+        notes.append(f"assumed to be {arch}: timm's {TWINS[arch]} have its names and shapes, too")
+    if layout == "PatrickHua/SimSiam" and "projector.6.weight" in weights:
+        is_unused, reason = is_second_layer_unused(weights, has_small_conv)
+        if is_unused:
+            is_cifar, weights = True, drop_second_layer(weights)
             notes.append(f"its second projector layer is left out: {reason}")
-    usual = LAYOUTS[layout].normalisation
-    mean, std = usual or NORMALISATION["imagenet" if stem == "imagenet" else "cifar"]
-    channels = found["backbone.conv1.weight"].shape[1]
-    if channels != len(mean):  # nobody knows theirs
+    mean, std = (
+        LAYOUTS[layout].normalisation
+        or NORMALISATION["imagenet" if stem == "imagenet" else "cifar"]
+    )
+    channels = weights["backbone.conv1.weight"].shape[1]
+    if channels != len(mean):  # the file does not say
         mean, std = (0.5,) * channels, (0.25,) * channels
     encoder = {"arch": arch, "stem": stem, "width": width}
-    encoder |= {"image_size": 32 if of_cifar else 224, "mean": mean, "std": std}
-    return fold_bn_biases(found), encoder, notes
+    encoder |= {"image_size": 32 if is_cifar else 224, "mean": mean, "std": std}
+    return fold_bn_biases(weights), encoder, notes
 
 
 def from_paddle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Paddle's arrays as PyTorch has them (its Linear weights are in x out), others as they are."""
+    """Convert Paddle's BN names and transposed Linear weights; return other weights unchanged."""
     if not any(name.endswith("._mean") for name in weights):
         return weights
     return {
@@ -267,78 +268,76 @@ def from_paddle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def detect_layout(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor], list[str]]:
-    """The first layout that knows all names, the weights renamed, and the names left out.
+    """Return the first layout that knows all names, the renamed weights, and the dropped names.
 
-    If none does, one that knows them without the prefix of what wraps the network. Raises
-    ValueError that names what the nearest layout does not know.
+    If there is none, the prefix of a wrapped network is removed. Raises ValueError that names what
+    the nearest layout does not know.
     """
     nearest: tuple[str, list[str]] | None = None
-    for given in (weights, strip_wrappers(weights)):
+    for candidate in (weights, strip_wrappers(weights)):
         for name, layout in LAYOUTS.items():
-            found, left, unknown = rename_all(given, layout)
-            if layout.out_only or "backbone.conv1.weight" not in found:
+            renamed, dropped, unknown = rename_all(candidate, layout)
+            if layout.write_only or "backbone.conv1.weight" not in renamed:
                 continue
             if not unknown:
-                return name, found, left
+                return name, renamed, dropped
             if nearest is None or len(unknown) < len(nearest[1]):
                 nearest = name, unknown
     if nearest is None:
-        raise ValueError("its weights are not those of a ResNet in a layout that is known")
+        raise ValueError("its weights are not those of a ResNet in a known layout")
     name, unknown = nearest
-    some = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
-    raise ValueError(f"its names are like those of {name}, but for {some}")
+    names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
+    raise ValueError(f"its layout is like that of {name}, except for {names}")
 
 
 def strip_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights without the prefix of what wraps the whole network, if all of them have one."""
+    """Remove the prefix of a wrapped network if all names have it."""
     prefixes = {match and match[0] for match in map(WRAPPERS.match, weights)}
     if None in prefixes or len(prefixes) != 1:
         return weights
     return {name.removeprefix(min(prefixes)): value for name, value in weights.items()}
 
 
-def default_stem(layout: str, small: bool, backbone_alone: bool) -> tuple[str, str | None]:
-    """The stem of a project's networks, and what to say of it.
+def default_stem(layout: str, has_small_conv: bool, is_bare: bool) -> tuple[str, str | None]:
+    """Return the stem of a project's networks, and a note where the file does not tell it.
 
-    `small`: whether conv1 is 3x3. `backbone_alone`: whether there is no more than a backbone.
+    `has_small_conv`: conv1 is 3x3. `is_bare`: the file has a backbone only.
     """
-    if small and layout == "solo-learn":
-        reason = "its names cannot tell conv1's padding: taken for solo-learn's, 2 (--stem)"
-        return "cifar_pad2", reason
-    if small and layout == "ours" and backbone_alone:
-        reason = "conv1's padding is taken for 1; if it is solo-learn's, 2: --stem cifar_pad2"
-        return "cifar", reason
-    if layout == "lightly's CIFAR benchmark":
-        return "cifar_no_relu", "taken to have no ReLU after bn1, as that benchmark (--stem)"
-    return "cifar" if small else "imagenet", None
+    if has_small_conv and layout == "solo-learn":
+        return "cifar_pad2", "conv1's padding is assumed to be solo-learn's, 2 (--stem)"
+    if has_small_conv and layout == "simsiam" and is_bare:
+        return "cifar", "conv1's padding is assumed to be 1; for solo-learn's 2: --stem cifar_pad2"
+    if layout == "lightly, CIFAR benchmark":
+        return "cifar_no_relu", "no ReLU after bn1 is assumed, as in that benchmark (--stem)"
+    return "cifar" if has_small_conv else "imagenet", None
 
 
-def is_second_layer_unused(found: dict[str, Tensor], small: bool) -> tuple[bool, str]:
-    """Whether PatrickHua's network skipped the projector's second layer, and how that is known.
+def is_second_layer_unused(weights: dict[str, Tensor], has_small_conv: bool) -> tuple[bool, str]:
+    """Return whether PatrickHua's network skips the projector's second layer, and the evidence.
 
-    Its files have three layers always; with `proj_layers: 2` the second one's BN counts no batch.
+    The file always has three layers; with `proj_layers: 2` the second BN counts no batch.
     """
-    counts = [found.get(f"projector.{i}.num_batches_tracked") for i in (1, 4)]
+    counts = [weights.get(f"projector.{i}.num_batches_tracked") for i in (1, 4)]
     if None not in counts and counts[0].any():
         return not counts[1].any(), "its BN has seen no batch"
-    return small, "no BN counts batches, and its runs on CIFAR skip it"
+    return has_small_conv, "no BN counts batches, and runs on CIFAR skip it"
 
 
-def drop_second_layer(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A projector's third layer in the place of the second."""
+def drop_second_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace a projector's second layer by its third one."""
     names = {"projector.6": "projector.3", "projector.7": "projector.4"}
-    rest = {name: value for name, value in found.items() if not name.startswith("projector.")}
-    for name, value in found.items():
-        start, _, end = name.rpartition(".")
-        if name.startswith("projector.") and start not in names.values():
-            rest[f"{names.get(start, start)}.{end}"] = value
-    return rest
+    remaining = {}
+    for name, value in weights.items():
+        module, _, end = name.rpartition(".")
+        if module not in names.values():
+            remaining[f"{names.get(module, module)}.{end}"] = value
+    return remaining
 
 
 def detect_arch(weights: dict[str, Tensor]) -> tuple[str, int | None]:
-    """The ResNet that has these blocks: torchvision's or, with its width, He et al.'s for CIFAR.
+    """Return the ResNet with these blocks; for those of He et al. for CIFAR also the width.
 
-    Raises ValueError where none has.
+    Raises ValueError where there is none.
     """
     blocks = [0] * 4
     for name in weights:
@@ -353,21 +352,20 @@ def detect_arch(weights: dict[str, Tensor]) -> tuple[str, int | None]:
     arch = f"resnet{6 * n + 2}"
     if n and blocks == [n, n, n, 0] and not bottleneck and arch not in IMAGENET_ARCHS:
         return arch, len(weights["backbone.conv1.weight"])
-    known = ", ".join(IMAGENET_ARCHS)
-    raise ValueError(f"its backbone, of {blocks} blocks, is none of {known}")
+    raise ValueError(f"its backbone, of {blocks} blocks, is none of {', '.join(IMAGENET_ARCHS)}")
 
 
 def fold_bn_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same in eval mode without a bias before a BN of the heads, and with BN's counters."""
-    found = dict(weights)
+    """Fold each head's bias before a BN into the running mean; add BN counters where absent."""
+    folded = dict(weights)
     for name in weights:
         bn, _, value = name.rpartition(".")
         if value != "running_mean":
             continue
-        head, _, place = bn.rpartition(".")
-        bias = f"{head}.{int(place) - 1}.bias" if place.isdigit() else None
-        fits = bias in found and found[bias].shape == found[name].shape  # else refused later on
+        head, _, index = bn.rpartition(".")
+        bias = f"{head}.{int(index) - 1}.bias" if index.isdigit() else None
+        fits = bias in folded and folded[bias].shape == folded[name].shape  # else refused later on
         if fits and not head.startswith("backbone"):
-            found[name] = found[name] - found.pop(bias)
-        found.setdefault(f"{bn}.num_batches_tracked", torch.tensor(0))
-    return found
+            folded[name] = folded[name] - folded.pop(bias)
+        folded.setdefault(f"{bn}.num_batches_tracked", torch.tensor(0))
+    return folded

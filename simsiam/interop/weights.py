@@ -1,11 +1,12 @@
-"""Checkpoints of any origin: their weights read safely, and the network, its input and its classes.
+"""Open checkpoints of this project, in any version, and of others.
 
-A `LoadedCheckpoint` is a checkpoint of this program or of another project. A `Predictor` is a
-linear model that knows its classes and its test transform.
+`LoadedCheckpoint` is a network with its input transform. `Predictor` is a linear model that returns
+classes of images. `init_from_checkpoint` loads weights into a network that is to be trained.
 """
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preproce
 from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
 from simsiam.interop.layouts import translate
+from simsiam.models.backbones import build_backbone
 from simsiam.models.classifier import Classifier
 from simsiam.models.simsiam import SimSiam, prediction_mlp, projection_mlp
 from simsiam.runtime import reader
@@ -25,157 +27,212 @@ from simsiam.runtime.files import error_prefix
 from simsiam.training import checkpoint
 from simsiam.views.augment import Views
 
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of any checkpoint, by their names in the file; no code of it is run.
-
-    Raises FileNotFoundError, or ValueError for a file that has none.
-    """
-    return find_weights(reader.read(path))
+# ---- weights of any origin ----------------------------------------------------------------------
 
 
-def find_weights(state: object) -> dict[str, Tensor]:
-    """Return the tensors in a value from `reader.read`, with or without a dict around them.
+def find_weights(value: object) -> dict[str, Tensor]:
+    """Return the tensors in a value from `reader.read`, by name; floats become fp32.
 
-    Floats become fp32. Raises ValueError for a value without tensors.
+    They may be the value itself, or its `state_dict` or `model`. Raises ValueError for a value
+    without tensors.
     """
     for name in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    tensors = {}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if isinstance(value, tuple) and len(value) == 2:  # Paddle's: its own name, and the array
-            value = value[1]
-        if isinstance(name, str) and isinstance(value, Tensor):
-            tensors[name] = value.float() if value.is_floating_point() else value
-    if not tensors:
+        if isinstance(value, dict) and isinstance(value.get(name), dict):
+            value = value[name]
+    weights = {}
+    for name, tensor in value.items() if isinstance(value, dict) else ():
+        if isinstance(tensor, tuple) and len(tensor) == 2:  # Paddle: its own name, and the array
+            tensor = tensor[1]
+        if isinstance(name, str) and isinstance(tensor, Tensor):
+            weights[name] = tensor.float() if tensor.is_floating_point() else tensor
+    if not weights:
         raise ValueError("has no weights")
-    return tensors
+    return weights
 
 
-# ---- networks of other projects' weights --------------------------------------------------------
+def select_part(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return the weights of a submodule, under their full names."""
+    return {name: value for name, value in weights.items() if name.startswith(f"{part}.")}
+
+
+def first_mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> str | None:
+    """Return the first name that only one has, or whose shapes differ; None if all fit."""
+    for name in sorted(expected.keys() ^ weights.keys()) or sorted(expected):
+        if not (name in expected and name in weights):
+            return name
+        if expected[name].shape != weights[name].shape:
+            return name
+    return None
+
+
+# Settings that did not exist in all older versions, with the behaviour before them.
+BEFORE = {"exif": False, "background": "none", "optimizer": "sgd", "probe": False}
+SINGLE_START = ("resume", "overwrite", "ddp")  # settings of a single start of a run
+# Parts that networks no longer have; they were of no use after training.
+REMOVED_PARTS = ("local_predictor.", "momentum_encoder.")
+
+
+def parse_own(value: object) -> tuple[dict, list[str]]:
+    """Validate a value from `reader.read` as a checkpoint of this project; return it, and notes.
+
+    Of an older version only what describes the weights is read: settings, encoder, classes, epoch
+    and history. The other entries are empty. Raises NotOursError; ValueError for an unknown
+    version.
+    """
+    version = value.get("version") if isinstance(value, dict) else None
+    if type(version) is not int or not 1 <= version < checkpoint.VERSION:
+        return checkpoint.parse(value), []
+    try:
+        model, args = value["model"], value["args"]
+        command = "linear.py" if "fc.weight" in model else "main.py"
+        encoder = value.get("encoder", args.get("encoder", args))  # version 2; of 1 linear.py's
+        state = {name: kind() for name, (kind, _) in checkpoint.FORMAT.items()}
+        state |= {name: value[name] for name in ("epoch", "classes") if name in value}
+        state |= {
+            "version": version,
+            "command": command,
+            "config": older_config(command, args),
+            "encoder": checkpoint.check_encoder(
+                {name: encoder[name] for name in checkpoint.ENCODER}
+            ),
+            "history": value["history"] or [{}],
+            "model": {k: v for k, v in model.items() if not k.startswith(REMOVED_PARTS)},
+        }
+        is_valid = (
+            type(state["epoch"]) is int
+            and all(isinstance(tensor, Tensor) for tensor in state["model"].values())
+            and all(isinstance(name, str) for name in state["classes"])
+            and all(checkpoint.is_number(x) for row in state["history"] for x in row.values())
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise checkpoint.NotOursError(checkpoint.NOT_OURS)
+    return state, [f"version {version} of the format: its weights are used; no run resumes from it"]
+
+
+def older_config(command: str, args: dict) -> Config:
+    """Return the settings of an older checkpoint that exist today. Raises ConfigError."""
+    config = checkpoint.CONFIGS[command]
+    names = {field.name for field in dataclasses.fields(config)} - set(SINGLE_START)
+    values = {k: v for k, v in (BEFORE | args).items() if k in names and v is not None}
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# ---- networks made from weights -----------------------------------------------------------------
 
 
 def build_head(weights: dict[str, Tensor], name: str) -> nn.Sequential:
-    """A projector or predictor of the shapes of its weights; its last BN is affine if theirs is."""
+    """Return a projector or predictor for its weights: Linear, BN and ReLU where there are some."""
     layers: list[nn.Module] = []
-    for i in (0, 3, 6):
+    for i in itertools.count(0, 3):
         if f"{name}.{i}.weight" not in weights:
-            break
-        layers += [nn.ReLU(inplace=True)] if i else []
+            return nn.Sequential(*layers)
+        if layers:
+            layers += [nn.Identity()] * (i - 1 - len(layers)) + [nn.ReLU(inplace=True)]
         outputs, inputs = weights[f"{name}.{i}.weight"].shape
         layers.append(nn.Linear(inputs, outputs, bias=f"{name}.{i}.bias" in weights))
         if f"{name}.{i + 1}.running_mean" in weights:
             layers.append(nn.BatchNorm1d(outputs, affine=f"{name}.{i + 1}.weight" in weights))
-    return nn.Sequential(*layers)
 
 
-def build_network(
-    weights: dict[str, Tensor], stem: str | None = None
-) -> tuple[SimSiam | Classifier, dict, list[str]]:
-    """The network in another project's checkpoint, its encoder, and what to say of it.
+def build_network(weights: dict[str, Tensor], encoder: dict) -> SimSiam | Classifier:
+    """Return a network with these weights, whose heads have the weights' shapes.
 
-    `stem` as in `layouts.translated`. With an fc it is a classifier; a projector or predictor that
-    the file does not have is empty. Raises ValueError, which does not name the file.
+    With `fc` it is a Classifier. Heads without weights are empty. Raises ValueError.
     """
-    weights, encoder, notes = translate(weights, stem)
     arch, stem, width, channels = checkpoint.backbone_args(encoder)
-    with torch.device("meta"):
-        heads = build_head(weights, "projector"), build_head(weights, "predictor")
-        net = SimSiam(arch, stem, width=width, channels=channels, heads=heads)
-        if "fc.weight" in weights:
-            net = Classifier(net.backbone, net.features, len(weights["fc.weight"]))
+    try:
+        with torch.device("meta"):
+            if "fc.weight" in weights:
+                body, features = build_backbone(arch, stem, width, channels)
+                net = Classifier(body, features, len(weights["fc.weight"]))
+            else:
+                heads = build_head(weights, "projector"), build_head(weights, "predictor")
+                net = SimSiam(arch, stem, width=width, channels=channels, heads=heads)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"its encoder cannot be built: {error}") from error
     checkpoint.load_strictly(net, weights)
-    return net, encoder, notes
+    return net
 
 
 # ---- a network that starts from a checkpoint's weights ------------------------------------------
 
 
 def init_from_checkpoint(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[str]:
-    """Give `net` the weights of a checkpoint of any origin or version; returns what to say of it.
+    """Load the weights of a checkpoint of any project or version into `net`; return notes.
 
     `parts`, one of INIT_PARTS: the backbone and the heads that fit, the backbone alone, or all
-    parts. What is not taken stays as it is. Raises FileNotFoundError; ValueError that names what
-    does not fit, but not the file.
+    parts. Parts that are not loaded stay as they are. Raises FileNotFoundError, or ValueError that
+    names what does not fit, but not the file.
     """
-    given, encoder, notes = weights_for(net, path)
-    mine = net.state_dict()
+    weights, encoder, notes = weights_for(net, reader.read(path))
+    state = net.state_dict()
     for part in ("backbone",) if parts == "backbone" else ("backbone", "projector", "predictor"):
-        theirs, wanted = select_part(given, part), select_part(mine, part)
-        name = first_mismatch(wanted, theirs)
-        if name is None:
-            mine |= theirs
+        saved, expected = select_part(weights, part), select_part(state, part)
+        mismatch = first_mismatch(expected, saved)
+        if mismatch is None:
+            state |= saved
             continue
-        if not wanted:
+        if not expected:
             notes.append(f"its {part} is not used: this network has none")
             continue
-        reason = f"its {part} does not fit the flags of the network: {name}"
-        if not theirs:
+        reason = f"its {part} does not fit the flags of the network: {mismatch}"
+        if not saved:
             reason = f"it has no {part}"
         if part == "backbone":
-            flags = [f"--{flag} {encoder[flag]}" for flag in ("arch", "stem", "width")]
+            flags = [f"--{name} {encoder[name]}" for name in ("arch", "stem", "width")]
             flags = [flag for flag in flags if not flag.endswith("None")]
-            raise ValueError(f"{reason}; it is of {' '.join(flags)}")
-        fits = head_flags(part, given)
-        fits = f"; it fits with {fits}" if fits else ""
+            raise ValueError(f"{reason}; it has {' '.join(flags)}")
+        flags = head_flags(part, weights)
+        fits = f"; it fits {flags}" if flags else ""
         if parts == "all":
-            raise ValueError(f"{reason}{fits}; --init_parts fitting starts that at random")
-        notes.append(f"{reason}: that starts at random{fits}")
-    checkpoint.load_strictly(net, mine)
+            raise ValueError(f"{reason}{fits}; --init_parts fitting starts it at random")
+        notes.append(f"{reason}: it starts at random{fits}")
+    checkpoint.load_strictly(net, state)
     return notes
 
 
-def weights_for(net: SimSiam, path: str | Path) -> tuple[dict[str, Tensor], dict, list[str]]:
-    """The weights in a checkpoint of any origin or version, its encoder, and what to say of it.
+def weights_for(net: SimSiam, value: object) -> tuple[dict[str, Tensor], dict, list[str]]:
+    """Return the weights in a value from `reader.read` by their names in `net`; encoder and notes.
 
-    The encoder is empty where all weights, or all of a bare backbone, are those of `net`.
+    The encoder is empty where all weights, or all of a bare backbone, have names and shapes of
+    `net`. Raises ValueError.
     """
-    value = reader.read(path)
-    with contextlib.suppress(ValueError):  # of another project or version
-        state = checkpoint.parse(value)
-        return state["model"], state["encoder"], []
+    with contextlib.suppress(ValueError):  # another project's, or damaged in other parts
+        state, notes = parse_own(value)
+        return state["model"], state["encoder"], notes
     weights = find_weights(value)
     if first_mismatch(net.state_dict(), weights) is None:
         return weights, {}, []
     try:
-        found, encoder, notes = translate(weights)
-    except ValueError:  # else all of it under its library's own names, with a classifier at most
-        wanted = select_part(net.state_dict(), "backbone")
-        named = {f"backbone.{name}": value for name, value in weights.items()}
-        bare = {name: value for name, value in named.items() if name in wanted}
-        rest = {name.rpartition(".")[0] for name in weights if f"backbone.{name}" not in wanted}
-        if first_mismatch(wanted, bare) or len(rest) > 1:
+        translated, encoder, notes = translate(weights)
+    except ValueError:  # a backbone of timm or torchvision, by its library's names
+        expected = select_part(net.state_dict(), "backbone")
+        bare = {f"backbone.{name}": value for name, value in weights.items()}
+        rest = {name.split(".", 1)[1].rpartition(".")[0] for name in bare.keys() - expected.keys()}
+        bare = {name: bare[name] for name in bare if name in expected}
+        if first_mismatch(expected, bare) or len(rest) > 1:  # more than a classifier
             raise
         return bare, {}, [f"its {name} is not used" for name in rest]
     if encoder["stem"] != "imagenet":
         notes.append(f"its --stem is {encoder['stem']}")
-    return found, encoder, notes
+    return translated, encoder, notes
 
 
-def select_part(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `part`, a dot after it."""
-    return {name: value for name, value in weights.items() if name.startswith(f"{part}.")}
-
-
-def first_mismatch(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str | None:
-    """The first name that only one has, or both in other shapes; None if there is none."""
-    for name in sorted(wanted.keys() ^ given.keys()) or sorted(wanted):
-        if name not in wanted or name not in given or wanted[name].shape != given[name].shape:
-            return name
-    return None
-
-
-def head_flags(part: str, given: dict[str, Tensor]) -> str | None:
-    """The flags of main.py for which the projector or predictor in `given` fits, if there are."""
-    *layers, last = build_head(given, "projector") or [None]
-    if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
-        return None
-    d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
+def head_flags(part: str, weights: dict[str, Tensor]) -> str | None:
+    """Return the flags of main.py that fit the projector or predictor in `weights`, if any do."""
     with torch.device("meta"):
-        projector = projection_mlp(layers[0].in_features, d, number, affine=last.affine)
-        heads = nn.ModuleDict({"projector": projector, "predictor": prediction_mlp(d)})
-    if first_mismatch(select_part(heads.state_dict(), part), select_part(given, part)):
+        *layers, last = build_head(weights, "projector") or [None]
+        if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
+            return None
+        d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
+        heads = {
+            "projector": projection_mlp(layers[0].in_features, d, number, affine=last.affine),
+            "predictor": prediction_mlp(d),
+        }
+    expected = {f"{part}.{name}": value for name, value in heads[part].state_dict().items()}
+    if first_mismatch(expected, select_part(weights, part)):
         return None
     return f"--feature_dim {d} --projector_layers {number}" + " --projector_affine" * last.affine
 
@@ -185,13 +242,16 @@ def head_flags(part: str, given: dict[str, Tensor]) -> str | None:
 
 @dataclasses.dataclass
 class LoadedCheckpoint:
-    """The network in a checkpoint and what its encoder sees. It can be sent between ranks.
+    """A checkpoint's network with its input transform. Called with images, it returns features.
 
-    Called with images, it returns their features: `source(["a.jpg", "b.jpg"])`.
+        source = LoadedCheckpoint.open(path)
+        features = source(["a.jpg", "b.jpg"])
 
-    `net`: in eval mode, on the CPU at first. `encoder`: a dict of `checkpoint.ENCODER`.
-    `notes`: lines to say. `state`: what `checkpoint.FORMAT` names, less the weights and the
-    optimizer; None for another project's file.
+    It can be pickled, to be sent to other ranks.
+
+    `net`: in eval mode, on the CPU at first. `encoder`: a dict of `checkpoint.ENCODER`. `notes`:
+    assumptions, for the user. `state`: the entries of `checkpoint.FORMAT` without the weights and
+    the optimizer; None for another project's file.
     """
 
     path: str
@@ -209,49 +269,57 @@ class LoadedCheckpoint:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> "LoadedCheckpoint":
-        """Read a checkpoint of this program or, if it is none, of another project.
+        """Open a checkpoint of this project or of another one.
 
-        `stem`, `image_size` (pixels) and the images' `mean` and `std` (of each channel) say what
-        another project's file does not; by default they are what its layout suggests. Raises
-        FileNotFoundError; ValueError, which names the file.
+        `stem`, `image_size` (pixels), `mean` and `std` (per channel, from 0 to 1) replace what is
+        assumed of another project's file. Raises FileNotFoundError; ValueError, which names the
+        file.
         """
-        told = {"stem": stem, "image_size": image_size, "mean": mean, "std": std}
-        told = {name: value for name, value in told.items() if value is not None}
+        overrides = {"stem": stem, "image_size": image_size, "mean": mean, "std": std}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         with error_prefix(str(path)):
             value = reader.read(path)
-        try:
-            state = checkpoint.parse(value)
-        except checkpoint.NotOursError as error:
             try:
-                net, encoder, notes = build_network(find_weights(value), stem)
-            except ValueError as other:
-                reason = f"{path}: {error}; nor one of another that is known: {other}"
-                raise ValueError(reason) from other
-            for name in sorted(told.keys() & {"mean", "std"}):
-                told[name] = tuple(map(float, told[name]))
-                if len(told[name]) != len(encoder[name]):
-                    raise ValueError(f"--{name}: must be {len(encoder[name])} numbers") from error
-            encoder |= told
-            size, *usual = (encoder[name] for name in ("image_size", "mean", "std"))
-            mean, std = (", ".join(f"{value:g}" for value in three) for three in usual)
-            notes.append(
-                f"taken to see {size} pixels, normalised by mean {mean} and std {std} "
-                "(--image_size, --mean, --std)"
-            )
-            with error_prefix(str(path)):
-                return cls(str(path), net.eval(), checkpoint.check_encoder(encoder), notes, None)
+                state, notes = parse_own(value)
+            except checkpoint.NotOursError:
+                net, encoder, notes = cls._open_foreign(value, overrides)
+                return cls(str(path), net.eval(), encoder, notes, None)
+            for name in overrides:
+                raise ValueError(f"--{name}: the checkpoint is this program's, and has its own")
+            if state["version"] == checkpoint.VERSION:
+                net = checkpoint.network(state)
+            else:
+                net = build_network(state["model"], state["encoder"])
+        del state["model"], state["optimizer"]  # `net` has the weights, and ranks are sent no more
+        return cls(str(path), net.eval(), state["encoder"], notes, state)
+
+    @staticmethod
+    def _open_foreign(
+        value: object, overrides: dict
+    ) -> tuple[SimSiam | Classifier, dict, list[str]]:
+        """Return the network in another project's file, its encoder, and notes."""
+        try:
+            weights, encoder, notes = translate(find_weights(value), overrides.get("stem"))
+            net = build_network(weights, encoder)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for name in told:
-            raise ValueError(f"--{name}: {path} is ours, and has its own")
-        with error_prefix(str(path)):
-            net = checkpoint.network(state).eval()
-        rest = {name: state[name] for name in checkpoint.FORMAT}
-        del rest["model"], rest["optimizer"]  # `net` has the weights, and ranks are sent no more
-        return cls(str(path), net, rest["encoder"], [], rest)
+            raise ValueError(
+                f"is not a checkpoint of this program, nor of a known project: {error}"
+            ) from error
+        for name in ("mean", "std"):
+            if name in overrides:
+                overrides[name] = tuple(map(float, overrides[name]))
+                if len(overrides[name]) != len(encoder[name]):
+                    raise ValueError(f"--{name}: must be {len(encoder[name])} numbers")
+        encoder |= overrides
+        mean, std = (", ".join(f"{x:g}" for x in encoder[name]) for name in ("mean", "std"))
+        notes.append(
+            f"assumed input: {encoder['image_size']} pixels, normalised by mean {mean} and std "
+            f"{std} (--image_size, --mean, --std)"
+        )
+        return net, checkpoint.check_encoder(encoder), notes
 
     def to(self, device: torch.device | str) -> "LoadedCheckpoint":
-        """Move the network to `device`, its weights channels_last; returns the same source."""
+        """Move the network to `device`, with channels_last weights; return the same object."""
         self.net.to(device, memory_format=torch.channels_last)
         return self
 
@@ -272,9 +340,9 @@ class LoadedCheckpoint:
 
     @property
     def data_name(self) -> str:
-        """The data set of the training images, one of `datasets.DATA_NAMES`; "" if not known.
+        """The training data, one of `datasets.DATA_NAMES`; "" if unknown.
 
-        Another project's file with ImageNet's stem is taken for ImageNet's.
+        Another project's file with ImageNet's stem is assumed to be trained on ImageNet.
         """
         if self.state is None:
             return "imagenet" if self.encoder["stem"] == "imagenet" else ""
@@ -282,7 +350,7 @@ class LoadedCheckpoint:
 
     @property
     def decode(self) -> DecodeOptions:
-        """How the files of the training images were read, in the encoder's channels."""
+        """The options by which the training images were decoded."""
         decode = DecodeOptions.from_args(vars(self.config)) if self.state else DEFAULT_DECODE
         return dataclasses.replace(decode, channels=len(self.encoder["mean"]))
 
@@ -293,7 +361,7 @@ class LoadedCheckpoint:
 
     @property
     def classes(self) -> list[str]:
-        """Names of a linear model's classes, numbers where no names are known; else none."""
+        """Names of a linear model's classes, numbers where they have none; else empty."""
         if not self.is_linear:
             return []
         if self.state is None:
@@ -301,35 +369,32 @@ class LoadedCheckpoint:
         return self.state["classes"]
 
     def preprocess(self, images: object) -> Tensor:
-        """Images as the encoder sees them, by `preprocess` -> uint8, N x C x size x size."""
+        """Resize and crop images as for testing -> uint8, N x C x size x size."""
         return preprocess(images, self.decode, self.encoder["image_size"], self.resize)
 
     def __call__(self, images: object, normalise: bool = False) -> Tensor:
-        """Features of images of any size: fp32, N x features, on the encoder's device.
+        """Return features of images of any size: fp32, N x features, on the encoder's device.
 
         `images`: a PIL image, a file's path, an array H x W x C or a tensor C x H x W, of bytes or
         of floats from 0 to 1; or many: a list, an array N x H x W x C or a tensor N x C x H x W.
-        One gives one row. Each is cut as the test transform does: the shorter side resized, then
-        the centre cropped. `normalise`: to unit length, so that products are cosines. There is no
-        gradient. Raises ValueError for what is no image, naming a file.
+        One image gives one row. `normalise`: scale rows to unit length, so that products are
+        cosines. There is no gradient. Raises ValueError for what is no image, naming a file.
         """
         off, many = torch.autocast("cpu", enabled=False), as_list(images)
-        places = range(0, max(1, len(many)), 512)  # so many are decoded at once
-        parts = [self.features(self.preprocess(many[i : i + 512]), off, normalise) for i in places]
+        starts = range(0, max(1, len(many)), 512)  # so many are decoded at once
+        parts = [self.features(self.preprocess(many[i : i + 512]), off, normalise) for i in starts]
         return torch.cat(parts)
 
     def features(
         self, images: Tensor | ImageFiles, amp: torch.autocast, normalise: bool = False
     ) -> Tensor:
-        """Return the encoder's features on its device, as `metrics.extract_features` does.
+        """Return features of uint8 images, N x C x H x W -> fp32, N x features.
 
-        `images`: uint8, N x C x H x W -> fp32, N x features. Ranks share the work.
+        They are on the encoder's device. Ranks share the work.
         """
-        device = next(self.net.parameters()).device
-        images = images.to(device)
-        return metrics.extract_features(
-            self.net.backbone, self.views.eval_transform, images, amp, normalise
-        )
+        images = images.to(next(self.net.parameters()).device)
+        transform = self.views.eval_transform
+        return metrics.extract_features(self.net.backbone, transform, images, amp, normalise)
 
 
 open_encoder = LoadedCheckpoint.open  # its name in the package `simsiam`
@@ -339,7 +404,7 @@ open_encoder = LoadedCheckpoint.open  # its name in the package `simsiam`
 
 
 class Predictor(nn.Module):
-    """A linear model that knows its classes and its test transform.
+    """A linear model with its classes and its test transform.
 
     `size` and `resize`: pixels of the centre crop, and of the shorter side before it. Raises
     ValueError for a source that is not a linear model.
@@ -350,8 +415,7 @@ class Predictor(nn.Module):
         if not source.is_linear:
             raise ValueError(f"{source.path}: is not a linear model; linear.py makes one of it")
         self.net, self.classes, self.views = source.net, source.classes, source.views
-        self.size, self.resize = self.views.size, source.resize
-        self.decode = source.decode
+        self.size, self.resize, self.decode = self.views.size, source.resize, source.decode
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -360,27 +424,27 @@ class Predictor(nn.Module):
 
     @torch.no_grad()
     def scores(self, images: Tensor, amp: torch.autocast | None = None) -> Tensor:
-        """The softmax of each image, fp32, N x classes, on the network's device.
+        """Return the softmax of uint8 images, N x C x size x size -> fp32, N x classes.
 
-        `images`: uint8, N x C x size x size, as `images.decode` cuts them with `size` and
-        `shorter`. Each process scores its own. `amp`: for the backbone, if any.
+        The scores are on the network's device. Ranks do not share the work. `amp`: autocast of the
+        backbone.
         """
-        device, rows = next(self.parameters()).device, []
+        device, scores = next(self.parameters()).device, []
         for chunk in images.split(512):
             x = self.views.eval_transform(chunk.to(device))
             with amp or contextlib.nullcontext():
-                found = self.net.backbone(x).float()
-            rows.append(self.net.fc(found).softmax(1))
-        return torch.cat(rows)
+                features = self.net.backbone(x).float()
+            scores.append(self.net.fc(features).softmax(1))
+        return torch.cat(scores)
 
     def predict(self, images: object) -> list[dict[str, object]]:
-        """The `class` and `score` of each image, and the `scores` of all classes.
+        """Return the `class` and `score` of each image, and the `scores` of all classes.
 
-        `images`: what `preprocess` takes. Raises ValueError for what is no image, naming a file.
+        `images`: as of `LoadedCheckpoint.__call__`. Raises ValueError for what is no image.
         """
-        pixels, found = preprocess(images, self.decode, self.size, self.resize), []
-        for scores in self.scores(pixels).tolist():
-            best = max(range(len(scores)), key=scores.__getitem__)
-            every = dict(zip(self.classes, scores, strict=True))
-            found.append({"class": self.classes[best], "score": scores[best], "scores": every})
-        return found
+        pixels, predictions = preprocess(images, self.decode, self.size, self.resize), []
+        for row in self.scores(pixels).tolist():
+            scores = dict(zip(self.classes, row, strict=True))
+            best = max(scores, key=scores.__getitem__)
+            predictions.append({"class": best, "score": scores[best], "scores": scores})
+        return predictions
