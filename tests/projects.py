@@ -1,7 +1,6 @@
-"""Other projects' networks, with each one's own structure and names, and checkpoints of ours."""
+"""Networks of other projects, with their structure and names, and checkpoints of this one."""
 
 import argparse
-import dataclasses
 import pickle
 from collections import OrderedDict
 
@@ -16,7 +15,8 @@ from torchvision.models import resnet18
 from simsiam.models.classifier import Classifier
 from simsiam.models.simsiam import SimSiam
 from simsiam.training import checkpoint
-from simsiam.views.augment import NORMALISATION, Augmentation
+from simsiam.training.recipes import LinearConfig, PretrainConfig
+from simsiam.views.augment import NORMALISATION
 
 
 def shaken(module):
@@ -276,36 +276,24 @@ def same_weights(found, expected):
 
 def ours(folder, arch="resnet18", stem="imagenet", layers=3, classes=None, d=64):
     """A checkpoint of main.py, or of linear.py, with nothing at its initial value."""
-    mean, std = NORMALISATION["imagenet"]
-    encoder = {"arch": arch, "stem": stem, "width": None, "image_size": 48}
-    args = {"data_name": "textures", "data_root": "my data", "train_size": None, "seed": 0}
-    args |= {"exif": True, "background": "white"}
-    args |= {"feature_dim": d, "projector_layers": layers, "predictor": "mlp", "bn": "default"}
-    args |= {"similarity": "cosine", "loss": "symmetric", "stop_grad": "on", "name": "ours"}
-    args |= {"lr": [0.1, 0.2], "pictures": False, "deterministic": False, "compile": True}
-    args |= {"overwrite": True, "resume": "a.pth", "ddp": True}
     net = shaken(SimSiam(arch, stem, d, layers))
+    common = {"data_name": "textures", "name": "my run", "pictures": False, "compile": True}
+    common |= {"ddp": True, "resume": True}
+    command, config = "main.py", PretrainConfig
+    more = {"arch": arch, "stem": stem, "feature_dim": d, "projector_layers": layers}
     if classes:
         net = shaken(Classifier(net.backbone, net.features, classes))
-    checkpoint.save(
-        folder / "ours.pth",
-        None,
-        net,
-        torch.optim.SGD(net.parameters(), lr=1.0),
-        command="linear.py" if classes else "main.py",
-        args=args,
-        encoder=encoder | {"mean": mean, "std": std},
-        augmentation=dataclasses.asdict(Augmentation()),
-        images_crc=0,
-        classes=[f"class {i}" for i in range(classes or 3)],
-        epoch=2,
-        step=0,
-        tally={},
-        seconds=0.0,
-        history=[
-            {"epoch": i, "test_acc@1": (0.0, 61.5, 50.0)[i]} for i in range(1 if classes else 0, 3)
-        ],
-        facts={},
-        probe={},
-    )
+        command, config, more = "linear.py", LinearConfig, {"lr": (0.1, 0.2)}
+        more |= {"exif": True, "background": "white"}
+    encoder = {"arch": arch, "stem": stem, "width": None, "image_size": 48}
+    encoder |= dict(zip(("mean", "std"), NORMALISATION["imagenet"], strict=True))
+    rows = [
+        {"epoch": i, "test_acc@1": (0.0, 61.5, 50.0)[i], "test_acc@5": 90.0, "seconds": 1.0}
+        for i in range(1 if classes else 0, 3)
+    ]
+    state = {name: kind() for name, (kind, _) in checkpoint.FORMAT.items()}
+    state |= {"command": command, "config": config(**common, **more).as_dict()}
+    state |= {"encoder": encoder, "classes": [f"class {i}" for i in range(classes or 3)]}
+    state |= {"model": net.state_dict(), "epoch": 2, "history": rows}
+    checkpoint.save(str(folder / "ours.pth"), None, state)
     return net, folder / "ours.pth"

@@ -22,6 +22,7 @@ from simsiam.interop import weights
 from simsiam.interop.weights import LoadedCheckpoint, Predictor
 from simsiam.models.simsiam import SimSiam
 from simsiam.training import checkpoint
+from simsiam.training.recipes import INIT_PARTS
 from simsiam.views.augment import NORMALISATION, Views
 from tests.helpers import ROOT, refused
 from tests.projects import (
@@ -91,7 +92,7 @@ def test_a_source_of_ours(tmp_path, classes):
     same_weights(source.net.state_dict(), net.state_dict())
     assert not source.net.training
     assert source.encoder.keys() == set(checkpoint.ENCODER)
-    assert source.state["args"]["data_root"] == "my data"
+    assert source.config.name == "my run"
     assert source.state.keys() == checkpoint.FORMAT.keys() - {"model", "optimizer"}
     assert (source.is_linear, source.notes, source.data_name) == (bool(classes), [], "textures")
     assert source.classes == ([f"class {i}" for i in range(classes)] if classes else [])
@@ -133,13 +134,14 @@ def test_a_source_of_others(tmp_path):
         LoadedCheckpoint.open(path, "imagenet")
 
 
-def in_old_version(path, version, **more):
+def in_old_version(path, version):
     """Rewrite a checkpoint as version 1 or 2 had it, with parts that networks no longer have."""
     state = torch.load(path)
-    kept = ("model", "args", "history", "epoch", "step", "optimizer", "classes", "command")
-    old = {name: state[name] for name in kept if name in state} | {"version": version}
+    kept = ("model", "history", "epoch", "step", "optimizer", "classes", "command")
+    old = {name: state[name] for name in kept} | {"version": version}
     new = ("exif", "background", "exclude", "levels", "channels", "probe")
-    args = {name: value for name, value in old["args"].items() if name not in new} | more
+    args = {name: value for name, value in state["config"].items() if name not in new}
+    args |= {"local_views": 0, "target_momentum": 0.99}
     ema = {
         "momentum_encoder.0.conv1.weight": torch.ones(1),
         "local_predictor.0.weight": torch.ones(1),
@@ -268,7 +270,7 @@ def test_init_says_what_does_not_fit_and_with_which_flags_it_would(tmp_path):
     assert line.endswith("it starts at random")
 
 
-@pytest.mark.parametrize("parts", weights.INIT_PARTS)
+@pytest.mark.parametrize("parts", INIT_PARTS)
 def test_init_takes_the_parts_that_it_is_told(tmp_path, parts):
     """Of a network of ours, a small one, whose heads are others."""
     given, path = ours(tmp_path, "resnet8", "cifar", 2)
@@ -306,9 +308,6 @@ def test_a_run_with_an_affine_projector_goes_on_and_is_read(tmp_path, capsys):
     assert LoadedCheckpoint.open(tmp_path / "a_model.pth").net.projector[4].affine
     run.remove("--projector_affine")
     main.main([*run, "--resume"])  # it is complete, and its checkpoint has the flag
-    _, path = ours(tmp_path)  # of a version before that flag
-    assert "projector_affine" not in torch.load(path)["args"]
-    assert not LoadedCheckpoint.open(path).net.projector[7].affine
 
 
 @pytest.mark.parametrize("classes", [None, 4])

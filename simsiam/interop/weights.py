@@ -114,7 +114,8 @@ def parse_own(value: object) -> tuple[dict, list[str]]:
 def older_config(command: str, args: dict) -> Config:
     """Return the settings of an older checkpoint that exist today. Raises ConfigError."""
     config = checkpoint.CONFIGS[command]
-    names = {field.name for field in dataclasses.fields(config)} - set(SINGLE_START)
+    names = {field.name for field in dataclasses.fields(config)}
+    names -= {*SINGLE_START, "tensorboard", "cuda_graphs"}  # what another machine may not have
     values = {k: v for k, v in (BEFORE | args).items() if k in names and v is not None}
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -162,9 +163,9 @@ def build_network(weights: dict[str, Tensor], encoder: dict) -> SimSiam | Classi
 def init_from_checkpoint(net: SimSiam, path: str | Path, parts: str = "fitting") -> list[str]:
     """Load the weights of a checkpoint of any project or version into `net`; return notes.
 
-    `parts`, one of INIT_PARTS: the backbone and the heads that fit, the backbone alone, or all
-    parts. Parts that are not loaded stay as they are. Raises FileNotFoundError, or ValueError that
-    names what does not fit, but not the file.
+    `parts`, one of `recipes.INIT_PARTS`: `fitting`, the backbone and the heads that fit;
+    `backbone`; or `all` parts. Parts that are not loaded stay as they are. Raises
+    FileNotFoundError, or ValueError that names what does not fit, but not the file.
     """
     weights, encoder, notes = weights_for(net, reader.read(path))
     state = net.state_dict()
