@@ -30,7 +30,7 @@ def write_image(path, color, size=(12, 12), mode="RGB"):
 def test_a_data_set_is_one_entry_of_the_registry(monkeypatch):
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     data = Data(images, torch.zeros(3, dtype=torch.int64), None, None, ["zero"])
-    monkeypatch.setitem(DATASETS, "zeros", lambda root, **_: data)
+    monkeypatch.setitem(DATASETS, "zeros", lambda root, *_: data)
     assert load_dataset("zeros", "anywhere") is data
     with pytest.raises(ValueError, match="--data_name imagnet: .*cifar10.*zeros"):
         load_dataset("imagnet", "/nowhere")

@@ -204,15 +204,6 @@ def test_unreadable_files_are_skipped_on_request(tmp_path):
     assert (len(images), list(reasons)) == (0, [0])
 
 
-def test_a_command_names_an_unreadable_image(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(b"no image")
-    flags = ["--data_name", "folder", "--data_root", tmp_path / "images", "--out", tmp_path / "r"]
-    error = refused(capsys, main, *flags)
-    assert "a.jpg" in error
-    assert "--bad_images skip" in error
-
-
 def test_pil_warnings_are_ignored_on_request():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -164,18 +164,6 @@ def test_files_are_indexed_like_a_tensor(jpegs):
     assert files.to("cpu").paths == files.paths
 
 
-def test_crops_become_views(jpegs):
-    """Decoded and cropped once, then normalised; here without any other augmentation."""
-    plain = Augmentation((0.3, 0.9), jitter_p=0.0, gray_p=0.0, flip_p=0.0)
-    views = make_views(2, plain)
-    (batch,) = Loader(ImageFiles(jpegs, 32, 0), 5, 1, torch.arange(5), views=views).epoch(0)
-    first, second = views(batch)
-    for i, x in enumerate((first, second)):
-        reference = T.normalize(batch.images[:, i].float() / 255, views.mean, views.std)
-        torch.testing.assert_close(x, reference)
-    assert not torch.equal(first, second)
-
-
 def test_an_unreadable_file_is_named_or_skipped(jpegs, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(Path(jpegs[0]).read_bytes()[:-200])

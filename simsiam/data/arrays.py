@@ -16,7 +16,7 @@ PIL_CHANNELS = (1, 3)  # gray and RGB, which PIL converts into each other
 
 
 class MultibandImage:
-    """An image of C uint8 bands, each a PIL image in mode L, with PIL's `size`, `crop` and `resize`.
+    """C uint8 bands, each a PIL image in mode L, with the methods `crop` and `resize` of PIL.
 
     np.asarray gives H x W x C.
     """

@@ -60,15 +60,8 @@ def load_dataset(
         )
     if name in TORCHVISION and len(folders.split_roots(root)) > 1:
         raise ValueError(f"--data_root: {name} has one root; several need --data_name folder")
-    return DATASETS[name](
-        root=root,
-        image_size=image_size,
-        workers=workers,
-        bad_images=bad_images,
-        test_only=test_only,
-        decode=decode,
-        split_names=split_names,
-    )
+    options = image_size, workers, bad_images, test_only, decode, split_names
+    return DATASETS[name](root, *options)
 
 
 def check_data_root(name: str, root: str | Path) -> None:
@@ -108,7 +101,7 @@ def cached_textures() -> Data:
     return Data(*make_textures(4000, seed=1), *make_textures(1000, seed=2), list(TEXTURE_CLASSES))
 
 
-def load_textures(**_: object) -> Data:
+def load_textures(*_: object) -> Data:
     """Return the textures: 4,000 training and 1,000 test images of 32 x 32 pixels."""
     return copy.deepcopy(cached_textures())  # a caller may change its own copy
 
@@ -123,7 +116,7 @@ TORCHVISION = {
 }
 
 
-def load_torchvision(name: str, root: str | Path, **_: object) -> Data:
+def load_torchvision(name: str, root: str | Path, *_: object) -> Data:
     """Load a data set of torchvision at its native size; download it if necessary.
 
     STL-10's training images include the unlabelled ones. Fashion-MNIST's channel is repeated three
@@ -149,8 +142,8 @@ def load_torchvision(name: str, root: str | Path, **_: object) -> Data:
         except (OSError, RuntimeError) as error:  # URLError; RuntimeError for a wrong checksum
             reason = getattr(error, "reason", error)
             raise ConnectionError(
-                f"--data_name {name}: could not be downloaded ({reason}): put {archive} into {folder}, "
-                "or use a data set that needs no network: --data_name textures"
+                f"--data_name {name}: could not be downloaded ({reason}): put {archive} into "
+                f"{folder}, or use a data set that needs no network: --data_name textures"
             ) from error
 
     tensors = []
@@ -220,8 +213,8 @@ def default_image_size(files: list[Path], bad_images: str, decode: DecodeOptions
     return min(96, int(np.median(sides))) if sides else 32
 
 
-# The functions that load a data set, by its name. Each takes the arguments of `load_dataset`,
-# without the name, as keywords.
+# The functions that load a data set, by its name. Each takes the arguments of `load_dataset` after
+# the name, by position.
 DATASETS: dict[str, Callable[..., Data]] = {
     **{name: functools.partial(load_torchvision, name) for name in TORCHVISION},
     "folder": load_folder,

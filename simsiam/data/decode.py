@@ -68,25 +68,26 @@ class DecodeOptions:
     levels: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.exif, bool):
-            raise ConfigError(f"--exif {self.exif}: must be true or false")
-        if self.background not in BACKGROUNDS:
-            raise ConfigError(f"--background {self.background}: choose {', '.join(BACKGROUNDS)}")
-        if not isinstance(self.exclude, tuple) or not all(type(x) is str for x in self.exclude):
-            raise ConfigError(f"--exclude {self.exclude}: must be patterns")
-        if type(self.channels) is not int or not 1 <= self.channels <= arrays.MAX_CHANNELS:
-            raise ConfigError(
-                f"--channels {self.channels}: must be from 1 to {arrays.MAX_CHANNELS}"
-            )
-        if self.levels is not None:
-            pair = self.levels if isinstance(self.levels, tuple) else ()
-            if len(pair) != 2 or not all(type(x) in (int, float) and abs(x) < 1e9 for x in pair):
-                raise ConfigError(f"--levels {self.levels}: must be two numbers")
-            if not pair[0] < pair[1]:
-                raise ConfigError(
-                    f"--levels {pair[0]:g} {pair[1]:g}: must rise, from the value that becomes "
-                    "black to the one that becomes white"
-                )
+        patterns = self.exclude if isinstance(self.exclude, tuple) else (None,)
+        levels = self.levels if isinstance(self.levels, tuple) else ()
+        numbers = all(type(x) in (int, float) and abs(x) < 1e9 for x in levels)
+        for name, is_valid, expected in (
+            ("exif", isinstance(self.exif, bool), "true or false"),
+            ("background", self.background in BACKGROUNDS, f"one of {', '.join(BACKGROUNDS)}"),
+            ("exclude", all(isinstance(x, str) for x in patterns), "patterns"),
+            (
+                "channels",
+                type(self.channels) is int and 1 <= self.channels <= arrays.MAX_CHANNELS,
+                f"from 1 to {arrays.MAX_CHANNELS}",
+            ),
+            (
+                "levels",
+                self.levels is None or (len(levels) == 2 and numbers and levels[0] < levels[1]),
+                "two rising numbers: the values that become black and white",
+            ),
+        ):
+            if not is_valid:
+                raise ConfigError(f"--{name} {getattr(self, name)}: must be {expected}")
 
     @classmethod
     def from_args(cls, args: Mapping) -> "DecodeOptions":

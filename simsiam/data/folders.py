@@ -96,7 +96,7 @@ def is_folder(entry: os.DirEntry) -> bool:
 
 
 def is_file(entry: os.DirEntry) -> bool:
-    """Return True for a file, a link to one and a broken link; False for a FIFO, socket or device."""
+    """Return True for a file, a link to one or a broken link; False for FIFO, socket and device."""
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
     return entry.is_file()
@@ -109,7 +109,7 @@ def inode(folder: Path) -> tuple[int, int]:
 
 
 def has_images(root: Path) -> bool:
-    """Return True for a CSV list, and for a folder with images or lists in its first 1,000 files."""
+    """Return True for a CSV list, and a folder with images or lists in its first 1,000 files."""
     if root.is_file():
         return root.suffix.lower() == ".csv"
     names = (name for _, _, names in os.walk(root) for name in names)
@@ -273,9 +273,7 @@ def find_in_root(
     return FolderListing(train, test, summary, True)
 
 
-def find_splits(
-    root: Path, split_names: list[str] | None
-) -> tuple[Path, Path | None, Path | None]:
+def find_splits(root: Path, split_names: list[str] | None) -> tuple[Path, Path | None, Path | None]:
     """Return the folder with the splits, its training split and its test split, or None.
 
     The folder is `root`, or deeper in Kaggle's ImageNet.
@@ -308,11 +306,10 @@ def find_split(root: Path, kind: str) -> Path | None:
 
     A folder with classes takes precedence over a list. Raises ValueError if several match.
     """
-    paths = [Path(entry.path) for entry in visible_entries(root)]
-    names = SPLIT_NAMES[kind]
-    folders = [path for path in paths if path.is_dir() and path.name.lower() in names]
-    lists = [path for path in paths if path.suffix.lower() == ".csv" and path.is_file()]
-    lists = [path for path in lists if path.stem.lower() in names]
+    names = {*SPLIT_NAMES[kind], *(f"{name}.csv" for name in SPLIT_NAMES[kind])}
+    paths = [Path(entry.path) for entry in visible_entries(root) if entry.name.lower() in names]
+    folders = [path for path in paths if path.is_dir() and not path.suffix]
+    lists = [path for path in paths if path.is_file() and path.suffix]
     matches = sorted(folders + lists)
     if len(folders) == 1 and has_classes(folders[0]):
         matches = folders
@@ -349,16 +346,13 @@ def list_test_split(split: Path, train_split: Path, scored: bool) -> ImageList:
         return images._replace(labels=read_kaggle_labels(images.files, solution))
     if not scored:
         return images
-    advice = (
-        f"move each image to {split.name}/<class>/, or train without test images: --split_names "
-        f"{train_split.name}"
-    )
+    reason = "has no class folders:"
     if images.files[0].name.startswith(KAGGLE_VAL_PREFIX):
-        raise ValueError(
-            f"{split}: its classes are in {KAGGLE_SOLUTION} of Kaggle's archive: put that file "
-            f"beside the folder; or {advice}"
-        )
-    raise ValueError(f"{split}: has no class folders: {advice}")
+        reason = f"needs {KAGGLE_SOLUTION} of Kaggle's archive: put that file beside the folder,"
+    raise ValueError(
+        f"{split}: {reason} move each image to {split.name}/<class>/, or train without test "
+        f"images: --split_names {train_split.name}"
+    )
 
 
 def find_kaggle_solution(split: Path) -> Path | None:

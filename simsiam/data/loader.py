@@ -268,18 +268,14 @@ class ImageFiles:
 
 
 class EpochCrops:
-    """Batches of crops from worker processes; called with an epoch, its first step, and its batches.
+    """Batches of crops from worker processes; called with an epoch, its first step and its batches.
 
     A batch is the indices of its files. `order.set_epoch` gets the arguments of the call.
     `settings`: of torch's DataLoader.
     """
 
     def __init__(
-        self,
-        files: ImageFiles,
-        dataset: torch.utils.data.Dataset,
-        order: Any,
-        **settings: object,
+        self, files: ImageFiles, dataset: torch.utils.data.Dataset, order: Any, **settings: object
     ):
         self.order, self.device = order, files.device
         self.loader = torch.utils.data.DataLoader(

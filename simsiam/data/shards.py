@@ -145,7 +145,7 @@ def load_shards(
     bad_images: str,
     test_only: bool,
     decode: DecodeOptions,
-    **_: object,
+    *_: object,
 ) -> Data:
     """Load tar files in webdataset's layout: `<key>.jpg` (or another image), `<key>.cls` (a label).
 
@@ -178,7 +178,8 @@ def load_shards(
     listing = list_shards(train)
     has_labels = any(label is not None for label in listing[1])
     test_listing = list_shards(test) if test and has_labels else None
-    by_length = {"class_order": lambda name: (len(name), name)}  # numbers in their order
+    # By length first, which puts numbers in their order.
+    by_length = {"class_order": lambda name: (len(name), name)}
     return Data.from_files(listing, test_listing, read, test_only, **by_length)
 
 

@@ -116,7 +116,9 @@ def summarize(survey: Survey) -> str:
         sizes = dict.fromkeys(f"{width} x {height}" for width, height in (smallest, largest))
         shorter = sorted(map(min, survey.sizes))[len(survey.sizes) // 2]
         parts.append(f"{' to '.join(sizes)} pixels (median shorter side {shorter})")
-        parts.append(", ".join(f"{number:,} {mode}" for mode, number in survey.modes.most_common(4)))
+        parts.append(
+            ", ".join(f"{number:,} {mode}" for mode, number in survey.modes.most_common(4))
+        )
     if len(survey.mean) == 3:
         number = f"{survey.gray_count:,}"
         gray = {0: "none", survey.sampled: "all"}.get(survey.gray_count, number)
@@ -159,8 +161,8 @@ def suggest_flags(survey: Survey, flags: dict) -> str:
     if has_16_bits and not flags.get("levels") and survey.max_value < 128:
         used = survey.max_value + 1
         suggestions.append(
-            f"--levels 0 {256 * used - 1} (all 16-bit values are below {256 * used:,}, so that only "
-            f"{used} of 256 levels are used)"
+            f"--levels 0 {256 * used - 1} (all 16-bit values are below {256 * used:,}: only {used} "
+            "of 256 levels are used)"
         )
     if survey.pixel_std < FLAT_IMAGES:
         suggestions.append(

@@ -4,9 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TEXTURE_CLASSES = tuple(
-    "rows columns diagonals checks grid dots rings bricks zigzag blobs".split()
-)
+TEXTURE_CLASSES = tuple("rows columns diagonals checks grid dots rings bricks zigzag blobs".split())
 # A rounded table of the sine: with it and the exact operations below (+ - * / floor sqrt) every
 # machine generates the same bytes, which libm's sine does not guarantee.
 SINE = np.round(np.sin(2 * np.pi * np.arange(4096) / 4096) * 2**15) / 2**15
@@ -20,8 +18,8 @@ def sine(cycles: np.ndarray) -> np.ndarray:
 def make_textures(number: int, seed: int) -> tuple[Tensor, Tensor]:
     """Generate images, uint8, N x 3 x 32 x 32, of the classes in turn, and their labels.
 
-    Phase, scale, contrast, polarity, lighting and tint vary within every class alike: neither single
-    pixels nor colours tell the class, only the arrangement does, which no view changes.
+    Phase, scale, contrast, polarity, lighting and tint vary within every class alike, so that
+    neither single pixels nor colours tell the class, but their arrangement, which views keep.
     """
     rng = np.random.default_rng([seed, number])
     u = rng.random((number, 16, 1, 1))
