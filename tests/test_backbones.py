@@ -11,11 +11,10 @@ from torch import nn
 
 import linear
 import main
-import utils
 from simsiam.data.textures import make_textures
-from simsiam.interop.weights import LoadedCheckpoint
+from simsiam.interop.weights import LoadedCheckpoint, init_from_checkpoint
 from simsiam.models import backbones
-from simsiam.training.recipes import PretrainConfig
+from simsiam.models.simsiam import SimSiam
 from tests import helpers
 from tools import convert
 
@@ -24,6 +23,7 @@ from tools import convert
 
 def test_cifar_stem_leaves_4x4_in_layer4():
     net, _ = backbones.build_backbone("resnet18")
+    assert all((m.weight == 0).all() for n, m in net.named_modules() if n.endswith("bn2"))
     shapes = []
     net.layer4.register_forward_hook(lambda *io: shapes.append(io[2].shape))
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
@@ -37,16 +37,9 @@ def test_cifar_resnets_have_the_papers_sizes():
         params = sum(p.numel() for p in net.parameters()) + 650
         assert round(params / 1e6, 1 if depth == 110 else 2) == millions
         assert features == 64
+        assert all((m.weight == 0).all() for n, m in net.named_modules() if n.endswith("bn2"))
     net, features = backbones.build_backbone("resnet8", width=32)
     assert net(torch.zeros(1, 3, 28, 28)).shape == (1, features) == (1, 128)
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "resnet8"])
-def test_residual_branches_start_at_zero(arch):
-    net, _ = backbones.build_backbone(arch)
-    branches = [m.weight for n, m in net.named_modules() if n.endswith("bn2")]
-    assert branches
-    assert all((weight == 0).all() for weight in branches)
 
 
 def test_stems_differ_in_padding_and_relu():
@@ -100,11 +93,6 @@ def bare(arch):
     return net
 
 
-def initial_network(flags):
-    parser = utils.ConfigParser("main.py", None, PretrainConfig)
-    return main.initial_network(parser.read(flags.split())[0])
-
-
 @pytest.fixture(scope="module", params=NETS)
 def run(request, tmp_path_factory):
     """A run of two epochs, and its backbone's name."""
@@ -113,55 +101,41 @@ def run(request, tmp_path_factory):
     return request.param, out
 
 
-def interrupt_second_epoch(epoch, step):
-    if epoch == 1:
-        raise KeyboardInterrupt
-
-
-def same_bits(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 def test_a_run_that_was_cut_ends_at_the_same_bits(run):
     """Also of networks with dropout, which is off."""
     arch, out = run
     flags = f"{SMALL} --arch {arch} --out {out} --name cut".split()
+
+    def interrupt(epoch, step):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        main.main(flags, on_step=interrupt_second_epoch)
+        main.main(flags, on_step=interrupt)
     main.main([*flags, "--resume"])
-    models = (torch.load(out / f"{name}_model.pth")["model"] for name in ("a", "cut"))
-    assert same_bits(*models)
+    whole, cut = (torch.load(out / f"{name}_model.pth")["model"] for name in ("a", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def test_its_weights_load_strictly_there_and_give_the_same_features(run, tmp_path):
+    """Through the library, torch.hub and, for one of them, ONNX."""
     arch, out = run
-    library = arch.split(":")[0]
-    exported = tmp_path / "encoder.pth"
-    words = f"{out}/a_model.pth {exported} --to {library} --encoder_only".split()
-    convert.command(words)
+    library, path = arch.split(":")[0], out / "a_model.pth"
+    convert.command(f"{path} {tmp_path}/encoder.pth --to {library} --encoder_only".split())
     net = bare(arch).eval()
-    net.load_state_dict(torch.load(exported), strict=True)
-    if arch == "timm:test_vit":  # made for 160 pixels; these are 32
-        net.set_input_size((32, 32))
-    source, images = LoadedCheckpoint.open(out / "a_model.pth"), make_textures(4, seed=3)[0]
-    with torch.no_grad():
-        theirs = net(source.views.eval_transform(images))
-    off = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    assert torch.allclose(source.features(images, off), theirs, atol=1e-4)
-
-
-def test_it_comes_from_the_hub_and_goes_to_onnx(run, tmp_path):
-    """tools.convert compares onnxruntime's features with PyTorch's before it writes."""
-    arch, out = run
-    path, off = out / "a_model.pth", torch.autocast("cpu", enabled=False)
-    if arch == "timm:test_vit":  # an export takes seconds
+    net.load_state_dict(torch.load(tmp_path / "encoder.pth"), strict=True)
+    if arch == "timm:test_vit":
+        net.set_input_size((32, 32))  # made for 160 pixels
+        # convert compares onnxruntime's features with PyTorch's before it writes.
         convert.command([str(path), f"{tmp_path}/a.onnx", "--to", "onnx"])
-        assert (tmp_path / "a.onnx").stat().st_size > 1e5
     encoder = torch.hub.load(str(helpers.ROOT), "encoder", source="local", checkpoint=str(path))
     source, images = LoadedCheckpoint.open(path), make_textures(4, seed=3)[0]
+    features = source.features(images, torch.autocast("cpu", enabled=False))
+    x = source.views.eval_transform(images)
     with torch.no_grad():
-        found = encoder(source.views.eval_transform(images))
-    assert torch.allclose(source.features(images, off), found, atol=1e-4)
+        assert torch.allclose(features, net(x), atol=1e-4)
+        assert torch.allclose(features, encoder(x), atol=1e-4)
 
 
 def test_a_head_is_fitted_exported_and_the_network_tuned(run, tmp_path):
@@ -180,20 +154,20 @@ def test_a_head_is_fitted_exported_and_the_network_tuned(run, tmp_path):
 
 
 def test_it_starts_from_the_library_s_own_file(run, tmp_path):
-    """The file has a classifier, which is not taken."""
+    """The file has a classifier, which is not taken; more than that is refused."""
     arch, _ = run
     library, name = arch.split(":")
-    theirs = (timm.create_model if library == "timm" else torchvision.models.get_model)(name)
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    flags = f"{SMALL} --arch {arch} --init {tmp_path}/theirs.pth"
-    net = initial_network(flags)
-    ours, state = net.backbone.state_dict(), theirs.state_dict()
-    assert ours.keys() < state.keys()
-    assert all(torch.equal(value, state[key]) for key, value in ours.items())
-    torch.save(theirs.state_dict() | {"other.weight": torch.zeros(1)}, tmp_path / "more.pth")
-    flags = f"{SMALL} --arch {arch} --init {tmp_path}/more.pth"
-    with pytest.raises(ValueError, match="more.pth"):  # more than a classifier is not passed over
-        initial_network(flags)
+    make = timm.create_model if library == "timm" else torchvision.models.get_model
+    weights, path = make(name).state_dict(), tmp_path / "a.pth"
+    torch.save(weights, path)
+    net = SimSiam(arch, "imagenet", 16)
+    init_from_checkpoint(net, path)
+    backbone = net.backbone.state_dict()
+    assert backbone.keys() < weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.items())
+    torch.save(weights | {"other.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="layout|known|weights"):
+        init_from_checkpoint(net, path)
 
 
 def test_the_statistics_of_bn_do_not_lag_and_nothing_is_dropped():
@@ -219,17 +193,16 @@ def test_the_statistics_of_bn_do_not_lag_and_nothing_is_dropped():
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path, flags, words):
-    door = types.SimpleNamespace(main=main.main)
     flags = ["--data_name", "textures", "--out", tmp_path / "out", *flags.split()]
-    err = helpers.refused(capsys, door, *flags)
+    err = helpers.refused(capsys, main, *flags)
     assert all(word in err for word in words), err
 
 
 def test_an_export_to_another_library_is_refused(run, capsys, tmp_path):
     arch, out = run
     other = "torchvision" if arch.startswith("timm") else "timm"
-    door = types.SimpleNamespace(main=convert.command)
+    command = types.SimpleNamespace(main=convert.command)
     target = tmp_path / "out.pth"
-    err = helpers.refused(capsys, door, out / "a_model.pth", target, "--to", other)
+    err = helpers.refused(capsys, command, out / "a_model.pth", target, "--to", other)
     assert f"{other} has no {arch}" in err
     assert not target.exists()
