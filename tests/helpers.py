@@ -1,12 +1,19 @@
 """What several test files need."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
+import utils
+from simsiam.data.textures import TEXTURE_CLASSES, make_textures
+from simsiam.training.recipes import PretrainConfig
+from simsiam.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +29,26 @@ def refused(capsys, command, *argv) -> str:
     return err
 
 
+def image_files(root: Path, number: int = 240, side: int = 64) -> Path:
+    """JPEG files of textures in an ImageFolder: mixed sizes, some gray, CMYK, with damaged EXIF."""
+    rng = np.random.default_rng(0)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03junk"
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    for split, many, seed in (("train", number, 1), ("val", 61, 2)):
+        for i, (image, label) in enumerate(zip(*make_textures(many, seed), strict=True)):
+            file = io.BytesIO()
+            image = Image.fromarray(image.permute(1, 2, 0).numpy())
+            image = image.resize(tuple(rng.integers(side, 2 * side, 2).tolist()))
+            image.convert({3: "L", 5: "CMYK"}.get(i % 10, "RGB")).save(file, "jpeg")
+            content = file.getvalue()
+            if i % 10 == 7:
+                content = content[:2] + segment + content[2:]
+            path = Path(root, split, TEXTURE_CLASSES[label], f"{i}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return root
+
+
 def hardly_trained(out: Path) -> Path:
     """A checkpoint of main.py in the folder `out`."""
     main.main(
@@ -31,20 +58,25 @@ def hardly_trained(out: Path) -> Path:
     return out / "pre_model.pth"
 
 
-def cut_in_epoch(monkeypatch, command, epoch: int, argv: list) -> None:
+def cut_in_epoch(command, epoch: int, argv: list) -> None:
     """Run `command`, main or linear, and stop it in the first step of an epoch, from 0 on."""
-    train = command.train
 
-    def cut(*args):
-        for step in train(*args):
-            if args[5] == epoch:
-                raise KeyboardInterrupt
-            yield step
+    def on_step(current: int, step: int) -> None:
+        if current == epoch:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "train", cut)
     with pytest.raises(KeyboardInterrupt):
-        command.main([str(word) for word in argv])
-    monkeypatch.setattr(command, "train", train)
+        command.main([str(word) for word in argv], on_step)
+
+
+def new_state(flags: str, device: torch.device | str = "cpu") -> tuple[TrainState, PretrainConfig]:
+    """The state of a new run of main.py on textures in memory, and its config."""
+    parser = utils.ConfigParser("main.py", main.__doc__, PretrainConfig)
+    config, _ = parser.read(f"--data_name textures --amp off {flags}".split())
+    images = main.load_images(config)
+    net, encoder = main.initial_network(config), main.encoder_config(config, images)
+    device = torch.device(device)
+    return main.make_state(config, net, images.to(device), encoder, device), config
 
 
 class Large(TorchDispatchMode):

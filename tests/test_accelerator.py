@@ -13,8 +13,7 @@ import pandas
 import pytest
 import torch
 
-from tests.helpers import ROOT
-from tests.test_ranks import image_files
+from tests.helpers import ROOT, image_files
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("ninja")), reason="needs g++ and ninja"

@@ -83,7 +83,7 @@ def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, cap
     name = statistics.name.removesuffix("_statistics.csv")
     own = ["--out", tmp_path / "worth", "--name", name, "--no-pictures", "--overwrite"]
     own += ["--checkpoint_minutes", 0]
-    helpers.cut_in_epoch(monkeypatch, linear, 1, [*words, *own])
+    helpers.cut_in_epoch(linear, 1, [*words, *own])
     begun = pandas.read_csv(statistics)
     worth.command(["--model_path", str(pretrained), *flags])
     found = pandas.read_csv(tmp_path / "worth.csv").set_index("method")["top1"]
