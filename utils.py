@@ -70,7 +70,8 @@ class ConfigParser(Parser):
     """The parser of a command whose flags are the fields of a config class."""
 
     def __init__(self, prog: str, description: str | None, config: type[Config]):
-        super().__init__(prog, description, argument_default=argparse.SUPPRESS)
+        usage = f"python {prog} [--flag value ...]"
+        super().__init__(prog, description, usage=usage, argument_default=argparse.SUPPRESS)
         self.config = config
         add_options(self, config)
 

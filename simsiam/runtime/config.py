@@ -3,7 +3,7 @@
 A field is declared once, with its default, its kind (what values it takes) and its help:
 
     class PretrainConfig(Config):
-        batch_size: int = option(Number(int, 2), "images per step", default=512, group="data")
+        batch_size: int = option(Number(int, 2), 512, "images per step")
 
 The command line, a checkpoint and the library all go through `Config.validate`.
 """
@@ -95,10 +95,12 @@ class Choice(Kind):
 class Entry(Kind):
     """A name in a registry, which may grow after this kind is made."""
 
-    metavar = "NAME"
-
     def __init__(self, registry: Mapping[str, object]):
         self.registry = registry
+
+    @property
+    def metavar(self) -> str:
+        return "{" + ",".join(self.registry) + "}"
 
     def check(self, value: object) -> None:
         if not isinstance(value, str) or value not in self.registry:
@@ -198,9 +200,9 @@ class FlagOrPath(Kind):
 # ---- configs ------------------------------------------------------------------------------------
 
 
-def option(kind: Kind, help: str, default: object = None, group: str = "run") -> Any:
+def option(kind: Kind, default: object, help: str) -> Any:
     """Declare a field of a `Config`. A default of None means unset, and None is a valid value."""
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "group": group})
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help})
 
 
 class ConfigError(ValueError):
@@ -218,8 +220,10 @@ class Config:
 
     `resolve` builds a config from explicit settings, a recipe and the defaults; `from_dict` one
     from a checkpoint. Both validate. `selectors`: the settings on which others' defaults depend.
+    `groups`: titles of the help's groups by their first field; fields before them are the run's.
     """
 
+    groups: ClassVar[dict[str, str]] = {}
     selectors: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -267,6 +271,11 @@ class Config:
         """Return a setting as its flag, for messages: `--lr 0.5`, `--ddp`."""
         value = getattr(self, name)
         return f"--{name}" if isinstance(value, bool) else f"--{name} {shown(value)}"
+
+    def refuse(self, name: str, wrong: object, reason: str) -> None:
+        """Raise ConfigError, which names a setting and its value, if something is `wrong`."""
+        if wrong:
+            raise ConfigError(f"{self.flag(name)}: {reason}")
 
     def as_dict(self) -> dict[str, object]:
         """Return the field values by name, as a checkpoint stores them."""
@@ -358,18 +367,16 @@ def add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
     The group `run` comes last. The parser should suppress defaults: what it returns are the
     settings that the command line gives.
     """
-    fields = dataclasses.fields(config)
-    titles = dict.fromkeys(field.metadata["group"] for field in fields)
-    groups = {
-        title: parser.add_argument_group(title)
-        for title in sorted(titles, key=lambda title: title == "run")
-    }
+    fields, title = dataclasses.fields(config), "run"
+    title_of = {f.name: (title := config.groups.get(f.name, title)) for f in fields}
+    titles = sorted(dict.fromkeys(title_of.values()), key=lambda title: title == "run")
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for field in fields:
         text, default = field.metadata["help"], field.default
         values = {
             name: shown(recipe[field.name])
             for name, recipe in config.recipes().items()
-            if field.name in recipe
+            if recipe.get(field.name) is not None
         }
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{name} {value}" for name, value in values.items())
@@ -378,7 +385,7 @@ def add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
             value = next(iter(values.values()), shown(default))
             text += f" ({ {'True': 'yes', 'False': 'no'}.get(value, value) })"
         text = text.replace("%", "%%")
-        add_option(groups[field.metadata["group"]], field.name, field.metadata["kind"], text)
+        add_option(groups[title_of[field.name]], field.name, field.metadata["kind"], text)
 
 
 # ---- settings that every training run has -------------------------------------------------------
@@ -412,7 +419,7 @@ def file_path(text: str) -> str:
     return text
 
 
-WORKERS = Auto(Number(int, 0, 256), default_workers)
+WORKERS, PATH = Auto(Number(int, 0, 256), default_workers), Text("PATH", file_path)
 BAD_IMAGES = Choice("error", "skip")
 
 
@@ -420,31 +427,23 @@ BAD_IMAGES = Choice("error", "skip")
 class RunConfig(Config):
     """The settings of a run that do not depend on what it trains."""
 
-    seed: int = option(Number(int, 0, 2**32 - 1), "seed of every random choice", 0)
-    device: str = option(Text("DEVICE"), "auto (cuda, mps, else cpu), or a device's name", "auto")
-    amp: str = option(
-        Choice(*AMP),
-        "autocast dtype; auto: bf16 where that is faster (cuda; for training, CPUs that have it)",
-        "auto",
-    )
-    ddp: bool = option(Flag(), "train on the ranks that torchrun starts", False)
-    compile: bool = option(Flag(), "torch.compile the network", False)
-    deterministic: bool = option(Flag(), "the same bits in each run, also on cuda (slower)", False)
+    seed: int = option(Number(int, 0, 2**32 - 1), 0, "seed of every random choice")
+    device: str = option(Text("DEVICE"), "auto", "auto (cuda, mps, else cpu), or a device's name")
+    amp: str = option(Choice(*AMP), "auto", "autocast dtype; auto: bf16 where that is faster")
+    ddp: bool = option(Flag(), False, "train on the ranks that torchrun starts")
+    compile: bool = option(Flag(), False, "torch.compile the network")
+    deterministic: bool = option(Flag(), False, "the same bits in each run, also on cuda (slower)")
     num_workers: int = option(
-        WORKERS,
-        "threads or processes that decode files; auto: the cores per rank, at most 16",
-        default_workers(),
+        WORKERS, default_workers(), "threads or processes that decode files; auto: cores per rank"
     )
     bad_images: str = option(
-        BAD_IMAGES, "on files that are no images: stop, or leave them out and list them", "error"
+        BAD_IMAGES, "error", "on files that are no images: stop, or leave them out and list them"
     )
     checkpoint_minutes: float = option(
-        Number(float, 0), "minutes between checkpoints at most; 0: one per step", 10.0
+        Number(float, 0), 10.0, "minutes between checkpoints at most; 0: one per step"
     )
-    pictures: bool = option(Flag(), "draw pictures at the end", True)
-    out: str = option(Text("FOLDER"), "folder of the run's files", "results")
-    name: str | None = option(Text("NAME", run_name), "name of the run, instead of the default")
-    resume: bool | str = option(
-        FlagOrPath(), "resume this run, or the run whose checkpoint is at PATH", False
-    )
-    overwrite: bool = option(Flag(), "replace this run's files", False)
+    pictures: bool = option(Flag(), True, "draw pictures at the end")
+    out: str = option(Text("FOLDER"), "results", "folder of the run's files")
+    name: str | None = option(Text("NAME", run_name), None, "name of the run")
+    resume: bool | str = option(FlagOrPath(), False, "resume this run, or the one of a checkpoint")
+    overwrite: bool = option(Flag(), False, "replace this run's files")

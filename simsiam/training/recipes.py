@@ -6,16 +6,17 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from simsiam.data.arrays import MAX_CHANNELS
-from simsiam.data.datasets import DATA_NAMES
+from simsiam.data.datasets import DATASETS
 from simsiam.data.decode import BACKGROUNDS, DecodeOptions, check_decode_options
 from simsiam.evaluation.knn import KNN_K, KNN_TEMPERATURE
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_library_arch
 from simsiam.models.methods import METHODS
 from simsiam.models.simsiam import BN, CRITERIA, LOSSES, PREDICTORS, TARGETS
 from simsiam.runtime.config import (
+    PATH,
     Auto,
     Choice,
     ConfigError,
@@ -26,7 +27,6 @@ from simsiam.runtime.config import (
     RunConfig,
     Several,
     Text,
-    file_path,
     option,
 )
 from simsiam.training.optim import OPTIMIZERS
@@ -94,19 +94,20 @@ class ViewSize(Number):
             raise ValueError(f"must be {self.expected()}")
 
 
-PROBABILITY, STRENGTH = Number(float, 0, 1), Number(float, *LIMITS["jitter"])
-COUNT, POSITIVE = Number(int, 1, 2**31), Number(float, 1e-12)
+PROBABILITY, COUNT, POSITIVE = Number(float, 0, 1), Number(int, 1, 2**31), Number(float, 1e-12)
+AT_LEAST_0, IMAGE_SIZE, NAMES = Number(float, 0), Number(int, 8, 1024), Several(Text("NAME"))
 LEVELS = Several(Number(float, -1e9, 1e9), 2, metavar=("LOW", "HIGH"))
 MEAN, STD = Several(PROBABILITY), Several(Number(float, LEAST_STD, 1))
-IMAGE_SIZE = Number(int, 8, 1024)
+JITTER = Several(
+    Number(float, *LIMITS["jitter"]), 4, metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE")
+)
+CROP_SCALE, CROP_RATIO, BLUR_SIGMA = (
+    Several(Number(float, *LIMITS[name]), 2, increasing=True, metavar=("LOW", "HIGH"))
+    for name in ("crop_scale", "crop_ratio", "blur_sigma")
+)
 
 
-def view_range(name: str) -> Several:
-    """Return the kind of an augmentation's range: from and to."""
-    return Several(Number(float, *LIMITS[name]), 2, increasing=True, metavar=("LOW", "HIGH"))
-
-
-# ---- the settings -------------------------------------------------------------------------------
+# ---- pre-training -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -116,197 +117,107 @@ class PretrainConfig(RunConfig):
     Raises ConfigError for settings that are invalid, or that do not go together.
     """
 
-    data_name: str = option(Choice(*DATA_NAMES), "the data set", "cifar10", "data")
-    data_root: str = option(
-        Roots(), "folder of downloads, or your own images (folders or lists)", "data", "data"
-    )
-    split_names: tuple[str, ...] | None = option(
-        Several(Text("NAME")), "folders or lists in --data_root: training, then test", None, "data"
-    )
-    exif: bool = option(Flag(), "turn images as EXIF says", True, "data")
-    background: str = option(
-        Choice(*BACKGROUNDS), "colour behind transparent pixels; none: theirs", "white", "data"
-    )
-    exclude: tuple[str, ...] | None = option(
-        Several(Text("PATTERN")), "names or paths in --data_root to leave out (*, ?)", None, "data"
-    )
-    channels: int = option(
-        Number(int, 1, MAX_CHANNELS), "of an image; other than 1 and 3: TIFF or .npy", 3, "data"
-    )
-    levels: tuple[float, float] | None = option(
-        LEVELS,
-        "values in files that become 0 and 255, instead of the type's range",
-        None,
-        "data",
-    )
-    train_size: int | None = option(
-        COUNT, "train on a class-balanced, seeded subset of this size", None, "data"
-    )
-    image_size: int | None = option(
-        IMAGE_SIZE, "side of the views in pixels, instead of the images'", None, "data"
-    )
-    view_sizes: tuple[float, ...] | None = option(
+    data_name: str = option(Entry(DATASETS), "cifar10", "the data set")
+    data_root: str = option(Roots(), "data", "folder of downloads, or folders or lists of images")
+    split_names: tuple | None = option(NAMES, None, "folders or lists there: training, then test")
+    exif: bool = option(Flag(), True, "turn images as EXIF says")
+    background: str = option(Choice(*BACKGROUNDS), "white", "colour behind transparent pixels")
+    exclude: tuple | None = option(NAMES, None, "names or paths in --data_root to leave out (*, ?)")
+    channels: int = option(Number(int, 1, MAX_CHANNELS), 3, "of an image; not 1 or 3: TIFF, .npy")
+    levels: tuple | None = option(LEVELS, None, "values in files that become 0 and 255")
+    train_size: int | None = option(COUNT, None, "train on a class-balanced, seeded subset")
+    image_size: int | None = option(IMAGE_SIZE, None, "side of the views, instead of the images'")
+    view_sizes: tuple | None = option(
         Several(ViewSize()),
-        "sides of the views, each for an equal part of the epochs: pixels, or parts of image_size",
         None,
-        "data",
+        "sides of the views over equal parts of the epochs: pixels or parts",
     )
 
-    crop_scale: tuple[float, float] = option(
-        view_range("crop_scale"), "area of a crop over the image's", (0.2, 1.0), "views"
+    crop_scale: tuple = option(CROP_SCALE, (0.2, 1.0), "area of a crop over the image's")
+    crop_ratio: tuple = option(CROP_RATIO, (0.75, 4 / 3), "width of a crop over its height")
+    jitter: tuple = option(JITTER, (0.4, 0.4, 0.4, 0.1), "strengths of the colour jitter")
+    jitter_p: float = option(PROBABILITY, 0.8, "probability of colour jitter")
+    gray_p: float = option(PROBABILITY, 0.2, "probability of grayscale")
+    blur_p: float = option(PROBABILITY, 0.0, "probability of a Gaussian blur")
+    blur_sigma: tuple = option(BLUR_SIGMA, (0.1, 2.0), "sigma of the blur, in pixels of the view")
+    hflip_p: float = option(PROBABILITY, 0.5, "probability of a flip left-right")
+    vflip_p: float = option(PROBABILITY, 0.0, "probability of a flip up-down")
+    rotate90_p: float = option(PROBABILITY, 0.0, "probability of a turn by 90, 180 or 270 degrees")
+    solarize_p: float = option(PROBABILITY, 0.0, "probability of inverting bright pixels")
+    mean: tuple | str = option(
+        Auto(MEAN), "auto", "per channel, 0 to 1; auto: of the training images"
     )
-    crop_ratio: tuple[float, float] = option(
-        view_range("crop_ratio"), "width of a crop over its height", (0.75, 4 / 3), "views"
-    )
-    jitter: tuple[float, float, float, float] = option(
-        Several(STRENGTH, 4, metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE")),
-        "strengths of the colour jitter",
-        (0.4, 0.4, 0.4, 0.1),
-        "views",
-    )
-    jitter_p: float = option(PROBABILITY, "probability of colour jitter", 0.8, "views")
-    gray_p: float = option(PROBABILITY, "probability of grayscale", 0.2, "views")
-    blur_p: float = option(PROBABILITY, "probability of a Gaussian blur", 0.0, "views")
-    blur_sigma: tuple[float, float] = option(
-        view_range("blur_sigma"), "sigma of the blur, in pixels of the view", (0.1, 2.0), "views"
-    )
-    hflip_p: float = option(PROBABILITY, "probability of a flip left-right", 0.5, "views")
-    vflip_p: float = option(PROBABILITY, "probability of a flip up-down", 0.0, "views")
-    rotate90_p: float = option(
-        PROBABILITY, "probability of a turn by 90, 180 or 270 degrees", 0.0, "views"
-    )
-    solarize_p: float = option(
-        PROBABILITY, "probability of inverting what is brighter than half", 0.0, "views"
-    )
-    mean: tuple[float, ...] | str = option(
-        Auto(MEAN),
-        "of each channel, from 0 to 1; auto: measured on the training images",
-        "auto",
-        "views",
-    )
-    std: tuple[float, ...] | str = option(Auto(STD), "as --mean, the std", "auto", "views")
+    std: tuple | str = option(Auto(STD), "auto", "as --mean, the std")
 
+    method: str = option(Entry(METHODS), "simsiam", "the method: network and loss")
     arch: str = option(
         Text("NAME"),
-        f"{', '.join(IMAGENET_ARCHS)}; resnet8, resnet14, ... (6n+2); timm:NAME or "
-        "torchvision:NAME, any of their models",
         "resnet18",
-        "network",
+        f"{', '.join(IMAGENET_ARCHS)}; resnet8, resnet14, ... (6n+2); timm:NAME, torchvision:NAME",
     )
-    stem: str = option(Choice(*STEMS), "first layers of resnet18 to resnet152", "cifar", "network")
+    stem: str = option(Choice(*STEMS), "cifar", "first layers of resnet18 to resnet152")
     width: int | None = option(
-        Number(int, 1, 1024), "of the first stage of resnet8, resnet14, ... (16)", None, "network"
+        Number(int, 1, 1024), None, "of the first stage of resnet8, resnet14, ... (16)"
     )
-    feature_dim: int = option(
-        Number(int, 4, 16384), "d, the width of projector and output z", 2048, "network"
-    )
-    projector_layers: int = option(
-        Number(int, 1, 8), "linear layers of the projector", 2, "network"
-    )
-    projector_affine: bool = option(
-        Flag(), "make the projector's last BN affine, as some projects do", False, "network"
-    )
-    init: str | None = option(
-        Text("PATH", file_path), "start from the weights of any checkpoint", None, "network"
-    )
+    feature_dim: int = option(Number(int, 4, 16384), 2048, "d, the width of projector and output z")
+    projector_layers: int = option(Number(int, 1, 8), 2, "linear layers of the projector")
+    projector_affine: bool = option(Flag(), False, "make the projector's last BN affine")
+    init: str | None = option(PATH, None, "start from the weights of any checkpoint")
     init_parts: str = option(
-        Choice(*INIT_PARTS),
-        "what --init takes: the backbone and the heads that fit, the backbone, or all parts",
-        "fitting",
-        "network",
+        Choice(*INIT_PARTS), "fitting", "--init takes: backbone and fitting heads, backbone, or all"
     )
 
-    method: str = option(Entry(METHODS), "the method: network and loss", "simsiam", "network")
-
-    stop_grad: str = option(
-        Choice("on", "off"), "stop the gradient through z (sec. 4.1)", "on", "paper's ablations"
-    )
+    stop_grad: str = option(Choice("on", "off"), "on", "stop the gradient through z (sec. 4.1)")
     predictor: str = option(
-        Choice(*PREDICTORS),
-        "none: p = z; fixed: random weights (sec. 4.2)",
-        "mlp",
-        "paper's ablations",
+        Choice(*PREDICTORS), "mlp", "none: p = z; fixed: random weights (sec. 4.2)"
     )
-    bn: str = option(
-        Choice(*BN),
-        "BN in the heads: on no, hidden or all layers (sec. 4.4)",
-        "default",
-        "paper's ablations",
-    )
-    similarity: str = option(
-        Entry(CRITERIA), "criterion of p and z (sec. 4.5)", "cosine", "paper's ablations"
-    )
+    bn: str = option(Choice(*BN), "default", "BN in the heads: no, hidden or all layers (sec. 4.4)")
+    similarity: str = option(Entry(CRITERIA), "cosine", "criterion of p and z (sec. 4.5)")
     loss: str = option(
-        Choice(*LOSSES),
-        "pairs of views: both ways or one; 2x: of two pairs (sec. 4.6)",
-        "symmetric",
-        "paper's ablations",
+        Choice(*LOSSES), "symmetric", "pairs of views: both ways, one; 2x: two pairs (sec. 4.6)"
     )
 
     target: str = option(
-        Choice(*TARGETS),
-        "z that p of a view predicts; mean: of all other views (FastSiam)",
-        "other",
-        "beyond the paper",
+        Choice(*TARGETS), "other", "z that p predicts; mean: of all other views (FastSiam)"
     )
-    num_views: int = option(
-        Number(int, 2, 16), "views per image, with --target mean", 2, "beyond the paper"
-    )
-    covariance: float = option(
-        Number(float, 0), "weight of VICReg's covariance term on z", 0.0, "beyond the paper"
-    )
+    num_views: int = option(Number(int, 2, 16), 2, "views per image, with --target mean")
+    covariance: float = option(AT_LEAST_0, 0.0, "weight of VICReg's covariance term on z")
 
     recipe: str | None = option(
         Choice("cifar", "imagenet", "short", "fast"),
+        None,
         "defaults (textures: short; imagenet, webdataset: imagenet; else cifar)",
-        None,
-        "optimization",
     )
-    optimizer: str = option(
-        Choice(*OPTIMIZERS), "muon: orthogonal updates, by timm", "sgd", "optimization"
-    )
-    batch_size: int = option(
-        Number(int, 2, 2**31), "images per step, of all ranks together", 512, "optimization"
-    )
-    epochs: int = option(COUNT, "passes over the training set", 800, "optimization")
-    lr: float = option(POSITIVE, "base lr: lr = base * batch_size / 256", 0.03, "optimization")
-    momentum: float = option(PROBABILITY, "momentum of the optimizer", 0.9, "optimization")
-    weight_decay: float = option(Number(float, 0), "weight decay", 5e-4, "optimization")
-    bn_decay: bool = option(
-        Flag(), "weight decay also on BN's parameters and on biases", True, "optimization"
-    )
-    warmup_epochs: float = option(Number(float, 0), "epochs of linear warm-up", 0.0, "optimization")
-    fix_pred_lr: bool = option(Flag(), "keep the predictor's lr constant", False, "optimization")
+    optimizer: str = option(Choice(*OPTIMIZERS), "sgd", "muon: orthogonal updates, by timm")
+    batch_size: int = option(Number(int, 2, 2**31), 512, "images per step, of all ranks together")
+    epochs: int = option(COUNT, 800, "passes over the training set")
+    lr: float = option(POSITIVE, 0.03, "base lr: lr = base * batch_size / 256")
+    momentum: float = option(PROBABILITY, 0.9, "momentum of the optimizer")
+    weight_decay: float = option(AT_LEAST_0, 5e-4, "weight decay")
+    bn_decay: bool = option(Flag(), True, "weight decay also on BN's parameters and on biases")
+    warmup_epochs: float = option(AT_LEAST_0, 0.0, "epochs of linear warm-up")
+    fix_pred_lr: bool = option(Flag(), False, "keep the predictor's lr constant")
+    cuda_graphs: bool = option(Flag(), False, "with --compile, for small networks on cuda")
 
-    k: int = option(COUNT, "neighbours that vote in the kNN", KNN_K, "monitor")
-    temperature: float = option(
-        POSITIVE, "temperature of the kNN's vote", KNN_TEMPERATURE, "monitor"
-    )
-    bank_size: int | None = option(
-        COUNT, "class-balanced, seeded subset for the kNN's bank, instead of all", None, "monitor"
-    )
-    knn_every: int = option(
-        COUNT, "epochs from one kNN to the next; the last epoch has one", 1, "monitor"
-    )
-    probe: bool | None = option(
-        Flag(),
-        "a linear head that learns on detached features (where there are labels)",
-        None,
-        "monitor",
-    )
-    stop_on_collapse: bool = option(
-        Flag(), "end the run at its first warning of a collapse", False, "monitor"
-    )
-    show_views: bool = option(
-        Flag(), "draw the views as the network would see them, and exit", False, "monitor"
-    )
-    tensorboard: bool = option(
-        Flag(), "write statistics, pictures and features for TensorBoard too", False, "monitor"
-    )
-    cuda_graphs: bool = option(
-        Flag(), "with --compile on cuda, for small networks: a step as CUDA graphs", False
-    )
+    k: int = option(COUNT, KNN_K, "neighbours that vote in the kNN")
+    temperature: float = option(POSITIVE, KNN_TEMPERATURE, "temperature of the kNN's vote")
+    bank_size: int | None = option(COUNT, None, "class-balanced, seeded subset as the kNN's bank")
+    knn_every: int = option(COUNT, 1, "epochs from one kNN to the next; the last epoch has one")
+    probe: bool | None = option(Flag(), None, "a linear probe on detached features (with labels)")
+    stop_on_collapse: bool = option(Flag(), False, "end the run at its first warning of a collapse")
+    show_views: bool = option(Flag(), False, "draw the views as the network sees them, and exit")
+    tensorboard: bool = option(Flag(), False, "write for TensorBoard too")
 
+    # Titles of the help's groups, by their first field.
+    groups: ClassVar[dict[str, str]] = {
+        "data_name": "data",
+        "crop_scale": "views",
+        "method": "network",
+        "stop_grad": "the paper's ablations",
+        "target": "beyond the paper",
+        "recipe": "optimization",
+        "k": "monitor",
+    }
     selectors: ClassVar[tuple[str, ...]] = ("data_name", "recipe", "arch", "channels")
 
     @classmethod
@@ -320,18 +231,15 @@ class PretrainConfig(RunConfig):
         values = RECIPES[recipe] | overrides | {"recipe": recipe}
         if data_name == "textures" and "data_root" in overrides:
             raise ConfigError(TEXTURES_HAVE_NO_ROOT)
-        if is_library_arch(values["arch"]) and "stem" not in overrides:
-            values["stem"] = "imagenet"
-        if "view_sizes" not in overrides and values["view_sizes"]:
+        if is_library_arch(values["arch"]):
+            values["stem"] = overrides.get("stem", "imagenet")
+        if values["view_sizes"] and "view_sizes" not in overrides:
             values["view_sizes"] = values["view_sizes"][-values["epochs"] :]
-        channels = values.get("channels", 3)
-        if channels != 3:
-            brightness, contrast, *_ = values["jitter"]
-            of_channels = {"mean": "auto", "std": "auto", "gray_p": 0.0}
-            of_channels["jitter"] = (brightness, contrast, 0.0, 0.0)
-            values |= {k: v for k, v in of_channels.items() if k not in overrides}
-        values = place_of_run(values, overrides)
-        config = cls(**values)
+        if values.get("channels", 3) != 3:
+            defaults = {"mean": "auto", "std": "auto", "gray_p": 0.0}
+            defaults["jitter"] = (*values["jitter"][:2], 0.0, 0.0)
+            values |= {name: overrides.get(name, value) for name, value in defaults.items()}
+        config = cls(**place_of_run(values, overrides))
         if config.name is None:
             config.name = "{feature_dim}_{k}_{batch_size}_{epochs}".format(**config.as_dict())
             if (config.data_name, config.arch) != ("cifar10", "resnet18"):
@@ -341,50 +249,26 @@ class PretrainConfig(RunConfig):
     def validate(self) -> None:
         super().validate()
         check_decode_options(vars(self), self.data_name)
-        files = self.data_name in ("imagenet", "webdataset")
-        sizes, brightness, contrast = self.view_sizes or (), *self.jitter[:2]
-        for flag, wrong, reason in (
-            ("init_parts", self.init_parts != "fitting" and not self.init, "goes with --init"),
-            (
-                "view_sizes",
-                len(sizes) > self.epochs,
-                f"{len(sizes)} sizes are more than the epochs ({self.epochs}): give fewer",
-            ),
-            ("view_sizes", sizes and files, "is for images in memory, not crops from workers"),
-            ("cuda_graphs", self.cuda_graphs and not self.compile, "goes with --compile"),
-            (
-                "warmup_epochs",
-                self.warmup_epochs >= self.epochs,
-                f"must be below --epochs {self.epochs}",
-            ),
-            ("show_views", self.show_views and self.resume, "cannot be combined with --resume"),
-            ("overwrite", self.overwrite and self.resume, "cannot be combined with --resume"),
-            ("jitter", self.jitter[3] > LARGEST_HUE, f"the hue must be at most {LARGEST_HUE}"),
-            *(
-                (
-                    flag,
-                    uses and self.channels != 3,
-                    f"saturation, hue and grayscale need three channels, not {self.channels}: "
-                    f"--jitter {brightness:g} {contrast:g} 0 0 --gray_p 0",
-                )
-                for flag, uses in (("jitter", any(self.jitter[2:])), ("gray_p", self.gray_p > 0))
-            ),
-            *(
-                (
-                    flag,
-                    isinstance(value, tuple) and len(value) != self.channels,
-                    f"must be auto, or {self.channels} numbers, one per channel",
-                )
-                for flag, value in (("mean", self.mean), ("std", self.std))
-            ),
-            (
-                "tensorboard",
-                self.tensorboard and importlib.util.find_spec("tensorboard") is None,
-                "needs a package: pip install tensorboard",
-            ),
-        ):
-            if wrong:
-                raise ConfigError(f"{self.flag(flag)}: {reason}")
+        refuse, sizes, channels = self.refuse, self.view_sizes or (), self.channels
+        refuse("init_parts", self.init_parts != "fitting" and not self.init, "goes with --init")
+        refuse("view_sizes", len(sizes) > self.epochs, f"are more than --epochs {self.epochs}")
+        in_files = self.data_name in ("imagenet", "webdataset")
+        refuse("view_sizes", sizes and in_files, "is for images in memory, not crops from workers")
+        refuse("cuda_graphs", self.cuda_graphs and not self.compile, "goes with --compile")
+        too_long = self.warmup_epochs >= self.epochs
+        refuse("warmup_epochs", too_long, f"must be below --epochs {self.epochs}")
+        for name in ("show_views", "overwrite"):
+            refuse(name, getattr(self, name) and self.resume, "cannot be combined with --resume")
+        refuse("jitter", self.jitter[3] > LARGEST_HUE, f"the hue must be at most {LARGEST_HUE}")
+        needed = f"saturation, hue and grayscale need three channels, not {channels}: --jitter "
+        needed += f"{self.jitter[0]:g} {self.jitter[1]:g} 0 0 --gray_p 0"
+        refuse("jitter", any(self.jitter[2:]) and channels != 3, needed)
+        refuse("gray_p", self.gray_p and channels != 3, needed)
+        for name in ("mean", "std"):
+            wrong = len(getattr(self, name)) != channels and getattr(self, name) != "auto"
+            refuse(name, wrong, f"must be auto, or {channels} numbers, one per channel")
+        lacking = self.tensorboard and importlib.util.find_spec("tensorboard") is None
+        refuse("tensorboard", lacking, "needs a package: pip install tensorboard")
 
     @property
     def augmentation(self) -> Augmentation:
@@ -487,114 +371,81 @@ MODES = {
 }
 # What the file of another project does not tell of its encoder; flags of linear.py and the tools.
 SOURCE_OPTIONS = {
-    "stem": (Choice(*STEMS), "first layers (by default what the file's layout suggests)"),
+    "stem": (Choice(*STEMS), "first layers (what the file's layout suggests)"),
     "image_size": (IMAGE_SIZE, "side of the encoder's images in pixels (32 or 224)"),
-    "mean": (MEAN, "of the images' channels, from 0 to 1 (by default that of the project)"),
+    "mean": (MEAN, "of the images' channels, from 0 to 1 (the project's)"),
     "std": (STD, "as --mean, the std"),
 }
+
+
+def source_option(name: str) -> Any:
+    """Declare a field for one of SOURCE_OPTIONS."""
+    kind, text = SOURCE_OPTIONS[name]
+    return option(kind, None, text)
 
 
 @dataclasses.dataclass
 class LinearConfig(RunConfig):
     """The settings of a linear evaluation, of fine-tuning, or of a mode that trains nothing.
 
-    Raises ConfigError for settings that are invalid, or that do not go together.
+    Those of the data are the pre-training's by default. Raises ConfigError for settings that are
+    invalid, or that do not go together.
     """
 
     model_path: str = option(
-        Text("PATH", file_path),
+        PATH,
+        "results/2048_200_512_800_model.pth",
         "a checkpoint of main.py or of another project (docs/checkpoints.md); with "
         "--evaluate_only and --predict, one of linear.py",
-        "results/2048_200_512_800_model.pth",
-        "what",
     )
-    evaluate_only: bool = option(
-        Flag(), "score a linear model on the test set; train nothing", False, "what"
+    evaluate_only: bool = option(Flag(), False, "score a linear model on the test set, no training")
+    predict: tuple | None = option(
+        Several(Text("FILE")), None, "predict the classes of images, and of folders of them"
     )
-    predict: tuple[str, ...] | None = option(
-        Several(Text("FILE")), "predict the classes of images, and of folders of them", None, "what"
-    )
-    out_csv: str | None = option(
-        Text("PATH", file_path), "write the predictions to this file too", None, "what"
-    )
+    out_csv: str | None = option(PATH, None, "write the predictions to this file too")
 
-    stem: str | None = option(*SOURCE_OPTIONS["stem"], None, "another project's encoder")
-    image_size: int | None = option(
-        *SOURCE_OPTIONS["image_size"], None, "another project's encoder"
-    )
-    mean: tuple[float, ...] | None = option(
-        *SOURCE_OPTIONS["mean"], None, "another project's encoder"
-    )
-    std: tuple[float, ...] | None = option(
-        *SOURCE_OPTIONS["std"], None, "another project's encoder"
-    )
+    stem: str | None = source_option("stem")
+    image_size: int | None = source_option("image_size")
+    mean: tuple | None = source_option("mean")
+    std: tuple | None = source_option("std")
 
-    data_name: str | None = option(
-        Choice(*DATA_NAMES), "evaluate on another data set than the pre-training's", None, "data"
-    )
-    data_root: str | None = option(
-        Roots(), "where the data set is (as in pre-training; another one: data)", None, "data"
-    )
-    split_names: tuple[str, ...] | None = option(
-        Several(Text("NAME")),
-        "folders or lists in --data_root: training, then test (as in pre-training)",
-        None,
-        "data",
-    )
-    exif: bool | None = option(
-        Flag(), "turn images as EXIF says (as in pre-training)", None, "data"
-    )
-    background: str | None = option(
-        Choice(*BACKGROUNDS), "colour behind transparent pixels (as in pre-training)", None, "data"
-    )
-    exclude: tuple[str, ...] | None = option(
-        Several(Text("PATTERN")),
-        "names or paths in --data_root to leave out (as in pre-training)",
-        None,
-        "data",
-    )
-    levels: tuple[float, float] | None = option(
-        LEVELS, "values in files that become 0 and 255 (as in pre-training)", None, "data"
-    )
+    data_name: str | None = option(Entry(DATASETS), None, "evaluate on another data set")
+    data_root: str | None = option(Roots(), None, "where the data set is (another one: data)")
+    split_names: tuple | None = option(NAMES, None, "folders or lists there: training, then test")
+    exif: bool | None = option(Flag(), None, "turn images as EXIF says")
+    background: str | None = option(Choice(*BACKGROUNDS), None, "behind transparent pixels")
+    exclude: tuple | None = option(NAMES, None, "names or paths in --data_root to leave out")
+    levels: tuple | None = option(LEVELS, None, "values in files that become 0 and 255")
     label_fraction: float = option(
-        Number(float, 1e-9, 1), "use a class-balanced, seeded fraction of the labels", 1.0, "data"
+        Number(float, 1e-9, 1), 1.0, "use a class-balanced, seeded fraction of the labels"
     )
 
-    cached: bool = option(
-        Flag(), "extract the features once, without augmentation", False, "protocol"
-    )
+    cached: bool = option(Flag(), False, "extract the features once, without augmentation")
     optimizer: str = option(
-        Choice("sgd", "lars", "adamw"),
-        "and its recipe; adamw: with --finetune, lars: without",
-        "sgd",
-        "protocol",
+        Choice("sgd", "lars", "adamw"), "sgd", "lars: for heads; adamw: with --finetune"
     )
-    batch_size: int = option(COUNT, "images per step, of all ranks together", 256, "protocol")
-    epochs: int = option(COUNT, "passes over the training set", 90, "protocol")
-    lr: tuple[float, ...] = option(
+    batch_size: int = option(COUNT, 256, "images per step, of all ranks together")
+    epochs: int = option(COUNT, 90, "passes over the training set")
+    lr: tuple = option(
         Several(POSITIVE),
-        "base lr, per 256 images; of several, the best on a held-out tenth of the training set",
         (30.0,),
-        "protocol",
+        "base lr, per 256 images; of several, the best on a held-out tenth",
     )
-    weight_decay: float = option(Number(float, 0), "weight decay", 0.0, "protocol")
-    label_smoothing: float = option(
-        PROBABILITY, "part of each label that is spread over all classes", 0.0, "protocol"
-    )
+    weight_decay: float = option(AT_LEAST_0, 0.0, "weight decay")
+    label_smoothing: float = option(PROBABILITY, 0.0, "part of a label spread over all classes")
 
-    finetune: bool = option(
-        Flag(), "train the encoder with the head, BN in train mode", False, "the whole network"
-    )
-    from_scratch: bool = option(
-        Flag(), "with --finetune: start from random weights", False, "the whole network"
-    )
-    encoder_lr: float | None = option(
-        POSITIVE, "base lr of the encoder (that of --lr)", None, "the whole network"
-    )
-    mixup: float = option(
-        Number(float, 0, 100), "alpha of mixup in training; 0: none", 0.0, "the whole network"
-    )
+    finetune: bool = option(Flag(), False, "train the encoder too, BN in train mode")
+    from_scratch: bool = option(Flag(), False, "with --finetune: start from random weights")
+    encoder_lr: float | None = option(POSITIVE, None, "base lr of the encoder (that of --lr)")
+    mixup: float = option(Number(float, 0, 100), 0.0, "alpha of mixup in training; 0: none")
 
+    groups: ClassVar[dict[str, str]] = {
+        "model_path": "what",
+        "stem": "another project's encoder",
+        "data_name": "data (as in pre-training)",
+        "cached": "protocol",
+        "finetune": "the whole network",
+    }
     selectors: ClassVar[tuple[str, ...]] = ("model_path", "finetune", "optimizer")
 
     @classmethod
@@ -617,26 +468,17 @@ class LinearConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        for flag, wrong, reason in (
-            ("cached", self.cached and self.finetune, "features of a trained encoder change"),
-            ("optimizer", self.optimizer == "lars" and self.finetune, "is for heads alone"),
-            ("amp", self.amp == "fp16" and self.finetune, "is for frozen encoders"),
-            *(
-                (flag, getattr(self, flag) and not self.finetune, "goes with --finetune")
-                for flag in ("from_scratch", "encoder_lr", "mixup")
-            ),
-            (
-                "optimizer",
-                self.optimizer == "adamw" and not self.finetune,
-                "goes with --finetune",
-            ),
-            ("predict", self.predict and self.evaluate_only, "choose it or --evaluate_only"),
-            ("out_csv", self.out_csv and not self.predict, "goes with --predict"),
-            ("overwrite", self.overwrite and self.resume, "cannot be combined with --resume"),
-        ):
-            if wrong:
-                ending = ", so without --finetune" if self.finetune and "goes" not in reason else ""
-                raise ConfigError(f"{self.flag(flag)}: {reason}{ending}")
+        refuse, tuned = self.refuse, self.finetune
+        refuse("cached", self.cached and tuned, "is for a frozen encoder, without --finetune")
+        is_lars, is_adamw = self.optimizer == "lars", self.optimizer == "adamw"
+        refuse("optimizer", is_lars and tuned, "is for heads alone, without --finetune")
+        refuse("amp", self.amp == "fp16" and tuned, "is for frozen encoders, without --finetune")
+        refuse("optimizer", is_adamw and not tuned, "goes with --finetune")
+        for name in ("from_scratch", "encoder_lr", "mixup"):
+            refuse(name, getattr(self, name) and not tuned, "goes with --finetune")
+        refuse("predict", self.predict and self.evaluate_only, "choose it or --evaluate_only")
+        refuse("out_csv", self.out_csv and not self.predict, "goes with --predict")
+        refuse("overwrite", self.overwrite and self.resume, "cannot be combined with --resume")
 
     @property
     def mode(self) -> str:
