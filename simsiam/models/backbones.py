@@ -72,7 +72,7 @@ class CifarResNet(nn.Module):
 def build_backbone(
     arch: str, stem: str = "cifar", width: int | None = None, channels: int = 3
 ) -> tuple[nn.Module, int]:
-    """Build a randomly initialised backbone for images of so many `channels`.
+    """Build a randomly initialised backbone for images with `channels` channels.
 
     Returns the network, N x `channels` x H x W -> N x features, and the number of features.
 
@@ -223,7 +223,7 @@ def input_channels(net: nn.Module) -> int:
 
 
 def replace_first_conv(net: nn.Module, channels: int) -> None:
-    """Replace a network's first convolution by a new one for so many image `channels`.
+    """Replace the first convolution of a network by a new one with `channels` input channels.
 
     The initialisation is torchvision's: He et al. 2015, arXiv 1502.01852, Eq. 14.
     """

@@ -86,7 +86,7 @@ def mlp(widths: list[int], hidden_bn: bool, output_bn: bool, affine: bool = True
 def projection_mlp(
     features: int, d: int, layers: int, bn: str = "default", affine: bool = False
 ) -> nn.Sequential:
-    """Build a projector of so many `layers`, `features` -> d (sec. 3)."""
+    """Build a projector, `features` -> d, with `layers` linear layers (sec. 3)."""
     return mlp([features] + [d] * layers, bn != "none", bn in ("default", "all"), affine)
 
 
