@@ -1,4 +1,4 @@
-"""Files of strangers: read as what they are, and never run; small ones take little memory."""
+"""Untrusted files: read as tensors, never executed, and in no more memory than their size."""
 
 import argparse
 import io
@@ -199,16 +199,97 @@ def is_refused(path) -> bool:
     return False
 
 
-def pointers() -> bytes:
-    """An array of object dtype over a buffer of bytes, which are taken for pointers to objects."""
-    array = b"cnumpy\nndarray\n((K\x01tcnumpy\ndtype\n(X\x02\0\0\0O8tRB\x08\0\0\0AAAAAAAAtR"
-    return b"\x80\x03ccollections\nOrderedDict\n(" + array + b"tR."
+# ---- bytes are not pointers ---------------------------------------------------------------------
 
 
-def test_no_file_hands_over_a_pointer(tmp_path):
-    path = tmp_path / "a.pdparams"
-    path.write_bytes(pointers())
-    assert ends_well(is_refused, path)
+class Dtype:
+    """Pickled as a NumPy dtype with any name and any state."""
+
+    def __init__(self, code, *state):
+        self.reduced = np.dtype, (code, False, True), state
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class Array:
+    """Pickled as a NumPy array of any dtype over any data."""
+
+    def __init__(self, dtype, data, shape=(1,)):
+        reconstruct = np.zeros(1).__reduce__()[0]
+        self.reduced = reconstruct, (np.ndarray, (0,), b"b"), (1, shape, dtype, False, data)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def is_not_loaded(path) -> bool:
+    try:
+        return isinstance(reader.read(path)["w"], reader.Placeholder)
+    except ValueError:
+        return True
+
+
+POINTER = b"A" * 8
+NONE = (None, None, None)
+OBJECT = Dtype("O8", 3, "|", *NONE, -1, -1, 63)
+DTYPES = {
+    "object": OBJECT,
+    "object without flags": Dtype("O8", 3, "|", *NONE, -1, -1, 0),
+    "object of a number's size": Dtype("O", 3, "<", *NONE, 8, 8, 0),
+    "object as a byte order": Dtype("8", 3, "|O", *NONE, -1, -1, 0),
+    "number with the flags of objects": Dtype("f8", 3, "<", *NONE, -1, -1, 63),
+    "number of another size": Dtype("u1", 3, "|", *NONE, 8, 8, 0),
+    "number with a field of objects": Dtype(
+        "f8", 3, "<", None, ("a",), {"a": (OBJECT, 0)}, 8, 1, 0
+    ),
+    "number with a sub-array of objects": Dtype("f8", 3, "<", (OBJECT, (1,)), None, None, 8, 1, 0),
+    "number with metadata": Dtype("f8", 4, "<", *NONE, -1, -1, 0, {"a": OBJECT}),
+    "record of objects": Dtype("V8", 3, "|", None, ("a",), {"a": (OBJECT, 0)}, 8, 1, 0),
+    "text": Dtype("U2", 3, "<", *NONE, 8, 4, 0),
+    "time": Dtype("M8", 4, "<", *NONE, -1, -1, 0, (b"s", 1, 1, 1)),
+    "no dtype": "O8",
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_bytes_become_no_pointers(tmp_path, name):
+    """By any dtype but a plain number's, in each way to make an array or a scalar of it."""
+    path, dtype, scalar = tmp_path / "a.pdparams", DTYPES[name], np.float64(1).__reduce__()[0]
+    buffer = np.zeros(1).__reduce_ex__(5)[0]
+    good = Dtype("f8", 3, "<", *NONE, -1, -1, 0)
+    for of in (good, dtype):
+        number = np.array([1.0]).tobytes()
+        values = [
+            Array(of, number),
+            Call(scalar, of, number),
+            Call(buffer, number, of, (1,), "C"),
+            Array(of, [POINTER]),
+            Call(np.ndarray, (1,), of, POINTER),
+        ]
+        for protocol in (2, 4):
+            for value, is_number in zip(values, (True, True, True, False, False), strict=True):
+                path.write_bytes(pickle.dumps({"w": value}, protocol))
+                if is_number and of is good:
+                    assert float(reader.read(path)["w"]) == 1.0
+                else:
+                    assert ends_well(is_not_loaded, path), (protocol, value)
+
+
+def test_a_dtype_s_state_counts_when_the_array_is_made(tmp_path):
+    """Two BUILDs of one dtype: the array has the state that it had between them, or is refused."""
+    dtype = b"cnumpy\ndtype\n(X\x02\0\0\0f8K\0K\1tRq\xc8"
+    states = [pickle.dumps((3, "<", *NONE, -1, -1, flags), 2)[2:-1] for flags in (0, 63)]
+    for first, second in (states, states[::-1]):
+        array = b"cnumpy.core.multiarray\n_reconstruct\n(tR(K\1K\1\x85h\xc8K\0C\x08" + POINTER + b"tb"
+        content = b"\x80\x03}X\1\0\0\0w" + dtype + first + b"b0" + array + b"h\xc8" + second + b"b0s."
+        (tmp_path / "a.pdparams").write_bytes(content)
+        found = reader.read(tmp_path / "a.pdparams")["w"]
+        expected = torch.Tensor if first is states[0] else reader.Placeholder
+        assert isinstance(found, expected)
+
+
+# ---- no code ------------------------------------------------------------------------------------
 
 
 class Call:
@@ -223,12 +304,13 @@ class Call:
 
 @pytest.mark.parametrize("function", [os.mkdir, os.system, eval, exec, open, print])
 def test_functions_are_not_called(tmp_path, function, monkeypatch, capsys):
-    """In each format, as a value, as a key's object, and in the place of a tensor's maker."""
+    """In each format: as a value, in a state_dict, in a list, alone, and in an array of objects."""
     monkeypatch.chdir(tmp_path)
     words = {os.mkdir: "done", os.system: "touch done", open: "done"}
     more = ("w",) if function is open else ()
     call = Call(function, words.get(function, "open('done', 'w')"), *more)
-    for whole in ({"evil": call}, {"state_dict": {"w": call}}, [call], call):
+    objects = {"w": np.array([call], dtype=object)}
+    for whole in ({"evil": call}, {"state_dict": {"w": call}}, [call], call, objects):
         for new in (True, False):
             torch.save(whole, "a.pth", _use_new_zipfile_serialization=new)
             assert is_refused("a.pth")
