@@ -281,8 +281,9 @@ def test_a_dtype_s_state_counts_when_the_array_is_made(tmp_path):
     dtype = b"cnumpy\ndtype\n(X\x02\0\0\0f8K\0K\1tRq\xc8"
     states = [pickle.dumps((3, "<", *NONE, -1, -1, flags), 2)[2:-1] for flags in (0, 63)]
     for first, second in (states, states[::-1]):
-        array = b"cnumpy.core.multiarray\n_reconstruct\n(tR(K\1K\1\x85h\xc8K\0C\x08" + POINTER + b"tb"
-        content = b"\x80\x03}X\1\0\0\0w" + dtype + first + b"b0" + array + b"h\xc8" + second + b"b0s."
+        array = b"cnumpy.core.multiarray\n_reconstruct\n(tR(K\1K\1\x85h\xc8K\0C\x08AAAAAAAAtb"
+        content = b"\x80\x03}X\1\0\0\0w" + dtype + first + b"b0" + array
+        content += b"h\xc8" + second + b"b0s."
         (tmp_path / "a.pdparams").write_bytes(content)
         found = reader.read(tmp_path / "a.pdparams")["w"]
         expected = torch.Tensor if first is states[0] else reader.Placeholder

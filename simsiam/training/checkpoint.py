@@ -66,7 +66,7 @@ def save(path: str, previous: str | None, state: dict) -> None:
         return
     state = to_cpu(state) | {"version": VERSION}
     for value in (*state["model"].values(), *state["probe"].values()):
-        if not value.isfinite().all():
+        if not is_finite(value):
             raise RunError(f"the weights are not finite; {path} keeps those before. {DIVERGED}")
     content = io.BytesIO()  # whole in memory first: torch.save hides why a write failed
     torch.save({name: state[name] for name in FORMAT}, content)
@@ -167,6 +167,11 @@ def is_well_formed(value: object) -> bool:
     )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all elements are finite. A sum, which takes a tenth of the time, may tell."""
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
 def is_number(value: object) -> bool:
     """Return whether a value is an int or a float, and no bool."""
     return type(value) in (int, float)
@@ -247,6 +252,6 @@ def load_strictly(net: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, value in weights.items():
         if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
             raise ValueError(f"its weights do not fit its settings: shape of {name}")
-        if not value.isfinite().all():
+        if not is_finite(value):
             raise ValueError(f"its weights are not finite: {name}")
     net.load_state_dict(weights, assign=True)
