@@ -56,10 +56,11 @@ def load_dataset(
         )
     if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
         raise ValueError(
-            "--split_names: needs --data_name folder or imagenet, and a folder as --data_root"
+            f"--split_names {' '.join(split_names)}: needs a folder as --data_root, and "
+            "--data_name folder or imagenet"
         )
     if name in TORCHVISION and len(folders.split_roots(root)) > 1:
-        raise ValueError(f"--data_root: {name} has one root; several need --data_name folder")
+        raise ValueError(f"--data_root {root}: several folders, but {name} has one")
     options = image_size, workers, bad_images, test_only, decode, split_names
     return DATASETS[name](root, *options)
 
@@ -196,7 +197,7 @@ def load_folder(
 
     for path, label in zip(*test[:2], strict=True) if test else ():
         if label is None:
-            raise ValueError(f"{path}: a test image without a class")
+            raise ValueError(f"{path}: a test image needs a class: give it one, or remove it")
     data = Data.from_files(train[:2], test and test[:2], read, test_only)
     return dataclasses.replace(data, summary=summary, train_files=train.files if in_memory else ())
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from simsiam.data import arrays
 from simsiam.data.arrays import MultibandImage
-from simsiam.runtime.config import ConfigError
+from simsiam.runtime.config import ConfigError, shown
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif", *arrays.NUMPY_EXTENSIONS)
 # Pillow reads AVIF from 11.3 on. Asking Pillow itself would load all of its decoders.
@@ -87,7 +87,7 @@ class DecodeOptions:
             ),
         ):
             if not is_valid:
-                raise ConfigError(f"--{name} {getattr(self, name)}: must be {expected}")
+                raise ConfigError(f"--{name} {shown(getattr(self, name))}: must be {expected}")
 
     @classmethod
     def from_args(cls, args: Mapping) -> "DecodeOptions":

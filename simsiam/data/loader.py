@@ -71,7 +71,7 @@ class Data:
         index = {name: i for i, name in enumerate(classes)} | {None: -1}
         for file, name in zip(*test, strict=True) if test else ():
             if name not in index:
-                raise ValueError(f"{file}: its class {name} is not one of the training images")
+                raise ValueError(f"{file}: its class {name} has no training image")
         unreadable = []
 
         def read_part(files: Sequence, names: Sequence) -> "tuple[Tensor | ImageFiles, Tensor]":
@@ -107,10 +107,10 @@ class Data:
 
 
 def balanced_subset(labels: Tensor, size: int, seed: int, flag: str = "--train_size") -> Tensor:
-    """Return sorted indices of `size` samples, drawn with `seed`, as many per class as possible.
+    """Return sorted indices of `size` samples, drawn with `seed`, balanced over the classes.
 
-    Samples without a label count as one class. Raises ValueError naming `flag` if there are fewer
-    samples.
+    A class with too few samples gives all it has. Samples without a label count as one class.
+    Raises ValueError, which names `flag`, if there are fewer samples.
     """
     if not 0 < size <= len(labels):
         raise ValueError(f"{flag} {size}: must be from 1 to {len(labels)}, the number of images")

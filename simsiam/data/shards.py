@@ -70,8 +70,8 @@ class Shards(ImageFiles):
         stream = ShardStream(dataset, size, rows.start // size, batch_size // size)
         if stream.ranks * max(1, self.workers) > len(stream.shards):
             raise ValueError(
-                f"--num_workers {self.workers}: each worker of {stream.ranks} ranks needs a shard, "
-                f"and there are {len(stream.shards)}"
+                f"--num_workers {self.workers}: {len(stream.shards)} shards are too few for the "
+                f"workers of {stream.ranks} ranks, which need one each: use fewer workers"
             )
         return EpochCrops(self, stream, stream, batch_size=None)
 
