@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ def load_dataset(
     bad_images: str = "error",
     test_only: bool = False,
     decode: DecodeOptions = DEFAULT_DECODE,
-    split_names: list[str] | None = None,
+    split_names: Sequence[str] | None = None,
 ) -> Data:
     """Load the data set `name`, a key of DATASETS; torchvision's are downloaded once into `root`.
 
@@ -170,7 +170,7 @@ def load_folder(
     bad_images: str,
     test_only: bool,
     decode: DecodeOptions,
-    split_names: list[str] | None,
+    split_names: Sequence[str] | None,
     in_memory: bool = True,
 ) -> Data:
     """Load images of the user's own: decoded once, or as `ImageFiles` unless `in_memory`.

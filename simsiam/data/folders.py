@@ -117,21 +117,18 @@ def has_images(root: Path) -> bool:
     return any(name.lower().endswith(extensions) for name in itertools.islice(names, 1000))
 
 
-def is_excluded(path: Path, root: Path, patterns: Sequence[str]) -> bool:
-    """Return True if a shell pattern matches the path below `root` or a name in it, in any case.
-
-    A * matches slashes, too.
-    """
-    inner = os.path.relpath(path, root).replace(os.sep, "/").lower()
-    names = (inner, *inner.split("/"))
-    return any(fnmatch.fnmatchcase(name, one.lower()) for one in patterns for name in names)
-
-
 def drop_excluded(images: ImageList, root: Path, patterns: Sequence[str]) -> ImageList:
-    """Remove the files that `is_excluded`. Raises FileNotFoundError if none is left."""
+    """Drop the files whose path below `root`, or a name in it, matches a shell pattern.
+
+    Ignores case; a * matches slashes, too. Raises FileNotFoundError if no file is left.
+    """
     if not patterns:
         return images
-    keep = [not is_excluded(path, root, patterns) for path in images.files]
+    keep, patterns = [], [pattern.lower() for pattern in patterns]
+    for path in images.files:
+        inner = os.path.relpath(path, root).replace(os.sep, "/").lower()
+        names = (inner, *inner.split("/"))
+        keep.append(not any(fnmatch.fnmatchcase(n, p) for p in patterns for n in names))
     if not any(keep):
         raise FileNotFoundError(f"--exclude {' '.join(patterns)}: leaves no image of {root}")
     files, labels = (list(itertools.compress(column, keep)) for column in images[:2])
@@ -204,7 +201,7 @@ def list_csv(path: Path) -> ImageList:
 
 def find_images(
     root: Path,
-    split_names: list[str] | None = None,
+    split_names: Sequence[str] | None = None,
     scored: bool = True,
     exclude: Sequence[str] = (),
 ) -> FolderListing:
@@ -213,8 +210,8 @@ def find_images(
     Several roots, joined as for `split_roots`, are one data set; equal class names are one class.
     `split_names`: the folders or lists in `root` with training and, optionally, test images.
     With `scored`, test images need classes; without, the folders in a root without splits are its
-    classes. `exclude`: patterns of `is_excluded`. Raises FileNotFoundError or ValueError, naming
-    the file.
+    classes. `exclude`: see `drop_excluded`. Raises FileNotFoundError or ValueError, naming the
+    file.
     """
     roots = [Path(one) for one in split_roots(root)]
     resolved = [one.resolve() for one in roots]
@@ -244,7 +241,7 @@ def concatenate(lists: list[ImageList]) -> ImageList:
 
 
 def find_in_root(
-    root: Path, split_names: list[str] | None, scored: bool, exclude: Sequence[str]
+    root: Path, split_names: Sequence[str] | None, scored: bool, exclude: Sequence[str]
 ) -> FolderListing:
     """List the images of one folder or CSV list: `find_images` of a single root."""
     if root.suffix.lower() == ".csv" and not root.is_dir():
@@ -273,7 +270,9 @@ def find_in_root(
     return FolderListing(train, test, summary, True)
 
 
-def find_splits(root: Path, split_names: list[str] | None) -> tuple[Path, Path | None, Path | None]:
+def find_splits(
+    root: Path, split_names: Sequence[str] | None
+) -> tuple[Path, Path | None, Path | None]:
     """Return the folder with the splits, its training split and its test split, or None.
 
     The folder is `root`, or deeper in Kaggle's ImageNet.
