@@ -49,7 +49,7 @@ from simsiam.runtime.config import Text, file_path
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import RunError, error_prefix, printable, read_csv, write_csv
 from simsiam.views.augment import Views
-from tools.common import images_of_run, running_flags
+from tools.common import add_run_options, images_of_run
 
 # By column of the table: the score as a number that is better when larger.
 ORIENTED = {
@@ -314,7 +314,7 @@ def command(argv: list[str] | None = None) -> None:
     )
     seed = "for choosing images, for their views and for the bootstrap (0)"
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, help=seed)
-    running_flags(parser)
+    add_run_options(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
     with warnings.catch_warnings(), parser.bad_input():

@@ -1,4 +1,4 @@
-"""What tools have in common: flags of those that run an encoder, and of those that draw."""
+"""What the tools share: flags of main.py, opening an encoder, a run's images, picture formats."""
 
 import argparse
 from argparse import Namespace
@@ -11,35 +11,41 @@ from simsiam.data.loader import Data
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots.style import FORMATS
 from simsiam.runtime import distributed
-from simsiam.runtime.config import AMP, WORKERS, default_workers
+from simsiam.runtime.config import RunConfig, add_option
+from simsiam.training.recipes import PretrainConfig
+
+RUN_OPTIONS = ("device", "amp", "num_workers", "bad_images")
+OPTIONS = PretrainConfig.__dataclass_fields__
+DEVICE_HELP = f"{OPTIONS['device'].metadata['help']} (auto)"
+MODEL_HELP = "a checkpoint of main.py, linear.py or another project"
 
 
-def encoder_flags(parser: utils.Parser) -> None:
-    """The flags of a tool that runs an encoder of any origin: `running_flags`, and its input's."""
-    running_flags(parser)
-    utils.add_source_options(parser)
+def add_main_options(
+    parser: utils.Parser, *names: str, note: str = "", default: object = None
+) -> None:
+    """Add flags of main.py by name. `note`: what applies if they are left out, for the help."""
+    for name in names:
+        text = OPTIONS[name].metadata["help"] + (f" ({note})" if note else "")
+        add_option(parser, name, OPTIONS[name].metadata["kind"], text.replace("%", "%%"))
+        parser.set_defaults(**{name: default})
 
 
-def running_flags(parser: utils.Parser) -> None:
-    """Where an encoder runs, how precisely, and how files are read.
-
-    They are what `devices.setup_device` and `images.decode` need.
-    """
-    add = parser.add_argument
-    add("--device", default="auto", help="as of main.py (auto)")
-    add("--amp", default="auto", choices=AMP, help="as of main.py (auto)")
-    add(
-        "--num_workers",
-        type=utils.argument(WORKERS),
-        default=default_workers(),
-        help="threads (auto)",
-    )
-    add("--bad_images", default="error", choices=("error", "skip"), help="as of main.py (error)")
+def add_run_options(parser: utils.Parser) -> None:
+    """Add --device, --amp, --num_workers and --bad_images: all that `setup_device` reads."""
+    for name in RUN_OPTIONS:
+        default = RunConfig.__dataclass_fields__[name].default
+        add_main_options(parser, name, note=str(default), default=default)
     parser.set_defaults(deterministic=False)
 
 
+def add_encoder_options(parser: utils.Parser) -> None:
+    """Add the flags of a tool that runs an encoder of any project: device and input."""
+    add_run_options(parser)
+    utils.add_source_options(parser)
+
+
 def open_source(args: Namespace) -> LoadedCheckpoint:
-    """The checkpoint at --model_path, and lines on what it was taken for; as `Source.open`."""
+    """Open the checkpoint at --model_path and log its notes. Raises as `LoadedCheckpoint.open`."""
     source = LoadedCheckpoint.open(args.model_path, **utils.source_settings(args))
     for note in source.notes:
         distributed.log(f"{args.model_path}: {note}")
@@ -47,26 +53,31 @@ def open_source(args: Namespace) -> LoadedCheckpoint:
 
 
 def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None = None) -> Data:
-    """The images that a run of main.py trained on; wherever they are now, if `data_root` says so.
+    """Return the images that a run of main.py trained on. Raises as `load_dataset`.
 
-    `args`: num_workers and bad_images. Raises as `datasets.load`.
+    `args`: num_workers and bad_images. `data_root`: where the images are now, if they moved.
     """
-    saved = vars(source.config)
-    place = saved["data_name"], data_root or saved["data_root"], source.encoder["image_size"]
-    how = {"decode": source.decode, "split_names": saved.get("split_names")}
-    images = load_dataset(*place, args["num_workers"], args["bad_images"], **how)
-    size = saved["train_size"]
-    return images if size is None else images.subset(size, saved["seed"])
+    config = source.config
+    images = load_dataset(
+        config.data_name,
+        data_root or config.data_root,
+        source.encoder["image_size"],
+        args["num_workers"],
+        args["bad_images"],
+        decode=source.decode,
+        split_names=config.split_names,
+    )
+    return images if config.train_size is None else images.subset(config.train_size, config.seed)
 
 
 def picture_path(text: str) -> str:
-    """A type for argparse: the path of a picture, whose ending is its format."""
+    """Return the path of a picture: an argparse type, which checks that its format exists."""
     if picture_format(text) not in FORMATS:
-        ends = ", ".join(f".{name}" for name in FORMATS)
-        raise argparse.ArgumentTypeError(f"{text}: choose an ending of {ends}")
+        endings = ", ".join(f".{name}" for name in FORMATS)
+        raise argparse.ArgumentTypeError(f"{text}: choose an ending of {endings}")
     return text
 
 
 def picture_format(path: str) -> str:
-    """The format of a picture, by its ending; not always one that there is."""
+    """Return the ending of a path in lower case, without the dot."""
     return Path(path).suffix.lower().removeprefix(".")

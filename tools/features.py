@@ -22,7 +22,7 @@ from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, printable
-from tools.common import encoder_flags, open_source
+from tools.common import add_encoder_options, open_source
 
 BATCH = 256  # files decoded at a time
 FORMATS = (".npz", ".csv", ".parquet")
@@ -56,7 +56,7 @@ def extract(
 ) -> tuple[np.ndarray, list[int]]:
     """Return the features of files, fp32, N x features, and the indices of the files.
 
-    `part`: a part of the source's network. `args`: of `encoder_flags`. Moves the source to their
+    `part`: of the source's network. `args`: of `add_encoder_options`. Moves the source to their
     device. A file that cannot be read is skipped with `--bad_images skip`; else raises ValueError.
     """
     device, amp_name = devices.setup_device(args)
@@ -116,7 +116,7 @@ def command(argv: list[str] | None = None) -> None:
     add("--out", required=True, help=f"the table, {', '.join(FORMATS)}")
     add("--overwrite", action="store_true", help="replace an existing table")
     add("--layer", default="backbone", choices=("backbone", "projector"), help="(backbone)")
-    encoder_flags(parser)
+    add_encoder_options(parser)
     args = parser.parse_args(argv)
     out = Path(args.out)
     if out.suffix not in FORMATS:

@@ -31,7 +31,7 @@ from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots.sheets import plot_captions
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix, remove, write_csv
-from tools.common import encoder_flags, open_source, picture_format, picture_path
+from tools.common import add_encoder_options, open_source, picture_format, picture_path
 from tools.features import extract
 
 TOP, MAX_PAIRS = 20, 100_000
@@ -217,7 +217,7 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     out = "the sheet, a .csv of the same name beside it (similar.png or duplicates.png)"
     add("--out", type=picture_path, help=out)
     add("--overwrite", action="store_true", help="replace sheet and table if they are there")
-    encoder_flags(parser)
+    add_encoder_options(parser)
     args = parser.parse_args(argv)
     for name, other in (("max_pairs", "query"), ("top", "duplicates")):
         if getattr(args, name) is not None and getattr(args, other) is not None:

@@ -40,7 +40,7 @@ from simsiam.runtime import devices, distributed
 from simsiam.runtime.config import Text, file_path
 from simsiam.runtime.files import error_prefix, printable, write_csv
 from simsiam.training.recipes import TEXTURES_HAVE_NO_ROOT
-from tools.common import encoder_flags, open_source
+from tools.common import add_encoder_options, open_source
 
 COLUMNS = tuple(
     "data train_size test_size classes knn linear linear_balanced c pixels encoder".split()
@@ -252,7 +252,7 @@ def command(argv: list[str] | None = None) -> None:
     )
     add("--overwrite", action="store_true", help="replace the table if it is there")
     add("--seed", type=utils.number(int, 0, 2**32 - 1), default=0, help="of the subsets (0)")
-    encoder_flags(parser)
+    add_encoder_options(parser)
     args = parser.parse_args(argv)
     steps = 2 + (1 + args.pixels) * (len(CS) + 1)  # of a data set: features, kNN and the fits
     total = steps * len(args.data_root or [1])

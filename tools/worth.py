@@ -29,7 +29,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/worth.py`
 
 import utils
-from simsiam.data.datasets import DATA_NAMES
 from simsiam.data.decode import ignore_pil_warnings
 from simsiam.data.loader import Data
 from simsiam.evaluation import metrics
@@ -39,7 +38,8 @@ from simsiam.plots.curves import plot_worth
 from simsiam.runtime import devices
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import RunError, atomic_write, error_prefix, read_csv, write_csv
-from tools.common import encoder_flags
+from simsiam.training.recipes import SOURCE_OPTIONS
+from tools.common import add_encoder_options, add_main_options
 from tools.transfer import Problem, labelled, logistic
 
 COLUMNS = tuple("data encoder method fraction labels seed epochs top1 command".split())
@@ -125,7 +125,8 @@ class Study:
         flags += [] if args.data_name == "textures" else ["--data_root", args.data_root]
         flags += ["--device", args.device, "--amp", args.amp]
         for flag, value in utils.source_settings(args).items():
-            flags += utils.words(flag, value)
+            if value is not None:
+                flags += [f"--{flag}", *SOURCE_OPTIONS[flag][0].words(value)]
         if not row["epochs"]:
             more = ["--fractions", row["fraction"], "--seeds", row["seed"]]
             more += ["--against", args.against] if row["encoder"] == args.against else []
@@ -233,9 +234,7 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     add, count = parser.add_argument, utils.number(int, 1)
     add("--model_path", required=True, help="a checkpoint of main.py, or another project's")
     add("--against", help="another encoder, of any layout that is read")
-    add("--data_name", choices=DATA_NAMES, help="(the encoder's)")
-    add("--data_root", type=utils.data_place, help="(the encoder's)")
-    add("--split_names", nargs="+", metavar="NAME", help="as of main.py")
+    add_main_options(parser, "data_name", "data_root", "split_names", note="the encoder's")
     part = utils.number(float, 1e-9, 1)
     add("--fractions", type=part, nargs="+", default=[0.01, 0.1, 1.0], help="(0.01 0.1 1)")
     seeds = "of the choice of labels, and of training (0 1 2)"
@@ -245,7 +244,7 @@ def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     lr = "as of linear.py --finetune, for both; of several the best on held-out labels (0.4)"
     add("--lr", type=utils.number(float, 1e-12), nargs="+", default=[0.4], help=lr)
     add("--out", default="results", help="of table and picture, and a folder of the runs (results)")
-    encoder_flags(parser)
+    add_encoder_options(parser)
     return parser, parser.parse_args(argv)
 
 
