@@ -378,7 +378,8 @@ def add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
             for name, recipe in config.recipes().items()
             if recipe.get(field.name) is not None
         }
-        if len(set(values.values())) > 1:
+        recipes = sum(field.name in recipe for recipe in config.recipes().values())
+        if len(set(values.values())) > 1 or 0 < len(values) < recipes:
             listed = ", ".join(f"{name} {value}" for name, value in values.items())
             text += f" (by recipe: {listed})"
         elif values or (default is not None and default is not False):
