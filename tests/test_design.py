@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed.run
 
-import linear
-import main
+import utils
+from simsiam.training.recipes import LinearConfig, PretrainConfig
 from tests.helpers import ROOT
 
 # A folder of simsiam/ imports only from itself and from the folders before it.
@@ -66,8 +66,8 @@ def test_the_documents_flags_exist():
         *ROOT.glob("tests/*.py"),
     ]
     known |= set(re.findall(r'"(--\w+)"', "".join(path.read_text() for path in sources)))
-    for command in (main, linear):
-        known |= set(command.make_flags()._option_string_actions)
+    for config in (PretrainConfig, LinearConfig):
+        known |= set(utils.ConfigParser("", "", config)._option_string_actions)
     words = {word.strip("`,.();:") for word in text.split() if word.startswith(("--", "`--"))}
     assert len(words) > 30
     unknown = {word.split("=")[0] for word in words} - known
