@@ -111,7 +111,7 @@ def test_defaults_are_stated_once():
         ("--gray_p 0", "gray_p", 0.0),
         ("--blur_p 0.25", "blur_p", 0.25),
         ("--blur_sigma 1 1", "blur_sigma", (1.0, 1.0)),
-        ("--hflip_p 0", "flip_p", 0.0),
+        ("--hflip_p 0", "hflip_p", 0.0),
         ("--vflip_p 0.5", "vflip_p", 0.5),
         ("--rotate90_p 1", "rotate90_p", 1.0),
         ("--solarize_p 0.2", "solarize_p", 0.2),

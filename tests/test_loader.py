@@ -22,7 +22,8 @@ from simsiam.data.loader import (
     filter_readable,
     images_checksum,
 )
-from simsiam.views.augment import Augmentation, Views, crop_boxes
+from simsiam.views.augment import Augmentation, Views
+from simsiam.views.ops import crop_boxes
 
 SCALE = Augmentation(crop_scale=(0.3, 0.9))
 

@@ -600,7 +600,7 @@ def test_show_views_draws_what_the_network_would_get(tmp_path, capsys, drawn):
     texts = {text.get_position(): text.get_text() for text in drawn["views"].axes[0].texts}
     for i, chance in enumerate(views.sample(batch)):
         for row in range(8):  # 32 pixels, and a gap of 2
-            assert texts[34 * (2 + 2 * i), 34 * row].split("\n") == chance.describe(row, 32 * 32)
+            assert texts[34 * (2 + 2 * i), 34 * row].split("\n") == chance.describe(row)
     for i, expected in enumerate(views(batch), 1):
         for c in range(3):
             wanted = expected[:, c] * views.std[c] + views.mean[c]

@@ -21,7 +21,7 @@ from tests.helpers import Large
 OFF = torch.autocast("cpu", dtype=torch.bfloat16, enabled=False)
 BF16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=True)
 # The whole image, unchanged.
-NO_AUGMENTATION = Augmentation((1.0, 1.0), (1.0, 1.0), jitter_p=0.0, gray_p=0.0, flip_p=0.0)
+NO_AUGMENTATION = Augmentation((1.0, 1.0), (1.0, 1.0), jitter_p=0.0, gray_p=0.0, hflip_p=0.0)
 
 
 def unit_rows(n, d, generator):

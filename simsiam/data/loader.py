@@ -31,7 +31,8 @@ from simsiam.data.decode import (
     resize_center_crop,
 )
 from simsiam.runtime import distributed
-from simsiam.views.augment import Augmentation, Batch, Views, crop_boxes
+from simsiam.views.augment import Batch, Views
+from simsiam.views.ops import Augmentation, crop_boxes
 
 
 @dataclasses.dataclass

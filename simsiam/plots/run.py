@@ -85,7 +85,7 @@ def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -
     batch = next(loader.epoch(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
     columns, names, texts = [torch.cat(list(images.split(512)))[batch.labels]], ["image"], {}
-    blank, area = torch.full_like(columns[0], 255), batch.images.shape[-2] * batch.images.shape[-1]
+    blank = torch.full_like(columns[0], 255)
     for i, (x, params) in enumerate(zip(views(batch), views.sample(batch), strict=True), 1):
         pixels = (x * std + mean).mul(255).round()
         view = F.interpolate(pixels, blank.shape[2:], mode="nearest-exact").byte()
@@ -93,7 +93,7 @@ def draw_views(path: str, label: str, images: Tensor, views: Views, seed: int) -
         columns += [view, blank]  # the description is written over the blank tile
         names += [f"view {i}{size}", ""]
         for row in range(len(x)):
-            texts[row, len(columns) - 1] = "\n".join(params.describe(row, area))
+            texts[row, len(columns) - 1] = "\n".join(params.describe(row))
     with atomic_write(path) as file:
         title = f"{label}: what the network sees of each image"
         plot_views(as_tiles(columns), names, texts, title, file)

@@ -220,7 +220,7 @@ class Config:
 
     `resolve` builds a config from explicit settings, a recipe and the defaults; `from_dict` one
     from a checkpoint. Both validate. `selectors`: the settings on which others' defaults depend.
-    `groups`: titles of the help's groups by their first field; fields before them are the run's.
+    `groups`: titles of the help's groups by their first field; fields before them are in `run`.
     """
 
     groups: ClassVar[dict[str, str]] = {}
@@ -364,14 +364,14 @@ def add_option(
 def add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
     """Add a flag for each field of a config class, in groups; the help ends with the default.
 
-    The group `run` comes last. The parser should suppress defaults: what it returns are the
-    settings that the command line gives.
+    The groups come in the order of `config.groups`, `run` last if it is not among them. The parser
+    should suppress defaults: what it returns are the settings that the command line gives.
     """
     fields, title = dataclasses.fields(config), "run"
     title_of = {f.name: (title := config.groups.get(f.name, title)) for f in fields}
-    titles = sorted(dict.fromkeys(title_of.values()), key=lambda title: title == "run")
+    titles = list(dict.fromkeys([*config.groups.values(), "run"]))
     groups = {title: parser.add_argument_group(title) for title in titles}
-    for field in fields:
+    for field in sorted(fields, key=lambda field: titles.index(title_of[field.name])):
         text, default = field.metadata["help"], field.default
         values = {
             name: shown(recipe[field.name])

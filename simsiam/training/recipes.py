@@ -30,13 +30,8 @@ from simsiam.runtime.config import (
     option,
 )
 from simsiam.training.optim import OPTIMIZERS
-from simsiam.views.augment import (
-    LARGEST_HUE,
-    LEAST_STD,
-    LIMITS,
-    NORMALISATION,
-    Augmentation,
-)
+from simsiam.views.augment import LEAST_STD, NORMALISATION
+from simsiam.views.ops import PROBABILITY, Augmentation
 
 INIT_PARTS = ("fitting", "backbone", "all")
 TEXTURES_HAVE_NO_ROOT = (
@@ -94,25 +89,20 @@ class ViewSize(Number):
             raise ValueError(f"must be {self.expected()}")
 
 
-PROBABILITY, COUNT, POSITIVE = Number(float, 0, 1), Number(int, 1, 2**31), Number(float, 1e-12)
+COUNT, POSITIVE = Number(int, 1, 2**31), Number(float, 1e-12)
 AT_LEAST_0, IMAGE_SIZE, NAMES = Number(float, 0), Number(int, 8, 1024), Several(Text("NAME"))
 LEVELS = Several(Number(float, -1e9, 1e9), 2, metavar=("LOW", "HIGH"))
 MEAN, STD = Several(PROBABILITY), Several(Number(float, LEAST_STD, 1))
-JITTER = Several(
-    Number(float, *LIMITS["jitter"]), 4, metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE")
-)
-CROP_SCALE, CROP_RATIO, BLUR_SIGMA = (
-    Several(Number(float, *LIMITS[name]), 2, increasing=True, metavar=("LOW", "HIGH"))
-    for name in ("crop_scale", "crop_ratio", "blur_sigma")
-)
 
 
 # ---- pre-training -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class PretrainConfig(RunConfig):
-    """The settings of a pre-training run. Where a recipe has a default, it wins over the one here.
+class PretrainConfig(RunConfig, Augmentation):
+    """The settings of a pre-training run and of its views.
+
+    Where a recipe has a default, it wins over the one here.
 
     Raises ConfigError for settings that are invalid, or that do not go together.
     """
@@ -133,17 +123,6 @@ class PretrainConfig(RunConfig):
         "sides of the views over equal parts of the epochs: pixels or parts",
     )
 
-    crop_scale: tuple = option(CROP_SCALE, (0.2, 1.0), "area of a crop over the image's")
-    crop_ratio: tuple = option(CROP_RATIO, (0.75, 4 / 3), "width of a crop over its height")
-    jitter: tuple = option(JITTER, (0.4, 0.4, 0.4, 0.1), "strengths of the colour jitter")
-    jitter_p: float = option(PROBABILITY, 0.8, "probability of colour jitter")
-    gray_p: float = option(PROBABILITY, 0.2, "probability of grayscale")
-    blur_p: float = option(PROBABILITY, 0.0, "probability of a Gaussian blur")
-    blur_sigma: tuple = option(BLUR_SIGMA, (0.1, 2.0), "sigma of the blur, in pixels of the view")
-    hflip_p: float = option(PROBABILITY, 0.5, "probability of a flip left-right")
-    vflip_p: float = option(PROBABILITY, 0.0, "probability of a flip up-down")
-    rotate90_p: float = option(PROBABILITY, 0.0, "probability of a turn by 90, 180 or 270 degrees")
-    solarize_p: float = option(PROBABILITY, 0.0, "probability of inverting bright pixels")
     mean: tuple | str = option(
         Auto(MEAN), "auto", "per channel, 0 to 1; auto: of the training images"
     )
@@ -211,12 +190,14 @@ class PretrainConfig(RunConfig):
     # Titles of the help's groups, by their first field.
     groups: ClassVar[dict[str, str]] = {
         "data_name": "data",
-        "crop_scale": "views",
+        "crop_scale": "views",  # from Augmentation
+        "mean": "views",
         "method": "network",
         "stop_grad": "the paper's ablations",
         "target": "beyond the paper",
         "recipe": "optimization",
         "k": "monitor",
+        "seed": "run",  # from RunConfig
     }
     selectors: ClassVar[tuple[str, ...]] = ("data_name", "recipe", "arch", "channels")
 
@@ -259,7 +240,6 @@ class PretrainConfig(RunConfig):
         refuse("warmup_epochs", too_long, f"must be below --epochs {self.epochs}")
         for name in ("show_views", "overwrite"):
             refuse(name, getattr(self, name) and self.resume, "cannot be combined with --resume")
-        refuse("jitter", self.jitter[3] > LARGEST_HUE, f"the hue must be at most {LARGEST_HUE}")
         needed = f"saturation, hue and grayscale need three channels, not {channels}: --jitter "
         needed += f"{self.jitter[0]:g} {self.jitter[1]:g} 0 0 --gray_p 0"
         refuse("jitter", any(self.jitter[2:]) and channels != 3, needed)
@@ -274,7 +254,7 @@ class PretrainConfig(RunConfig):
     def augmentation(self) -> Augmentation:
         """The augmentation hyperparameters."""
         names = [field.name for field in dataclasses.fields(Augmentation)]
-        return Augmentation(**{name: getattr(self, FLAG_OF.get(name, name)) for name in names})
+        return Augmentation(**{name: getattr(self, name) for name in names})
 
     @property
     def decode_options(self) -> DecodeOptions:
@@ -284,15 +264,11 @@ class PretrainConfig(RunConfig):
 
 # ---- recipes ------------------------------------------------------------------------------------
 
-# An augmentation field has a flag of its own name, except for this one.
-FLAG_OF = {"flip_p": "hflip_p"}
-
 
 def view_settings(augmentation: Augmentation, normalisation: str) -> dict:
     """Return the settings of a recipe's views: the augmentation, and the images' mean and std."""
     mean, std = NORMALISATION[normalisation]
-    fields = {FLAG_OF.get(name, name): value for name, value in vars(augmentation).items()}
-    return fields | {"mean": mean, "std": std}
+    return vars(augmentation) | {"mean": mean, "std": std}
 
 
 CIFAR = view_settings(Augmentation(), "cifar") | {  # paper, App. D

@@ -1,6 +1,6 @@
-"""Views: the random augmentation of SimSiam and the test transform, in batches on the device.
+"""The views of a batch: sampling and applying the operations of `ops`, and the test transform.
 
-Nothing is drawn from a global RNG: what a step sees is a function of (seed, epoch, step, sample).
+No global random generator is used: a view is a function of (seed, epoch, step, image).
 """
 
 import dataclasses
@@ -11,95 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.views.ops import (
-    COLOUR,
-    adjust_saturation,
-    blur_weights,
-    by_channel,
-    exchange_axes,
-    resample,
-    resize_weights,
-    solarize,
-)
+from simsiam.views import ops
+from simsiam.views.ops import Augmentation, Crop, GeometricOperation, Operation, Params
 
 NORMALISATION = {  # mean and std of each channel
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-
-
-TINY = 1e-3  # a crop of no area or width, and a blur over nothing, cannot be computed
-# What the numbers of an Augmentation may be, from and to; those that have no place here are
-# probabilities. Those of RANGES are a range.
-LIMITS = {
-    "crop_scale": (TINY, 1),
-    "crop_ratio": (TINY, 1 / TINY),
-    "jitter": (0, 10),
-    "blur_sigma": (TINY, 100),
-}
-RANGES = ("crop_scale", "crop_ratio", "blur_sigma")
-LEAST_STD = 1e-3  # by which pixels from 0 to 1 can be divided
-LARGEST_HUE = 0.5  # half of the colour circle: it goes both ways
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """What chance does to a view: the one place of its defaults. Recipes and checkpoints hold one.
-
-    The defaults are the paper's for ImageNet (App. A, "Image augmentation"), less the blur, which
-    it leaves out on CIFAR (App. D).
-
-    `crop_scale`: the crop's area over the image's, from and to; `crop_ratio`: its width over its
-    height. `jitter`: strengths for brightness, contrast, saturation, hue. `blur_sigma`: pixels.
-    Names that end in `_p` are probabilities: `flip_p` from left to right, `vflip_p` from top to
-    bottom; `rotate90_p` by 90, 180 or 270 degrees; `solarize_p` inverts what is brighter than half.
-    """
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    jitter_p: float = 0.8
-    gray_p: float = 0.2
-    blur_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    flip_p: float = 0.5
-    vflip_p: float = 0.0
-    rotate90_p: float = 0.0
-    solarize_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError that names what cannot be."""
-        for name, value in vars(self).items():
-            usual = getattr(type(self), name)
-            several = isinstance(usual, tuple)
-            least, most = LIMITS.get(name, (0, 1))
-            numbers = value if several and isinstance(value, tuple) else (value,)
-            if len(numbers) != (len(usual) if several else 1) or not all(
-                type(number) in (int, float) and least <= number <= most for number in numbers
-            ):
-                raise ValueError(f"its augmentation's {name} is not one of this program")
-        ranges = [getattr(self, name) for name in RANGES]
-        if any(start > end for start, end in ranges) or self.jitter[3] > LARGEST_HUE:
-            raise ValueError(
-                "its augmentation's crop_scale, crop_ratio or blur_sigma falls, or its hue is "
-                "above 0.5"
-            )
-
-    @classmethod
-    def read(cls, saved: object) -> "Augmentation":
-        """From a checkpoint's dict of its fields. Raises ValueError where it cannot be one."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(saved, dict) or saved.keys() != names:
-            raise ValueError("its augmentation is not one of this program")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+LEAST_STD = 1e-3  # of pixels from 0 to 1, which are divided by it
 
 
 class Batch(NamedTuple):
-    """A rank's part of a global batch, and which one it is.
+    """One rank's part of a global batch.
 
-    `images`: uint8, n x C x H x W; or n x views x C x size x size, crops that workers have cut.
-    `labels`: int64, of the whole global batch, or None. `size`: images in the global batch, of
-    which `rows` are these.
+    `epoch`, `step`: which batch it is; the views depend on them. `images`: uint8, n x C x H x W, or
+    n x views x C x size x size where the loader's workers have cropped them. `labels`: int64, of
+    the whole global batch, or None. `size`: number of images in the global batch. `rows`: which of
+    them `images` are.
     """
 
     epoch: int
@@ -111,141 +39,87 @@ class Batch(NamedTuple):
 
     @classmethod
     def alone(cls, images: Tensor, epoch: int = 0, step: int = 0) -> "Batch":
-        """All `images` as one batch of one process."""
+        """Return all `images` as the global batch of a single process."""
         return cls(epoch, step, images, None, len(images), slice(0, len(images)))
 
 
-def crop_boxes(
-    rng: np.random.Generator,
-    number: int,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """Boxes of torchvision's RandomResizedCrop: int64, `number` x 4 (top, left, height, width).
+@dataclasses.dataclass(frozen=True)
+class ViewParams:
+    """Sampled parameters of one view of a global batch.
 
-    Ten tries of a random area and aspect ratio; where none fits, the whole image, cut centrally to
-    the nearest ratio allowed.
-    """
-    area = height * width * rng.uniform(*scale, (number, 10))
-    aspect = np.exp(rng.uniform(*np.log(ratio), (number, 10)))
-    tries = np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=-1).round()
-    fits = ((tries > 0) & (tries <= (height, width))).all(-1)  # number x 10
-    sides = tries[np.arange(number), fits.argmax(1)]
-    fallback = (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
-    some = fits.any(1)
-    sides = np.where(some[:, None], sides, fallback)
-    room = (height, width) - sides
-    corner = np.floor(rng.random((number, 2)) * (room + 1))
-    corner = np.where(some[:, None], corner, room // 2)
-    return np.concatenate([corner, sides], axis=1).astype(np.int64)
-
-
-class ViewParams(NamedTuple):
-    """What chance has drawn for a view, a row for each image of the global batch.
-
-    `boxes`: n x 4, the crop's top, left, height and width; None where it was cut before.
-    `factors`: n x 4, of COLOUR, whose operations come in this `order`. `sigma`: of the blur; 0 is
-    none. `turns`: by 90 degrees, counter-clockwise. The others: n, whether that happens. `newer`:
-    whether any of the last three can happen.
+    `operations`: in the order in which they are applied. `values`: their parameters by name, as
+    drawn by `sample`.
     """
 
-    boxes: np.ndarray | None
-    factors: np.ndarray
-    order: np.ndarray
-    flip: np.ndarray
-    gray: np.ndarray
-    sigma: np.ndarray
-    vflip: np.ndarray
-    turns: np.ndarray
-    solarize: np.ndarray
-    newer: bool
+    operations: tuple[Crop | Operation, ...]
+    values: dict[str, Params]
 
-    @classmethod
-    def draw(
-        cls,
-        rng: np.random.Generator,
-        later: np.random.Generator | None,
-        n: int,
-        a: Augmentation,
-        whole: tuple[int, int] | None,
-    ) -> "ViewParams":
-        """For `n` images of `whole` height and width, if they are not cut yet, by `a`.
+    def __getitem__(self, name: str) -> Params:
+        """Return the parameters of an operation by its name."""
+        return self.values[name]
 
-        `later` draws what is newer than the first checkpoints, whose runs go on as they began; it
-        is None where none of that happens.
-        """
-        boxes = crop_boxes(rng, n, *whole, a.crop_scale, a.crop_ratio) if whole else None
-        strength = np.asarray(a.jitter)
-        factors = rng.uniform(-strength, strength, (n, 4)) + np.array([1, 1, 1, 0])
-        order = rng.permutation(4)
-        flip, jitter, gray, blur = (
-            rng.random((n, 4)) < (a.flip_p, a.jitter_p, a.gray_p, a.blur_p)
-        ).T
-        sigma = np.where(blur, rng.uniform(*a.blur_sigma, n), 0)
-        factors[~jitter] = (1, 1, 1, 0)
-        vflip = turns = solarize = np.zeros(n, bool)
-        if later:  # all are drawn, so that none depends on whether another is on
-            vflip, turn, solarize = (
-                later.random((n, 3)) < (a.vflip_p, a.rotate90_p, a.solarize_p)
-            ).T
-            turns = np.where(turn, later.integers(1, 4, n), 0)
-        return cls(boxes, factors, order, flip, gray, sigma, vflip, turns, solarize, bool(later))
+    def to(self, device: torch.device, rows: slice) -> dict[str, Params]:
+        """Copy the parameters of some rows to a device, as fp32 and in a single transfer."""
+        columns = [
+            (operation.name, key, value[rows])
+            for operation in self.operations
+            for key, value in self[operation.name].items()
+            if isinstance(value, np.ndarray)
+        ]
+        params = {operation.name: self[operation.name].copy() for operation in self.operations}
+        if not columns:
+            return params
+        n = len(columns[0][2])
+        parts = [value.reshape(n, -1) for *_, value in columns]
+        packed = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
+        if device.type == "cuda":  # the host does not wait; MPS would copy from freed memory
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        split = packed.to(device).split([part.shape[1] for part in parts], dim=1)
+        for (name, key, value), part in zip(columns, split, strict=True):
+            params[name][key] = part.view(value.shape)
+        return params
 
-    def table(self) -> np.ndarray:
-        """What `Views.view` takes of it: float32, n x 14.
+    def describe(self, i: int) -> list[str]:
+        """Describe in words what happens to image `i`, a line per change, in this order."""
+        lines = []
+        for operation in self.operations:
+            params = {
+                key: value[i] if isinstance(value, np.ndarray) else value
+                for key, value in self[operation.name].items()
+            }
+            lines += operation.describe(params) if params.get("on", True) else []
+        return lines
 
-        A turn by 90 degrees is a flip and an exchange of rows and columns, so that flips and turns
-        together are `flip` and `vflip` (columns 4 and 5), and then `turned` (column 6).
-        """
-        found = np.zeros((len(self.flip), 14), np.float32)
-        if self.boxes is not None:
-            found[:, :4] = self.boxes
-        found[:, 4] = self.flip
-        found[:, 7:11] = self.factors
-        found[:, 11] = ~self.gray  # the factor of the saturation
-        found[:, 12] = np.maximum(self.sigma, TINY)
-        if self.newer:
-            one, two, three = (self.turns == quarter for quarter in (1, 2, 3))
-            found[:, 4] = self.flip ^ one ^ two
-            found[:, 5] = self.vflip ^ two ^ three
-            found[:, 6] = one | three
-            found[:, 13] = self.solarize
-        return found
 
-    def describe(self, i: int, area: int) -> list[str]:
-        """What happens to image `i`, of `area` pixels, a line each, in this order."""
-        found = []
-        if self.boxes is not None:
-            tall, wide = self.boxes[i, 2:]
-            found.append(f"crop {tall * wide / area:.0%}: {wide} x {tall}")
-        found += ["flip left-right"] * bool(self.flip[i]) + ["flip up-down"] * bool(self.vflip[i])
-        found += [f"turn {90 * self.turns[i]} degrees"] * bool(self.turns[i])
-        for k in self.order:
-            name, factor = COLOUR[k].__name__.removeprefix("adjust_"), self.factors[i, k]
-            if factor != (name != "hue"):
-                found.append(f"{name} {factor:+.2f}" if name == "hue" else f"{name} x {factor:.2f}")
-        found += ["gray"] * bool(self.gray[i])
-        found += [f"blur {self.sigma[i]:.1f} px"] * bool(self.sigma[i])
-        return found + ["solarize"] * bool(self.solarize[i])
+def sample_stream(
+    rng: np.random.Generator, operations: Sequence[Operation], n: int
+) -> dict[str, Params]:
+    """Draw the parameters of operations that share a generator, for `n` images, by their names."""
+    params = {op.name: op.sample(rng, n) for op in operations if op.draws_first}
+    applies = rng.random((n, len(operations))) < [op.p for op in operations]
+    params |= {op.name: op.sample(rng, n) for op in operations if not op.draws_first}
+    for op, on in zip(operations, applies.T, strict=True):
+        for key, neutral in op.neutral.items():
+            params[op.name][key][~on] = neutral
+        params[op.name]["on"] = on
+    return params
 
 
 class Views:
-    """The augmented views of SimSiam, made in batches on the images' device.
+    """Random views of a batch of images, computed on the images' device.
 
-    Random resized crop to `size`, flips, turn, colour jitter, grayscale, Gaussian blur, solarize,
-    normalise: what the authors' torchvision pipeline, without turns, vertical flips and solarize,
-    does an image at a time (paper, App. A "Image augmentation").
-    Parameters are drawn an image, with torchvision's distributions; the order of the four jitter
-    operations is drawn a batch. All is drawn for the global batch, so that views do not depend on
-    the number of ranks.
+    Random resized crop, flips, turn, colour jitter, grayscale, Gaussian blur, solarize, normalise.
+    Without vertical flips, turns and solarize these are the transforms of the authors' code (paper,
+    App. A "Image augmentation"), with torchvision's distributions per image; only the order of the
+    jitter's four operations is drawn per batch. Parameters are drawn for the global batch, so that
+    views do not depend on the number of ranks.
 
-    `size`: pixels. `mean`, `std`: of each channel, from 0 to 1. `number`: views an image.
-    `compiled`: the colour operations, each by torch.compile, which then runs through the images
-    once or twice for each instead of five to twenty times; the last bits differ.
-    `size_schedule`: the views' side in each epoch, in pixels, where it is not `size` throughout;
-    the test transform keeps to `size`.
+    `size`: side of a view in pixels. `mean`, `std`: of each channel, from 0 to 1. `number`: views
+    per image. `compiled`: run the colour operations through torch.compile; each then reads the
+    images once or twice instead of five to twenty times, and the last bits differ.
+    `size_schedule`: side of the views in each epoch, if it is not `size` in all; the test transform
+    keeps `size`. `operations`: further ones, applied before the images are normalised. Each draws
+    from a generator of its own, so that nothing else changes with it.
     """
 
     def __init__(
@@ -253,116 +127,96 @@ class Views:
         size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        augmentation: Augmentation = Augmentation(),
+        augmentation: Augmentation | None = None,
         number: int = 2,
         seed: int = 0,
         compiled: bool = False,
         size_schedule: Sequence[int] = (),
+        operations: Sequence[Operation] = (),
     ):
         self.size, self.mean, self.std, self.size_schedule = size, mean, std, size_schedule
-        # Each for itself: their order is another one in each batch.
-        self.colour = list(COLOUR)
-        if compiled:
-            self.colour = [torch.compile(adjust, dynamic=False) for adjust in COLOUR]
+        augmentation = augmentation or Augmentation()
         self.augmentation, self.number, self.seed = augmentation, number, seed
+        self.crop = Crop(augmentation.crop_scale, augmentation.crop_ratio)
+        self.operations = [*augmentation.operations(compiled), *operations]
+        self.streams: dict[tuple[int, ...], list[Operation]] = {ops.FIRST_STREAM: []}
+        for operation in self.operations:
+            self.streams.setdefault(operation.stream, []).append(operation)
+        if len({operation.name for operation in self.operations}) < len(self.operations):
+            raise ValueError("operations: two have the same name; make one a subclass")
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """`number` views per image: each normalised float32, n x C x side x side.
+        """Return the views of a batch: `number` times n x C x size x size, normalised fp32.
 
-        A function of the seed and the batch. The first of two views does not depend on `number`.
-        Raises ValueError where colours of other channels than three are to change.
+        They are a function of the seed and the batch; the first do not depend on `number`. Crops
+        of the loader's workers stay as large as they are. Raises ValueError if colours are to
+        change that are not three channels.
         """
         a = self.augmentation
         if len(self.mean) != 3 and (a.gray_p or (a.jitter_p and any(a.jitter[2:]))):
             raise ValueError(
-                "colours of other channels than three: say jitter=(0.4, 0.4, 0.0, 0.0), gray_p=0.0"
+                f"saturation, hue and grayscale need three channels, not {len(self.mean)}: set "
+                "jitter=(0.4, 0.4, 0.0, 0.0) and gray_p=0.0"
             )
-        sides = self.sizes_in(batch.epoch)
-        images = [batch.images] * len(sides)
-        if batch.images.dim() == 5:  # the workers have cut the crops of each view
-            images = batch.images.unbind(1)
-            sides = [self.size] * len(images)
-        parts = zip(images, self.sample(batch), sides, strict=True)
-        return [self.view(some, batch.rows, chance, side) for some, chance, side in parts]
+        params, size = self.sample(batch), self.sizes_in(batch.epoch)[0]
+        is_cropped = batch.images.dim() == 5
+        sources = batch.images.unbind(1) if is_cropped else [batch.images] * len(params)
+        return [
+            self._view(images, batch.rows, one, size)
+            for images, one in zip(sources, params, strict=True)
+        ]
 
     def sizes_in(self, epoch: int) -> list[int]:
-        """The side of each view of an image in an epoch, in pixels."""
-        side = self.size_schedule[epoch] if self.size_schedule else self.size
-        return [side] * self.number
+        """Return the side of each view of an image in an epoch, in pixels."""
+        return [self.size_schedule[epoch] if self.size_schedule else self.size] * self.number
 
     def remaining_work(self, epoch: int, epochs: int) -> float:
-        """The pixels of all views in the epochs after this one of `epochs`, over this one's."""
+        """Return the pixels of the views of all epochs after `epoch`, relative to this epoch's."""
         pixels = [sum(side**2 for side in self.sizes_in(i)) for i in range(epoch, epochs)]
         return sum(pixels[1:]) / pixels[0]
 
     def sample(self, batch: Batch) -> list[ViewParams]:
-        """What is drawn for each view of a batch."""
-        start, a = [self.seed, batch.epoch, batch.step], self.augmentation
-        rng, newer = np.random.default_rng(start), a.vflip_p or a.rotate90_p or a.solarize_p
-        later = np.random.default_rng([*start, 1]) if newer else None
-        number, whole = self.number, batch.images.shape[2:]
-        if batch.images.dim() == 5:
-            number, whole = batch.images.shape[1], None
-        return [ViewParams.draw(rng, later, batch.size, a, whole) for _ in range(number)]
+        """Draw the parameters of each view of the global batch."""
+        crop = [self.crop] if batch.images.dim() == 4 else []
+        number = self.number if crop else batch.images.shape[1]
+        height_width = batch.images.shape[-2:]
+        key = [self.seed, batch.epoch, batch.step]
+        streams = [
+            (np.random.default_rng([*key, *stream]), operations)
+            for stream, operations in self.streams.items()
+            # The crop draws from the first stream, too.
+            if stream == ops.FIRST_STREAM or any(operation.p for operation in operations)
+        ]
+        views = []
+        for _ in range(number):
+            values = {op.name: op.sample(streams[0][0], batch.size, *height_width) for op in crop}
+            for rng, operations in streams:
+                values |= sample_stream(rng, operations, batch.size)
+            used = (*crop, *(operation for operation in self.operations if operation.p))
+            views.append(ViewParams(used, values))
+        return views
 
-    def view(self, images: Tensor, rows: slice, chance: ViewParams, side: int) -> Tensor:
-        """One view of `images`, n x C x H x W, which are `rows` of the global batch.
-
-        It is `side` pixels wide; of images that are crops already, as wide as they.
-        """
-        n, a = len(images), self.augmentation
-        _, _, height, width = images.shape
-        # One transfer a view, and an asynchronous one: the device is never waited for.
-        table = torch.from_numpy(chance.table()[rows])
-        cuda = images.device.type == "cuda"  # mps would copy from memory that is gone
-        table = (table.pin_memory() if cuda else table).to(images.device, non_blocking=cuda)
-        top, left, tall, wide, flip, vflip, turned, *factors, colour, sigma, inverted = (
-            table.unbind(1)
-        )
-
-        flip, vflip, turned = (on.view(n, 1, 1) > 0 for on in (flip, vflip, turned))
-        upside = a.vflip_p or a.rotate90_p
-        if chance.boxes is None:
-            x = by_channel(images).div_(255)
-            x = torch.where(flip[..., None], x.flip(-1), x)
-            x = torch.where(vflip[..., None], x.flip(-2), x) if upside else x
-        else:
-            down = resize_weights(top, tall, height, side)
-            down = torch.where(vflip, down.flip(1), down) if upside else down
-            across = resize_weights(left, wide, width, side)
-            across = torch.where(flip, across.flip(1), across)
-            x = resample(images, down / 255, across)
-        if a.rotate90_p:
-            x = exchange_axes(x, turned)
-        if a.jitter_p:
-            for i in chance.order:
-                if a.jitter[i]:
-                    x = self.colour[i](x, factors[i].view(n, 1, 1, 1))
-        if a.gray_p:
-            saturate = self.colour[COLOUR.index(adjust_saturation)]
-            x = saturate(x, colour.view(n, 1, 1, 1))  # factor 0: grayscale
-        if a.blur_p:
-            # The kernel is a tenth of the image wide, as in SimCLR (arXiv 2002.05709, App. A).
-            side = x.shape[-1]
-            weights = blur_weights(sigma, side, side // 20 * 2 + 1)
-            x = resample(x, weights, weights)
-        if a.solarize_p:
-            x = solarize(x, inverted.view(n, 1, 1, 1) > 0)
-        return self.normalise(x)
+    def _view(self, images: Tensor, rows: slice, sampled: ViewParams, size: int) -> Tensor:
+        """Return one view of `images`, n x C x H x W, which are `rows` of the global batch."""
+        params = sampled.to(images.device, rows)
+        x = ops.Geometry(images)
+        for op in sampled.operations:
+            if isinstance(op, Crop):
+                x = op.apply(x, params[op.name], size)
+            elif isinstance(op, GeometricOperation):
+                x = op.apply(x, params[op.name])
+        x = x.compute()
+        for op in sampled.operations:
+            if not isinstance(op, Crop | GeometricOperation):
+                x = op.apply(x, params[op.name])
+        return ops.normalise(x, self.mean, self.std)
 
     def eval_transform(self, images: Tensor) -> Tensor:
-        """The test transform: no chance, the whole image; uint8, N x C x H x W -> as a view."""
+        """Resize whole images to `size` and normalise them: uint8, N x C x H x W -> as a view."""
         height, width = images.shape[2:]
         if (height, width) == (self.size, self.size):
-            return self.normalise(images.float().div_(255))
+            return ops.normalise(images.float().div_(255), self.mean, self.std)
         zero = torch.zeros(len(images), device=images.device)
-        rows = resize_weights(zero, zero + height, height, self.size)
-        columns = resize_weights(zero, zero + width, width, self.size)
-        return self.normalise(resample(images, rows / 255, columns))
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """[0, 1] -> zero mean and unit variance over the data set, channels_last; overwrites x."""
-        # In place and by scalars: a tensor made of `mean` each step would make the host wait.
-        for channel, mean, std in zip(x.unbind(1), self.mean, self.std, strict=True):
-            channel.sub_(mean).div_(std)
-        return x.contiguous(memory_format=torch.channels_last)
+        rows = ops.resize_weights(zero, zero + height, height, self.size)
+        columns = ops.resize_weights(zero, zero + width, width, self.size)
+        return ops.normalise(ops.resample(images, rows / 255, columns), self.mean, self.std)
