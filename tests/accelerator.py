@@ -1,15 +1,14 @@
 """A pretend accelerator, `pretend`, in the CPU's memory: python -m tests.accelerator BUILD MODE ...
 
-BUILD is the folder in which `accelerator.cpp` is compiled, once (needs g++ and ninja). The modes
-print a line of JSON, which tests/test_accelerator.py looks at:
-runs PLACE DEVICE: the commands of this project, from training to prediction, on DEVICE.
-steps: what the host waited for in training, in each of its parts; and for planted faults.
+BUILD is the folder in which `accelerator.cpp` is compiled, once (needs g++ and ninja). Modes, of
+which the last two print a line of JSON:
+runs PLACE DEVICE: this project's commands, from training to prediction, on DEVICE.
+steps: what the host waits for in parts of training; and with planted faults.
 ranks PLACE FLAGS: three steps on one rank and on two, with and without SyncBatchNorm, whose weights
-are written into PLACE; then main.py on two ranks.
+are written into PLACE; then main.py on two ranks. Printed are exit codes and output.
 """
 
 import contextlib
-import functools
 import json
 import signal
 import sys
@@ -25,18 +24,11 @@ from torch.utils import cpp_extension
 import linear
 import main
 import utils
-from simsiam.data.loader import Loader
-from simsiam.data.textures import make_textures
 from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
-from simsiam.models.methods import build_model
-from simsiam.models.simsiam import SimSiam
-from simsiam.runtime import devices, distributed
-from simsiam.training.meters import TrainMeters
-from simsiam.training.probe import Probe
-from simsiam.training.recipes import VIEWS
-from simsiam.views.augment import Batch, Views
-from tests import ranks as tests_ranks
+from simsiam.runtime import distributed
+from tests.helpers import new_state
+from tests.ranks import launch
 from tools import bench, features
 
 SOURCE = Path(__file__).with_name("accelerator.cpp")
@@ -76,57 +68,40 @@ def register(folder: str) -> types.ModuleType:
 # ---- the commands -------------------------------------------------------------------------------
 
 
-def run(command: types.ModuleType, line: str, stop_at: int | None = None) -> None:
-    """A command; with `stop_at` a signal arrives in that step of its loop, and it ends."""
-    train = command.train
-
-    def interrupted(*args):
-        for step in train(*args):
-            if step == stop_at:
-                signal.raise_signal(signal.SIGTERM)
-            yield step
-
-    command.train = interrupted
-    try:
-        command.main(line.split())
-    except SystemExit as stop:
-        if stop_at is None or stop.code != 128 + signal.SIGTERM:
-            raise
-    finally:
-        command.train = train
-
-
-def runs(place: str, device: str) -> dict:
+def runs(place: str, device: str) -> None:
     """What a user does, in `place`, which has image files in `images`; in fp32."""
-    on = f"--device {device} --amp off --out {place}"
-    small = "--width 8 --feature_dim 32 --no-pictures --k 20"
+    on = f"--device {device} --amp off"
+    out = f"{on} --out {place} --no-pictures"
+    small = "--width 8 --feature_dim 32 --k 20"
     added = "--target mean --num_views 3 --covariance 0.01"
-    first = f"{on} --data_name textures --train_size 256 {small} --epochs 2 {added} --name whole"
-    run(main, first)
-    parted = first.replace("whole", "parted")
-    run(main, parted, stop_at=1)
-    run(main, f"{parted} --resume")
-    files = f"{on} --data_name imagenet --data_root {place}/images --recipe short --image_size 32"
-    run(main, f"{files} --batch_size 32 {small} --epochs 1 --name files --num_workers 1")
-    whole = f"{on} --model_path {place}/whole_model.pth --no-pictures"
-    run(linear, f"{whole} --epochs 1 --name augmented")
-    run(linear, f"{whole} --epochs 3 --cached --lr 1 30 --name cached")
-    run(linear, f"{whole} --epochs 1 --optimizer lars --name lars --batch_size 64")
-    run(linear, f"{whole} --epochs 1 --finetune --mixup 0.2 --name tuned")
-    judged = f"--device {device} --amp off --model_path {place}/augmented_model.pth"
-    run(linear, f"{judged} --evaluate_only --no-pictures")
-    run(linear, f"{judged} --predict {place}/images --out_csv {place}/predictions.csv")
-    images = f"--data_root {place}/images/train --out {place}/features.csv"
+    first = f"{out} --data_name textures --train_size 256 {small} --epochs 2 {added} --name"
+    main.main(f"{first} whole".split())
+    with contextlib.suppress(SystemExit):
+        main.main(f"{first} parted".split(), lambda epoch, step: stop_at(step == 1))
+    main.main(f"{first} parted --resume".split())
+    files = f"--data_name imagenet --data_root {place}/images --recipe short --image_size 32"
+    files += " --batch_size 32 --epochs 1 --name files --num_workers 1"
+    main.main(f"{out} {small} {files}".split())
+    for flags in (
+        "--epochs 1 --name augmented",
+        "--epochs 3 --cached --optimizer lars --lr 0.1 1 --batch_size 64 --name cached",
+        "--epochs 1 --finetune --mixup 0.2 --name tuned",
+    ):
+        linear.main(f"{out} --model_path {place}/whole_model.pth {flags}".split())
+    predict = f"--predict {place}/images --out_csv {place}/predictions.csv"
+    linear.main(f"{on} --model_path {place}/augmented_model.pth {predict}".split())
     bench.command(f"gpu --device {device} --small --quick --csv {place}/benchmarks.csv".split())
-    features.command(
-        f"--device {device} --amp off --model_path {place}/whole_model.pth {images}".split()
-    )
-    return {}
+    extract = f"--data_root {place}/images/train --out {place}/features.csv"
+    features.command(f"{on} --model_path {place}/whole_model.pth {extract}".split())
+
+
+def stop_at(due: bool) -> None:
+    """Send this process the signal that ends a run after its step."""
+    if due:
+        signal.raise_signal(signal.SIGTERM)
 
 
 # ---- steps --------------------------------------------------------------------------------------
-
-FLAGS = "--data_name textures --width 8 --feature_dim 32 --batch_size 32 --amp off"
 
 
 def waits(native: types.ModuleType, work: Callable[[], object]) -> dict[str, int]:
@@ -136,30 +111,23 @@ def waits(native: types.ModuleType, work: Callable[[], object]) -> dict[str, int
     return {name: number - before[name] for name, number in native.counts().items()}
 
 
-def trained(
+def three_steps(
     native: types.ModuleType,
     device: torch.device,
     fault: Callable[[torch.Tensor], object] = lambda x: None,
 ) -> tuple[nn.Module, dict[str, int]]:
     """A network after three steps, and what these waited for. `fault` gets each step's x1."""
-    args = main.make_flags().read([*FLAGS.split(), "--device", "cpu"])[0]
-    torch.manual_seed(0)
-    net = build_model(vars(args)).to(device, memory_format=torch.channels_last)
-    optimizer, tally = main.make_optimizer(net, args), TrainMeters(device)
-    images, labels = (part.to(device) for part in make_textures(96, seed=1))
-    augment = Views(32, *VIEWS["short"][1:])
-    loader = Loader(images, args.batch_size, 0, labels, views=augment)
-    probe = Probe(net.features, 10, args, device)
+    flags = "--recipe short --train_size 96 --width 8 --feature_dim 32 --batch_size 32 --probe"
+    state, config = new_state(flags, device)
+    views = state.views
 
-    def views(batch: Batch) -> list[torch.Tensor]:
-        x = augment(batch)
+    def faulty(batch):
+        x = views(batch)
         fault(x[0])
         return x
 
-    wrapped = distributed.prepare_for_training(net, 32)
-    off = devices.autocast(device, "off")
-    rest = (views, tally, 0, 0, args, off, main.UNSCALED, probe)
-    return net, waits(native, lambda: list(main.train(wrapped, optimizer, loader, *rest)))
+    state.views = faulty
+    return state.net, waits(native, lambda: list(main.train(state, 0, config)))
 
 
 def steps(native: types.ModuleType) -> dict:
@@ -172,33 +140,51 @@ def steps(native: types.ModuleType) -> dict:
         "mask": lambda x: x[x > 0],
         "back": lambda x: x.cpu(),
     }
-    found = {name: trained(native, device, fault=fault)[1] for name, fault in faults.items()}
+    counts = {name: three_steps(native, device, fault)[1] for name, fault in faults.items()}
     try:
-        trained(native, device, fault=lambda x: x + torch.ones(32))
-        found["mix"] = ""
+        three_steps(native, device, lambda x: x + torch.ones(32))
+        counts["mix"] = ""
     except RuntimeError as error:
-        found["mix"] = str(error)
-    net = SimSiam("resnet8", feature_dim=32).to(device)
-    images, labels = (part.to(device) for part in make_textures(96, seed=1))
-    views, off = Views(32, *VIEWS["short"][1:]), devices.autocast(device, "off")
-    bank = metrics.extract_features(net.backbone, views.eval_transform, images, off)
+        counts["mix"] = str(error)
+    state, _ = new_state("--recipe short --train_size 96 --width 8 --feature_dim 32", device)
+    images, labels = state.loader.images, torch.arange(96).to(device) % 10
+
+    def extract() -> torch.Tensor:
+        transform = state.views.eval_transform
+        return metrics.extract_features(state.net.backbone, transform, images, state.autocast)
+
+    bank = extract()
     work = {
-        "features": lambda: metrics.extract_features(
-            net.backbone, views.eval_transform, images, off
-        ),
+        "features": extract,
         "knn": lambda: knn(bank, labels, bank),
         "rank": lambda: metrics.effective_rank(bank),
     }
-    return found | {name: waits(native, some) for name, some in work.items()}
+    return counts | {name: waits(native, some) for name, some in work.items()}
 
 
-def save_weights(native: types.ModuleType, path: str) -> None:
-    """On a rank: write the network after three steps, and how long a collective waits."""
+# ---- ranks --------------------------------------------------------------------------------------
+
+
+def weights_of_a_rank(native: types.ModuleType, synced: bool) -> tuple[dict, float]:
+    """The network after three steps, and for how many seconds a collective waits."""
+    if not synced:
+        distributed.sync_batchnorm = lambda net: None
     with distributed.process_group():
-        net, _ = trained(native, distributed.local_device("pretend"))
-        weights = {key: value.cpu() for key, value in net.state_dict().items()}
-        if distributed.rank() == 0:
-            torch.save({"weights": weights, "timeout": native.patience}, path)
+        net, _ = three_steps(native, distributed.local_device("pretend"))
+        return {name: value.cpu() for name, value in net.state_dict().items()}, native.patience
+
+
+def on_ranks(native: types.ModuleType, place: str, flags: list[str]) -> dict:
+    """Write weights after three steps; run main.py on two ranks: its output, all exit codes."""
+    codes = []
+    for name, ranks, synced in (("one", 1, True), ("two", 2, True), ("apart", 2, False)):
+        outcome = launch(ranks, weights_of_a_rank, native, synced, method="fork")
+        print(outcome.output, file=sys.stderr)
+        torch.save(outcome.results[0], f"{place}/{name}.pth")
+        codes += outcome.codes
+    work = lambda: utils.run_command(lambda: main.main(flags))  # noqa: E731
+    outcome = launch(2, work, method="fork")
+    return {"codes": codes + outcome.codes, "output": outcome.output}
 
 
 def command() -> None:
@@ -207,20 +193,13 @@ def command() -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):
         native = register(folder)
-    if mode == "ranks":
-        place, *flags = rest
-        sync = distributed.sync_batchnorm
-        for ranks, name in ((1, "one"), (2, "two"), (2, "apart")):
-            distributed.sync_batchnorm = (lambda net: None) if name == "apart" else sync
-            work = functools.partial(save_weights, native, f"{place}/{name}.pth")
-            print("exit codes", *tests_ranks.launch(ranks, work), flush=True)
-        distributed.sync_batchnorm = sync
-        codes = tests_ranks.launch(2, lambda: utils.run_command(lambda: main.main(flags)))
-        print("exit codes", *codes, flush=True)
-        return
-    with contextlib.redirect_stdout(sys.stderr):
-        found = runs(*rest) if mode == "runs" else steps(native)
-    print(json.dumps(found))
+        if mode == "runs":
+            result = runs(*rest)
+        elif mode == "steps":
+            result = steps(native)
+        else:
+            result = on_ranks(native, rest[0], rest[1:])
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def train_in_fp16(scale):
     weight = state.net.backbone.conv1.weight
     weights = [weight.detach().clone()]
     weights += [weight.detach().clone() for _ in main.train(state, 0, config)]
-    assert state.meters.first_bad_step() is None  # gradients alone are too large, the loss is finite
+    assert state.meters.first_bad_step() is None  # the loss is finite, gradients are too large
     return weights, state.scaler.get_scale()
 
 

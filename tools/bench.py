@@ -445,7 +445,7 @@ def command(argv: list[str] | None = None) -> None:
     for name in args.benchmarks or BENCHMARKS:
         device = "cpu"
         if name == "gpu" and (accelerator := gpu.read(rest)[0]).type != "cpu":
-            device = machine_name(accelerator) or accelerator.type
+            device = machine_name(accelerator)
         rows = [table_row(row, device) for row in BENCHMARKS[name](*rest)]
         new = {(row["benchmark"], row["peer_name"] or "", device) for row in rows}
         old = []

@@ -31,9 +31,11 @@ class Row(NamedTuple):
 
 
 def machine_name(device: torch.device) -> str:
-    """Return the name of a GPU, or of the processor."""
+    """Return the name of a GPU or of the processor; of another accelerator its type."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
