@@ -1,11 +1,11 @@
-"""The paper's ablations, and its collapse, in small: many runs of main.py, a table and a figure.
+"""The paper's ablations, and collapse, at a small scale: many runs of main.py, a table, a picture.
 
 python -m studies.ablate                    # the ablations: about half an hour on two cores
 python -m studies.ablate --study collapse   # runs that collapse and runs that do not
 
-A run that is there is not done again, and one that was cut is gone on with. Results go to
-results/ablations.csv or results/collapse.csv, a row a run, and a picture of the same name; curves
-of the ablations to results/ablations_curves.png.
+The same command continues an interrupted study: a finished run is not repeated, and an unfinished
+one is resumed. Results go to results/ablations.csv or results/collapse.csv, a row per run, and to a
+picture of the same name; curves of the ablations to results/ablations_curves.png.
 """
 
 import csv
@@ -32,14 +32,14 @@ MAIN = Path(utils.__file__).with_name("main.py")
 COLUMNS = tuple(
     ("data epochs setting seed flags loss std rank knn untrained_rank untrained_knn").split()
 )
-WARNED = (*COLUMNS, "collapses", "warned_at_step")
+COLLAPSE_COLUMNS = (*COLUMNS, "collapses", "warned_at_step")
 
 
 class Setting(NamedTuple):
-    """Flags of main.py on top of the recipe's, and the paper's number of the same name, if any.
+    """Flags of main.py beside the recipe's, and the number of this setting in the paper, if any.
 
-    That is ImageNet linear top-1 after 100 epochs of ResNet-50 (batch 512 where it does not vary);
-    `place`: where in the paper. `collapses`: whether it is to.
+    `paper`: ImageNet linear top-1 after 100 epochs of ResNet-50 (batch size 512 unless it varies);
+    `place`: where in the paper. `collapses`: whether the run should collapse.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Setting(NamedTuple):
 
 
 def read_studies() -> dict[str, tuple[Setting, ...]]:
-    """The settings of each study, from studies.csv."""
+    """Read the settings of each study from studies.csv."""
     studies = {}
     with open(Path(__file__).with_name("studies.csv"), newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -60,8 +60,8 @@ def read_studies() -> dict[str, tuple[Setting, ...]]:
 
 
 STUDIES = read_studies()
-# Those with curves, as in the paper's Fig. 2.
-FIG_2 = (
+# Settings whose curves are drawn: those of the paper's Fig. 2, and more.
+CURVES = (
     "default",
     "no stop-gradient",
     "no stop-gradient, BN hidden",
@@ -71,26 +71,26 @@ FIG_2 = (
 )
 
 
-class Run(NamedTuple):
-    """A setting with a seed, and where its files are."""
+class AblationRun(NamedTuple):
+    """A setting with a seed, and the start of its files' names: folder and run name."""
 
     setting: Setting
     seed: int
-    path: Path  # without the `_model.pth`
+    path: Path
 
     def rows(self) -> list[dict]:
-        """The statistics, if the run has any."""
+        """Return the statistics, empty before the run has any."""
         table = Path(f"{self.path}_statistics.csv")
         return read_csv(table) if table.is_file() else []
 
 
-def train(run: Run, flags: list[str], threads: int, bar: tqdm) -> None:
-    """Train one run to its end, in a process of its own. Raises RunError with its last word."""
-    exists = Path(f"{run.path}_model.pth").is_file()
+def train(run: AblationRun, flags: list[str], threads: int, bar: tqdm) -> None:
+    """Train or resume a run in a process of its own. Raises RunError with its last words."""
     command = [sys.executable, MAIN, *flags, *run.setting.flags.split(), "--seed", str(run.seed)]
     command += ["--out", run.path.parent, "--name", run.path.name, "--no-pictures"]
+    command += ["--resume"] * Path(f"{run.path}_model.pth").is_file()
     process = subprocess.Popen(
-        command + ["--resume"] * exists,
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,10 +104,10 @@ def train(run: Run, flags: list[str], threads: int, bar: tqdm) -> None:
         raise RunError(f"{run.path}: {errors.strip() or process.returncode}")
 
 
-def summary(label: str, run: Run) -> dict:
-    """A run's row of the table; rank and kNN are of the last epoch, std its mean."""
+def table_row(label: str, run: AblationRun) -> dict:
+    """Return a run's row of the table, from its last epoch. `label`: of the data set."""
     start, *rows = run.rows()
-    end = rows[-1]
+    last = rows[-1]
     warned = [row["collapse"] for row in rows if "collapse" in row]
     return {
         "data": label,
@@ -115,109 +115,115 @@ def summary(label: str, run: Run) -> dict:
         "setting": run.setting.name,
         "seed": run.seed,
         "flags": run.setting.flags,
-        "loss": end["train_loss"],
-        "std": end["std"],
-        "rank": end["rank"],
-        "knn": end["test_acc@1"],
+        "loss": last["train_loss"],
+        "std": last["std"],
+        "rank": last["rank"],
+        "knn": last["test_acc@1"],
         "untrained_rank": start["rank"],
         "untrained_knn": start["test_acc@1"],
         "collapses": run.setting.collapses,
     } | ({"warned_at_step": warned[0]} if warned else {})
 
 
+def train_all(
+    runs: list[AblationRun], epochs: int, flags: list[str], jobs: int, cores: int
+) -> None:
+    """Train the runs that are not finished, `jobs` at a time. Raises RunError."""
+    finished = {run: max(0, len(run.rows()) - 1) for run in runs}
+    with (
+        tqdm(total=len(runs) * epochs, initial=sum(finished.values()), unit="epoch") as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        futures = [
+            pool.submit(train, run, flags, max(1, cores // jobs), bar)
+            for run in runs
+            if finished[run] < epochs
+        ]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def command(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command."""
     parser = utils.Parser("studies.ablate", __doc__)
     add, count = parser.add_argument, utils.number(int, 1)
     add("--study", default="ablations", choices=tuple(STUDIES), help="(ablations)")
     add("--data_name", default="textures", help="as of main.py (textures)")
     add("--data_root", help="as of main.py")
     add("--train_size", type=count, help="as of main.py")
-    add("--epochs", type=count, default=6, help="of each run (6)")
+    add("--epochs", type=count, default=6, help="epochs per run (6)")
     add("--knn_every", type=count, default=1, help="as of main.py (1)")
     add("--seeds", type=utils.number(int, 0), nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    add("--jobs", type=count, help="runs at a time (a GPU: 1; else the cores)")
-    add("--out", default="results", help="of table and picture, and a folder of the runs (results)")
+    add("--jobs", type=count, help="runs at a time (with a GPU 1, else the number of cores)")
+    text = "folder of the table, the picture, and a folder of the runs (results)"
+    add("--out", default="results", help=text)
     args = parser.parse_args(argv)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = args.jobs or (1 if torch.accelerator.is_available() else cores)
-    flags = ["--data_name", args.data_name, "--recipe", "short"]
-    flags += ["--epochs", str(args.epochs), "--num_workers", "1"]
-    flags += ["--knn_every", str(args.knn_every)]
+    flags = ["--data_name", args.data_name, "--recipe", "short", "--epochs", str(args.epochs)]
+    flags += ["--num_workers", "1", "--knn_every", str(args.knn_every)]
+    label = utils.data_label(args.data_name, args.data_root or "data")
     if args.data_root:
         flags += ["--data_root", args.data_root]
     if args.train_size:
         flags += ["--train_size", str(args.train_size)]
-    label = utils.data_label(args.data_name, args.data_root or "data") + (
-        f", {args.train_size} images" if args.train_size else ""
-    )
-    folder = Path(args.out, args.study)
+        label += f", {args.train_size} images"
     runs = []
     for seed in args.seeds:
         for setting in STUDIES[args.study]:
             name = f"{label}_{args.epochs}_{setting.name}_{seed}"
-            for strange in " :',":
-                name = name.replace(strange, "_")
-            runs.append(Run(setting, seed, folder / name))
-    done = {run: max(0, len(run.rows()) - 1) for run in runs}
+            name = name.translate(dict.fromkeys(map(ord, " :',"), "_"))
+            runs.append(AblationRun(setting, seed, Path(args.out, args.study, name)))
     try:
-        with (
-            tqdm(total=len(runs) * args.epochs, initial=sum(done.values()), unit="epoch") as bar,
-            ThreadPoolExecutor(jobs) as pool,
-        ):
-            waiting = [
-                pool.submit(train, run, flags, max(1, cores // jobs), bar)
-                for run in runs
-                if done[run] < args.epochs
-            ]
-            try:
-                for one in waiting:
-                    one.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        train_all(runs, args.epochs, flags, jobs, cores)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
-    found = [summary(label, run) for run in runs]
+    rows = [table_row(label, run) for run in runs]
     table = Path(args.out, f"{args.study}.csv")
     try:
-        write(table, args.study, found, runs, f"{label}, {args.epochs} epochs")
+        write(table, args.study, rows, runs, f"{label}, {args.epochs} epochs")
     except OSError as error:
         raise RunError(
             f"{error.filename}: could not be written ({error.strerror}); the same command tries "
             "again"
         ) from error
-    log(report(args.study, pandas.DataFrame(found, columns=WARNED)))
+    log(report(args.study, pandas.DataFrame(rows, columns=COLLAPSE_COLUMNS)))
     log(f"wrote {table} and {table.with_suffix('.png')}")
 
 
-def write(table: Path, study: str, found: list[dict], runs: list[Run], title: str) -> None:
-    """The rows `found`, among those of other data, epochs and settings; and pictures."""
-    rows = found
+def write(
+    table: Path, study: str, new_rows: list[dict], runs: list[AblationRun], title: str
+) -> None:
+    """Write the table, with the rows of other data, epochs and settings in it, and pictures."""
+    rows = new_rows
     if table.is_file():
         key = operator.itemgetter("data", "epochs", "setting", "seed")
-        new = set(map(key, found))
-        rows = [row for row in read_csv(table) if key(row) not in new] + found
-    write_csv(table, rows, COLUMNS if study == "ablations" else WARNED)
+        new = set(map(key, new_rows))
+        rows = [row for row in read_csv(table) if key(row) not in new] + new_rows
+    write_csv(table, rows, COLUMNS if study == "ablations" else COLLAPSE_COLUMNS)
     with atomic_write(table.with_suffix(".png")) as file:
         if study == "ablations":
-            figures.plot_ablations(found, title, file)
+            figures.plot_ablations(new_rows, title, file)
         else:
             figures.plot_rank_and_knn(rows, file)
     if study == "ablations":
         histories = {}
         for run in runs:
             histories.setdefault(run.setting.name, []).append(run.rows())
-        shown = [name for name in FIG_2 if name in histories]
+        names = [name for name in CURVES if name in histories]
         with atomic_write(table.with_name(f"{table.stem}_curves.png")) as file:
-            figures.plot_ablation_curves(histories, shown, title, file)
+            figures.plot_ablation_curves(histories, names, title, file)
 
 
-def report(study: str, found: pandas.DataFrame) -> str:
-    """The table that is printed."""
+def report(study: str, table: pandas.DataFrame) -> str:
+    """Return the summary that is printed: a line per setting, means over seeds."""
     lines = []
     for setting in STUDIES[study]:
-        rows = found[found["setting"] == setting.name]
+        rows = table[table["setting"] == setting.name]
         line = {
             "setting": setting.name,
             "loss": f"{rows['loss'].mean():.2f}",
@@ -227,10 +233,10 @@ def report(study: str, found: pandas.DataFrame) -> str:
             "untrained": f"{rows['untrained_knn'].mean():.1f}",
         }
         if study == "ablations":
-            line["the paper's, ImageNet"] = f"{setting.paper or '-'} {setting.place}"
+            line["paper, ImageNet"] = f"{setting.paper or '-'} {setting.place}"
         else:
             warned = rows["warned_at_step"].dropna()
-            line["to collapse"] = "yes" if setting.collapses else "no"
+            line["should collapse"] = "yes" if setting.collapses else "no"
             line["warned"] = f"{len(warned)} of {len(rows)}"
             line["at step"] = ", ".join(f"{step:.0f}" for step in warned)
         lines.append(line)

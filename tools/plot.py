@@ -1,12 +1,12 @@
-"""Pictures of runs again; of several runs, their curves over one another.
+"""Draw a run's pictures again, or the curves of several runs in one picture.
 
 python -m tools.plot results/a                           # all of its pictures
 python -m tools.plot results/a results/b --out ab.pdf    # for comparison
 """
 
+import dataclasses
 import os
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/plot.py`
@@ -18,74 +18,70 @@ from simsiam.plots.curves import PANELS, plot_curves
 from simsiam.plots.run import draw_run
 from simsiam.plots.style import FORMATS
 from simsiam.runtime import devices, distributed, files
+from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor
-from tools.common import images_of_run, picture_format, picture_path
+from tools.common import DEVICE_HELP, images_of_run, picture_format, picture_path
 
-ENDS = ("_model.prev.pth", "_model.pth", "_statistics.csv", "_curves.png")
+SUFFIXES = ("_model.prev.pth", "_model.pth", "_statistics.csv", "_curves.png")
 
 
-def one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> None:
-    """All pictures of a run, from its checkpoint; without it, from its table the curves.
+def draw_one(run: str, data_root: str | None, device_name: str, overwrite: bool) -> None:
+    """Draw all pictures of a run from its checkpoint; without it, the curves from its table.
 
-    `data_root`: where the images are now; by default where they were. The checkpoint's pictures
-    are those of the run itself and replace them; the table knows less.
+    `data_root`: where the images are, if they moved. The checkpoint's pictures are those of the run
+    itself, so they replace existing ones without --overwrite; the table's are not.
     """
     path, name = f"{run}_model.pth", os.path.basename(run)
     if not os.path.isfile(path):
-        curves({name: table(run)}, f"{run}_curves.png", overwrite)
-        distributed.log(f"{path} is not there: its other pictures cannot be drawn")
+        draw_curves({name: read_statistics(run)}, f"{run}_curves.png", overwrite)
+        distributed.log(f"{path}: not there, so that only the curves can be drawn")
         return
     source = LoadedCheckpoint.open(path)
-    if source.state is None:
-        raise ValueError(f"{path}: is another project's checkpoint, of which no run is known")
+    if source.state is None or source.state["version"] != checkpoint.VERSION:
+        raise ValueError(f"{path}: must be a checkpoint of this version of main.py or linear.py")
+    history = source.state["history"]
     if source.is_linear:
-        start = {"epoch": 0, "raw_acc@1": source.state["extra"].get("baseline")}
-        curves({name: [start, *source.state["history"]]}, f"{run}_curves.png", overwrite=True)
+        baseline = {"epoch": 0, "raw_acc@1": source.state["extra"].get("baseline")}
+        draw_curves({name: [baseline, *history]}, f"{run}_curves.png", overwrite=True)
         evaluate = f"python linear.py --model_path {path} --evaluate_only"
         distributed.log(f"for its confusion matrix: {evaluate}")
         return
-    saved = vars(source.config)
-    args = Namespace(**saved | {"data_root": data_root or saved["data_root"]})
+    config = source.config
+    config = dataclasses.replace(config, data_root=data_root or config.data_root)
     device = devices.pick_device(device_name)
-    images = images_of_run(source, saved, data_root)
+    images = images_of_run(source, vars(config), data_root)
     if images_checksum(images.train_images) != source.state["images_checksum"]:
-        raise ValueError(f"--data_root {args.data_root}: not the images that {path} began with")
-    if args.bank_size is not None:
-        images = images.subset(args.bank_size, args.seed, "--bank_size")
-    net, amp = source.to(device).net, devices.autocast(device, args.amp)
-    monitor = Monitor(net, source.views, images.to(device), args, args.lr, amp)
-    draw_run(run, name, source.state["history"], monitor)
+        raise ValueError(f"--data_root {config.data_root}: not the images that {path} began with")
+    if config.bank_size is not None:
+        images = images.subset(config.bank_size, config.seed, "--bank_size")
+    net, amp = source.to(device).net, devices.autocast(device, config.amp)
+    monitor = Monitor(net, source.views, images.to(device), config, config.lr, amp)
+    draw_run(run, name, history, monitor)
     distributed.log(f"wrote the pictures of {run}")
 
 
-def several(runs: list[str], out: str, overwrite: bool) -> None:
-    """The curves of runs, from their tables."""
-    names = names_of(runs)
-    curves({names[run]: table(run) for run in runs}, out, overwrite)
-
-
-def curves(histories: dict[str, list[dict]], out: str, overwrite: bool) -> None:
-    """The picture `out`, in the format of its ending."""
+def draw_curves(histories: dict[str, list[dict]], out: str, overwrite: bool) -> None:
+    """Draw the curves of runs by name. Raises ValueError if `out` exists, unless `overwrite`."""
     utils.check_new("picture", out, overwrite)
     with files.atomic_write(out) as file:
         plot_curves(histories, file, picture_format(out))
     distributed.log(f"wrote {out}")
 
 
-def names_of(runs: list[str]) -> dict[str, str]:
-    """A name for each: the run's own and, where others have it, the folders that tell it apart."""
-    parts = {run: Path(run).resolve().parts for run in runs}
+def unique_names(runs: list[str]) -> dict[str, str]:
+    """Return a name for each run: its own, after the folders that tell it apart from the others."""
+    paths = {run: Path(run).resolve().parts for run in runs}
     names = {}
-    for run, own in parts.items():
-        others, depth = {some for some in parts.values() if some != own}, 1
-        while any(other[-depth:] == own[-depth:] for other in others):
+    for run, path in paths.items():
+        others, depth = {other for other in paths.values() if other != path}, 1
+        while any(other[-depth:] == path[-depth:] for other in others):
             depth += 1
-        names[run] = "/".join(own[-depth:])
+        names[run] = "/".join(path[-depth:])
     return names
 
 
-def table(run: str) -> list[dict]:
-    """The statistics of a run. Raises ValueError or OSError for a table that is none of a run."""
+def read_statistics(run: str) -> list[dict]:
+    """Read the statistics of a run. Raises ValueError or OSError, naming the file."""
     path = f"{run}_statistics.csv"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{run}: there is no {path}")
@@ -96,40 +92,42 @@ def table(run: str) -> list[dict]:
         for row in rows:
             epoch = row.get("epoch")
             if not isinstance(epoch, int | float) or not 0 <= epoch < 1e9 or epoch % 1:
-                raise ValueError(f"its epoch {epoch} is no whole number")
+                raise ValueError(f"epoch {epoch}: must be a whole number")
             for name in PANELS.keys() & row.keys():
                 if not isinstance(row[name], int | float) or not abs(row[name]) < 1e9:
-                    raise ValueError(f"epoch {epoch:.0f} has {row[name]} for {name}: no number")
+                    raise ValueError(f"epoch {epoch:.0f}: {name} {row[name]}: must be a number")
     return rows
 
 
 def command(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command."""
     parser = utils.Parser("tools.plot", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="results/<run>, or one of its files")
-    ends = ", ".join(f".{name}" for name in FORMATS)
-    out = f"of several runs: the picture, by its ending {ends} (overlay.png beside the first one)"
-    add("--out", type=picture_path, help=out)
-    add("--overwrite", action="store_true", help="replace the picture if it is there")
-    add("--data_root", help="where the images are now, of one run (as they were)")
-    add("--device", help="as of main.py, of one run (auto)")
+    endings = ", ".join(f".{name}" for name in FORMATS)
+    text = f"with several runs: the picture, {endings} (overlay.png beside the first run)"
+    add("--out", type=picture_path, help=text)
+    add("--overwrite", action="store_true", help="replace an existing picture")
+    add("--data_root", help="with one run: where its images are now, if they moved")
+    add("--device", help=f"with one run: {DEVICE_HELP}")
     args = parser.parse_args(argv)
     runs = []
     for run in args.runs:
-        for end in ENDS:
-            run = run.removesuffix(end)
+        for suffix in SUFFIXES:
+            run = run.removesuffix(suffix)
         if run not in runs:
             runs.append(run)
-    one_only = {"data_root": args.data_root, "device": args.device}
-    for name, value in (one_only if len(args.runs) > 1 else {"out": args.out}).items():
-        if value is not None:
-            parser.error(f"--{name}: is of {'one run' if name in one_only else 'several runs'}")
+    is_single = len(args.runs) == 1
+    for name in ("out",) if is_single else ("data_root", "device"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name}: goes with {'several runs' if is_single else 'one run'}")
     with parser.bad_input():
-        if len(args.runs) > 1:
-            several(runs, args.out or str(Path(runs[0]).parent / "overlay.png"), args.overwrite)
+        if is_single:
+            draw_one(runs[0], args.data_root, args.device or "auto", args.overwrite)
         else:
-            one(runs[0], args.data_root, args.device or "auto", args.overwrite)
+            out = args.out or str(Path(runs[0]).parent / "overlay.png")
+            names = unique_names(runs)
+            draw_curves({names[run]: read_statistics(run) for run in runs}, out, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The images of a folder that an encoder finds most like given ones, or like each other.
+"""Find the images of a folder that an encoder takes for most similar.
 
 python -m tools.similar --model_path results/..._model.pth --data_root my_images --query a.jpg b.jpg
 python -m tools.similar --model_path results/..._model.pth --data_root my_images --duplicates 0.99
 
-Similarity is the cosine of two images' features, from -1 to 1. The first command tables the nearest
-of each query, which is not compared with itself; the second all pairs from a similarity on. Each
-writes a CSV table and, beside it, a sheet of the images, which shows the first of them.
+Similarity is the cosine of two images' features, from -1 to 1. --query lists the nearest images of
+each query; a query is not compared with itself. --duplicates lists all pairs whose similarity is at
+least a threshold. Both write a CSV table and, beside it, a sheet that shows its first images.
 """
 
 import filecmp
@@ -31,32 +31,38 @@ from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots.sheets import plot_captions
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix, remove, write_csv
-from tools.common import add_encoder_options, open_source, picture_format, picture_path
+from tools.common import (
+    MODEL_HELP,
+    add_encoder_options,
+    open_source,
+    picture_format,
+    picture_path,
+)
 from tools.features import extract
 
 TOP, MAX_PAIRS = 20, 100_000
-NEAREST = ("query", "rank", "file", "similarity")
-PAIRS = ("file_a", "file_b", "similarity", "same_bytes")
-DIGITS = 6  # of a similarity: of two equal images the cosine is 1, but for the last bits of fp32
-SHOWN, PAIRS_SHOWN = 210, 30  # images, or pairs of them, on a sheet at most
-TILE = 96  # pixels of an image's side there
-COLUMNS = 7  # images a row of a sheet, below a query; three pairs and the gaps between are eight
+NEAREST_COLUMNS = ("query", "rank", "file", "similarity")
+PAIR_COLUMNS = ("file_a", "file_b", "similarity", "same_bytes")
+DIGITS = 6  # of a similarity: the last bits of fp32 differ even for equal images
+SHEET_IMAGES, SHEET_PAIRS = 210, 30  # at most
+TILE = 96  # pixels of an image's side on the sheet
+SHEET_COLUMNS = 7  # images per row
 
 
-# ---- what is like what --------------------------------------------------------------------------
+# ---- similarities -------------------------------------------------------------------------------
 
 
 class Bank(NamedTuple):
-    """The images that are looked through: files and their features, L2-normalised, N x d."""
+    """Image files and their L2-normalised features, N x d."""
 
     files: list[Path]
     features: Tensor
 
 
-def listed(root: Path) -> list[Path]:
-    """All images below a folder, whatever its parts and classes, or of a CSV list.
+def list_images(root: Path) -> list[Path]:
+    """Return all images below a folder, or those of a CSV list.
 
-    Raises FileNotFoundError or ValueError, naming it.
+    Raises FileNotFoundError or ValueError, naming the root.
     """
     if not root.is_dir():
         return folders.find_images(root, scored=False).train.files
@@ -65,56 +71,55 @@ def listed(root: Path) -> list[Path]:
     return listing.files
 
 
-def finite(features: Tensor, args: Namespace) -> Tensor:
-    """The features, L2-normalised in place. Raises ValueError, which names the checkpoint."""
+def normalise(features: Tensor, args: Namespace) -> Tensor:
+    """L2-normalise features in place. Raises ValueError if one is not finite."""
     if not features.isfinite().all():
-        raise ValueError(f"{args.model_path}: its features are not finite (--amp off)")
+        raise ValueError(f"{args.model_path}: its features are not finite: try --amp off")
     return F.normalize(features, dim=1, out=features)
 
 
-def bank_of(args: Namespace, source: LoadedCheckpoint, files: list[Path]) -> Bank:
-    """Files and their features, on the source's device. Raises ValueError, naming the file."""
-    features, kept = extract(source, source.net.backbone, files, args)
-    device = next(source.net.parameters()).device
-    return Bank([files[i] for i in kept], finite(torch.from_numpy(features).to(device), args))
-
-
 def nearest(args: Namespace, bank: Bank, queries: Tensor) -> list[dict]:
-    """Rows of NEAREST: for each query, of N x d, its `args.top` nearest, the nearest first.
+    """Return rows of NEAREST_COLUMNS: the `args.top` nearest of each query, nearest first.
 
-    A query that lies in the bank is left out of its own. Raises ValueError where none is left.
+    `queries`: N x d. Raises ValueError if the bank holds nothing but the query.
     """
-    cosines, places = nearest_neighbors(bank.features, queries, args.top + 1)
+    cosines, indices = nearest_neighbors(bank.features, queries, args.top + 1)
     rows = []
-    for query, values, those in zip(args.query, rounded(cosines), places.tolist(), strict=True):
-        own = os.path.realpath(query)
-        pairs = zip(values, (bank.files[i] for i in those), strict=True)
-        others = [pair for pair in pairs if os.path.realpath(pair[1]) != own][: args.top]
-        if not others:
+    for query, values, neighbors in zip(
+        args.query, round_cosines(cosines), indices.tolist(), strict=True
+    ):
+        path = os.path.realpath(query)
+        pairs = [(value, bank.files[i]) for value, i in zip(values, neighbors, strict=True)]
+        pairs = [pair for pair in pairs if os.path.realpath(pair[1]) != path][: args.top]
+        if not pairs:
             raise ValueError(f"--data_root {args.data_root}: has no image besides {query}")
-        for i, (value, file) in enumerate(others, 1):
-            rows.append({"query": query, "rank": i, "file": str(file), "similarity": value})
+        for rank, (value, file) in enumerate(pairs, 1):
+            rows.append({"query": query, "rank": rank, "file": str(file), "similarity": value})
     return rows
 
 
-def duplicates(args: Namespace, bank: Bank) -> tuple[list[dict], int]:
-    """Rows of PAIRS, the most similar first, `args.max_pairs` at most; how many pairs there are."""
+def duplicates(args: Namespace, bank: Bank) -> list[dict]:
+    """Return rows of PAIR_COLUMNS, the most similar first, at most `args.max_pairs`."""
     if len(bank.files) < 2:
         raise ValueError(f"--data_root {args.data_root}: has one image, and a pair needs two")
-    least = args.duplicates - 0.5 * 10**-DIGITS
-    values, places, number = similar_pairs(bank.features, least, args.max_pairs)
+    threshold = args.duplicates - 0.5 * 10**-DIGITS
+    cosines, indices, number = similar_pairs(bank.features, threshold, args.max_pairs)
+    pairs = zip(round_cosines(cosines), indices.tolist(), strict=True)
     rows = []
-    found = zip(rounded(values), places.tolist(), strict=True)
-    for value, (i, j) in sorted(found, key=lambda pair: (-pair[0], pair[1])):
+    for value, (i, j) in sorted(pairs, key=lambda pair: (-pair[0], pair[1])):
         a, b = bank.files[i], bank.files[j]
-        same = filecmp.cmp(a, b, shallow=False)
-        row = {"file_a": str(a), "file_b": str(b), "similarity": value, "same_bytes": same}
-        rows.append(row)
-    return rows, number
+        values = (str(a), str(b), value, filecmp.cmp(a, b, shallow=False))
+        rows.append(dict(zip(PAIR_COLUMNS, values, strict=True)))
+    if number > len(rows):
+        distributed.log(
+            f"{number:,} pairs have a similarity of at least {args.duplicates}: the table has the "
+            f"{len(rows):,} most similar (--max_pairs)"
+        )
+    return rows
 
 
-def rounded(cosines: Tensor) -> list:
-    """Cosines to DIGITS, from -1 to 1: a list, of lists where they are a matrix."""
+def round_cosines(cosines: Tensor) -> list:
+    """Return cosines as (nested) lists, rounded to DIGITS, within [-1, 1]."""
     return np.round(cosines.clamp(-1, 1).double().cpu().numpy(), DIGITS).tolist()
 
 
@@ -122,14 +127,14 @@ def rounded(cosines: Tensor) -> list:
 
 
 class Tile(NamedTuple):
-    """An image of a sheet, its caption, and whether it has a frame. No image: a gap."""
+    """An image of a sheet, its caption, and whether it has a frame. Without a file: a gap."""
 
     file: str | None = None
     lines: tuple[str, ...] = ()
-    framed: bool = False
+    is_framed: bool = False
 
 
-def sheet(
+def draw_sheet(
     args: Namespace,
     source: LoadedCheckpoint,
     tiles: list[Tile],
@@ -137,144 +142,138 @@ def sheet(
     title: str,
     file: IO[bytes],
 ) -> None:
-    """Draw tiles, in rows of so many: of each image the centre, in the format of `args.out`."""
+    """Draw tiles row by row, each the centre of its image, in the format of `args.out`."""
     tiles = tiles + [Tile()] * (-len(tiles) % columns)
-    there = [tile.file is not None for tile in tiles]
+    has_image = [tile.file is not None for tile in tiles]
     files = [tile.file for tile in tiles if tile.file is not None]
     images, _ = decode_files(files, TILE, args.num_workers, options=source.decode)
     pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
-    pixels[there] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
+    pixels[has_image] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
     rows = range(0, len(tiles), columns)
     plot_captions(
         pixels.reshape(len(rows), columns, TILE, TILE, 3),
         [[tile.lines for tile in tiles[i : i + columns]] for i in rows],
-        np.array([tile.framed for tile in tiles]).reshape(len(rows), columns),
+        np.array([tile.is_framed for tile in tiles]).reshape(len(rows), columns),
         f"{Path(args.data_root).resolve().name}: {title}\n{Path(args.model_path).name}",
         file,
         picture_format(args.out),
     )
 
 
-def short(args: Namespace, file: str) -> str:
-    """A file's name on the sheet: below --data_root, or alone."""
+def short_name(args: Namespace, file: str) -> str:
+    """Return a file's path below --data_root, or its name if it lies elsewhere."""
     root, path = Path(args.data_root), Path(file)
     root = root if root.is_dir() else root.parent
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
-def sheet_of_nearest(
+def draw_nearest(
     args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]
 ) -> int:
-    """The first queries, framed, each before its nearest; returns how many rows are shown."""
-    of_query, tiles, shown = {}, [], 0
+    """Draw the first queries, each framed and before its nearest; return the number of rows."""
+    rows_of_query, tiles, number = {}, [], 0
     for row in rows:
-        of_query.setdefault(row["query"], []).append(row)
-    columns = min(COLUMNS, 1 + max(map(len, of_query.values())))
-    for query, those in of_query.items():
-        own = [Tile(query, ("query", short(args, query)), True)]
-        for row in those[: SHOWN - 1]:
-            lines = (f"{row['rank']}: {row['similarity']:.4f}", short(args, row["file"]))
-            own.append(Tile(row["file"], lines))
-        if tiles and len(tiles) + len(own) > SHOWN:
+        rows_of_query.setdefault(row["query"], []).append(row)
+    columns = min(SHEET_COLUMNS, 1 + max(map(len, rows_of_query.values())))
+    for query, neighbors in rows_of_query.items():
+        block = [Tile(query, ("query", short_name(args, query)), True)]
+        for row in neighbors[: SHEET_IMAGES - 1]:
+            caption = (f"{row['rank']}: {row['similarity']:.4f}", short_name(args, row["file"]))
+            block.append(Tile(row["file"], caption))
+        if tiles and len(tiles) + len(block) > SHEET_IMAGES:
             break
-        shown += len(own) - 1
-        tiles += own + [Tile()] * (-len(own) % columns)
-    sheet(args, source, tiles, columns, "nearest images, and cosines of features", file)
-    return shown
+        number += len(block) - 1
+        tiles += block + [Tile()] * (-len(block) % columns)
+    draw_sheet(args, source, tiles, columns, "nearest images, and cosines of features", file)
+    return number
 
 
-def sheet_of_pairs(
-    args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]
-) -> int:
-    """The most similar pairs, three a row; returns how many are shown."""
-    tiles, wide, shown = [], min(3, len(rows)), rows[:PAIRS_SHOWN]
-    for i, row in enumerate(shown):
-        tiles += [Tile()] * (i % wide > 0)
-        told = f"{row['similarity']:.4f}" + ", same bytes" * row["same_bytes"]
-        for name, line in (("file_a", told), ("file_b", "")):
-            tiles.append(Tile(row[name], (line, short(args, row[name]))))
-    sheet(args, source, tiles, 3 * wide - 1, "pairs, and cosines of features", file)
-    return len(shown)
+def draw_pairs(args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]) -> int:
+    """Draw the first pairs, three per row with gaps between; return the number of pairs."""
+    tiles, per_row, rows = [], min(3, len(rows)), rows[:SHEET_PAIRS]
+    for i, row in enumerate(rows):
+        tiles += [Tile()] * (i % per_row > 0)
+        similarity = f"{row['similarity']:.4f}" + ", same bytes" * row["same_bytes"]
+        for name, line in (("file_a", similarity), ("file_b", "")):
+            tiles.append(Tile(row[name], (line, short_name(args, row[name]))))
+    draw_sheet(args, source, tiles, 3 * per_row - 1, "pairs, and cosines of features", file)
+    return len(rows)
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 
-def parsed(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
-    """The command line."""
+def parse(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
+    """Parse the command line."""
     parser = utils.Parser("tools.similar", __doc__)
-    add = parser.add_argument
-    add("--model_path", required=True, help="a checkpoint, ours or another project's")
+    add, count = parser.add_argument, utils.number(int, 1)
+    add("--model_path", required=True, help=MODEL_HELP)
     add("--data_root", required=True, help="a folder of images, at any depth, or a CSV list")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--query", nargs="+", metavar="FILE", help="images to find the nearest of")
-    pairs = "find the pairs of images of at least this similarity, such as 0.99"
-    kind.add_argument("--duplicates", type=utils.number(float, -1, 1), metavar="X", help=pairs)
-    count = utils.number(int, 1)
-    add("--top", type=count, help=f"of --query: so many of the nearest ({TOP})")
-    most = f"of --duplicates: the table's length at most ({MAX_PAIRS})"
-    add("--max_pairs", type=count, help=most)
-    out = "the sheet, a .csv of the same name beside it (similar.png or duplicates.png)"
-    add("--out", type=picture_path, help=out)
-    add("--overwrite", action="store_true", help="replace sheet and table if they are there")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--query", nargs="+", metavar="FILE", help="find the nearest of these images")
+    text = "find the pairs of images of at least this similarity, such as 0.99"
+    mode.add_argument("--duplicates", type=utils.number(float, -1, 1), metavar="X", help=text)
+    add("--top", type=count, help=f"with --query: number of nearest images ({TOP})")
+    text = f"with --duplicates: rows of the table at most ({MAX_PAIRS})"
+    add("--max_pairs", type=count, help=text)
+    text = "the sheet; the table is a .csv of the same name (similar.png or duplicates.png)"
+    add("--out", type=picture_path, help=text)
+    add("--overwrite", action="store_true", help="replace an existing sheet and table")
     add_encoder_options(parser)
     args = parser.parse_args(argv)
     for name, other in (("max_pairs", "query"), ("top", "duplicates")):
         if getattr(args, name) is not None and getattr(args, other) is not None:
-            parser.error(f"--{name}: does not go with --{other}")
+            parser.error(f"--{name}: cannot be combined with --{other}")
     args.top, args.max_pairs = args.top or TOP, args.max_pairs or MAX_PAIRS
     args.out = args.out or ("similar.png" if args.query else "duplicates.png")
     args.query = list(dict.fromkeys(args.query or ()))
     return parser, args
 
 
-def found(args: Namespace) -> tuple[LoadedCheckpoint, list[dict]]:
-    """The encoder, and the rows of the table. Raises ValueError or OSError, naming the file."""
+def find_similar(args: Namespace) -> tuple[LoadedCheckpoint, list[dict]]:
+    """Return the encoder and the rows of the table. Raises ValueError or OSError."""
     source = open_source(args)
-    files = listed(Path(args.data_root))
-    with error_prefix("--query"):  # before the many: a wrong name is not to be found out at the end
+    files = list_images(Path(args.data_root))
+    with error_prefix("--query"):  # first, so that a wrong name is refused at once
         pixels = source.preprocess(args.query)
-    bank = bank_of(args, source, files)
-    if args.query:
-        device = bank.features.device
-        amp = devices.autocast(device, devices.setup_device(args)[1])
-        return source, nearest(args, bank, finite(source.features(pixels, amp), args))
-    rows, number = duplicates(args, bank)
-    if number > len(rows):
-        distributed.log(
-            f"{number:,} pairs have a similarity of {args.duplicates} or more: the {len(rows):,} "
-            "most similar are in the table (--max_pairs)"
-        )
-    return source, rows
+    features, read = extract(source, source.net.backbone, files, args)
+    device = next(source.net.parameters()).device
+    features = normalise(torch.from_numpy(features).to(device), args)
+    bank = Bank([files[i] for i in read], features)
+    if not args.query:
+        return source, duplicates(args, bank)
+    amp = devices.autocast(device, devices.setup_device(args)[1])
+    return source, nearest(args, bank, normalise(source.features(pixels, amp), args))
 
 
 def write(args: Namespace, source: LoadedCheckpoint, rows: list[dict]) -> None:
-    """The sheet and the table, and a line that says so. Raises OSError."""
-    table, columns = Path(args.out).with_suffix(".csv"), NEAREST if args.query else PAIRS
+    """Write the sheet and the table. Raises OSError."""
+    table = Path(args.out).with_suffix(".csv")
+    columns = NEAREST_COLUMNS if args.query else PAIR_COLUMNS
     if not rows:
         write_csv(table, rows, columns)
-        remove(args.out)  # of another command: it is not what the table says
+        remove(args.out)  # an earlier sheet would not show what the table says
         distributed.log(
-            f"no two images have a similarity of {args.duplicates} or more; a lower --duplicates "
-            f"shows the most similar ones; wrote {table}, without a row"
+            f"no two images have a similarity of at least {args.duplicates}: try a lower "
+            f"--duplicates; wrote {table}, without a row"
         )
         return
-    draw = sheet_of_nearest if args.query else sheet_of_pairs
+    draw = draw_nearest if args.query else draw_pairs
     with atomic_write(args.out) as file:
-        shown = draw(args, source, rows, file)
+        number = draw(args, source, rows, file)
         write_csv(table, rows, columns)
-    some = f", of which {args.out} shows the first {shown}" * (shown < len(rows))
-    distributed.log(f"wrote {args.out} and {table}: {len(rows):,} rows{some}")
+    part = f", of which {args.out} shows the first {number}" if number < len(rows) else ""
+    distributed.log(f"wrote {args.out} and {table}: {len(rows):,} rows{part}")
 
 
 def command(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser, args = parsed(argv)
+    """Run the command."""
+    parser, args = parse(argv)
     with warnings.catch_warnings(), parser.bad_input():
         ignore_pil_warnings()
         for path in (args.out, str(Path(args.out).with_suffix(".csv"))):
             utils.check_new("--out", path, args.overwrite)
-        write(args, *found(args))
+        write(args, *find_similar(args))
 
 
 if __name__ == "__main__":
