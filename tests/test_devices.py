@@ -1,11 +1,15 @@
-"""Devices and precision, without a GPU: no mixed devices, no waits, bf16 and fp16, memory.
+"""Devices and precision, without a GPU: selection, no mixed devices, no waits, bf16 and fp16.
 
 A pretend cuda:0 is made of torch's fake tensors (shape, type and device, no numbers). They raise
 where devices meet, and where the host asks for a number: .item(), .tolist(), bool(), a mask as an
 index. `Watch` adds copies between devices that the host waits for.
 """
 
+import argparse
 import itertools
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -26,10 +30,94 @@ from simsiam.training.meters import Meters
 from simsiam.training.recipes import LinearConfig, PretrainConfig
 from simsiam.training.state import TrainState
 from simsiam.views.augment import Batch, Views
-from tests.helpers import new_state, refused
+from tests.helpers import ROOT, new_state, refused
 
 CUDA = torch.device("cuda", 0)
 SMALL = "--train_size 12 --width 4 --feature_dim 16 --batch_size 4"
+
+
+# ---- selection ----------------------------------------------------------------------------------
+
+
+def flags_of(device, amp="auto", deterministic=False):
+    return argparse.Namespace(device=device, amp=amp, deterministic=deterministic)
+
+
+def test_auto_is_the_accelerator_if_there_is_one(monkeypatch):
+    available = torch.accelerator.is_available()
+    assert (devices.pick_device("auto").type != "cpu") == available
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert devices.pick_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert devices.pick_device("auto") == torch.device("mps")
+    assert devices.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:77", "gpu", "meta", ""])
+def test_a_missing_device_is_refused(name):
+    with pytest.raises(ValueError, match=f"--device {name}"):
+        devices.pick_device(name)
+
+
+@pytest.mark.parametrize(("flag", "amp"), [("auto", "off"), ("off", "off"), ("bf16", "bf16")])
+def test_amp_on_the_cpu_is_off_by_default(flag, amp):
+    x, config = torch.ones(2, 2), flags_of("cpu", flag)
+    device, resolved = devices.setup_device(config)
+    assert (device, resolved) == (torch.device("cpu"), amp)
+    with devices.autocast(device, resolved):
+        assert (x @ x).dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
+    assert config == flags_of("cpu", flag)  # unchanged
+
+
+def test_a_gpu_becomes_the_current_device_and_bf16_must_be_native(monkeypatch):
+    """A T4 emulates bf16, says that it supports it, and has no bf16 convolutions."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: None)  # there is no cuda
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    current = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    for native, amp in ((False, "off"), (True, "bf16")):
+        supports = lambda including_emulation=True: including_emulation or native  # noqa: B023, E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supports)
+        assert devices.setup_device(flags_of("cuda:1")) == (torch.device("cuda", 1), amp)
+    assert current == [1, 1]
+    assert torch.backends.cudnn.benchmark
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored at the end
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    devices.setup_device(flags_of("cuda:1", deterministic=True))
+    assert not torch.backends.cudnn.benchmark
+    assert "CUBLAS_WORKSPACE_CONFIG" in os.environ
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_is_pytorch_s_mode(monkeypatch, deterministic):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        devices.setup_device(flags_of("cpu", deterministic=deterministic))
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's own value stays
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_compile_without_a_compiler_is_refused_before_anything_is_written(tmp_path):
+    env = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env |= {"CXX": "g++"}
+    flags = f"--data_name textures --train_size 64 --batch_size 32 --compile --out {tmp_path}/runs"
+    command = [sys.executable, ROOT / "main.py", *flags.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "--compile" in done.stderr
+    assert "g++" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- a pretend cuda:0 ---------------------------------------------------------------------------
 
 
 class Watch(TorchDispatchMode):
@@ -243,7 +331,7 @@ def test_a_run_in_fp16_resumes_at_the_same_bits(tmp_path, capsys):
     assert str(path) in refused(capsys, main, *parted, "--resume")
 
 
-# ---- compilation, environment, memory -----------------------------------------------------------
+# ---- compilation and environment ----------------------------------------------------------------
 
 
 def test_cuda_graphs_are_a_mode_of_compile(monkeypatch, capsys):
@@ -265,23 +353,3 @@ def test_a_checkpoint_names_the_gpu_it_was_made_on(monkeypatch):
         move(net)
         environment = checkpoint.environment(net)
     assert (environment["gpu"], environment["cudnn"]) == ("a GPU, cuda:0", 90100)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. ..."),
-        MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
-    ],
-)
-def test_too_little_memory_is_one_line(error, capsys):
-    def work():
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        utils.run_command(work)
-    assert stop.value.code == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "--batch_size" in err

@@ -277,14 +277,20 @@ def prepare_for_training(
     """Return SimSiam `net` wrapped for its training loop: synchronized, distributed, compiled.
 
     The wrapper shares the parameters of `net`. Under --ddp gradients are means over the ranks.
-    `cuda_graphs`: capture the compiled step, for networks that a GPU computes faster than Python
-    launches kernels.
+    `image_size`: side of the views in pixels. `cuda_graphs`: capture the compiled step, for
+    networks that a GPU computes faster than Python launches kernels.
     """
-    device = next(net.parameters()).device
+    device, trained = next(net.parameters()).device, net
     if world_size() > 1 and device.type == "cpu":
         log("note: on CPUs BN's statistics are of each rank's part of the batch (no SyncBatchNorm)")
     sync_batchnorm(net)
-    trained = wrap_ddp(net) if is_distributed() else net
+    if is_distributed():
+        DDP = nn.parallel.DistributedDataParallel
+        # BN buffers are not broadcast in each step: `broadcast_buffers` does it before their use.
+        sync = "forward_sync_buffers"  # the name since PyTorch 2.15
+        if sync not in inspect.signature(DDP).parameters:
+            sync = "broadcast_buffers"
+        trained = DDP(net, gradient_as_bucket_view=True, **{sync: False})
     if compiled:  # around DDP, so that gradients are sent while others are still computed
         mode = "reduce-overhead" if cuda_graphs else None
         trained = torch.compile(trained, mode=mode, dynamic=False)  # views have few sizes
@@ -300,7 +306,7 @@ def prepare_for_training(
 
 
 def sync_batchnorm(net: nn.Module) -> None:
-    """Convert the BN layers of `net` in place: statistics of the global batch, not of a rank's.
+    """Convert the BN layers of `net`, in place, to use the statistics of the global batch.
 
     Without effect on CPUs, which PyTorch's SyncBatchNorm does not support.
     """
@@ -311,18 +317,6 @@ def sync_batchnorm(net: nn.Module) -> None:
         # PyTorch's function would drop the activation that timm has within its BN layers.
         from timm.layers import convert_sync_batchnorm as convert
     convert(net)
-
-
-def wrap_ddp(net: nn.Module) -> nn.Module:
-    """Return `net` in DistributedDataParallel.
-
-    BN buffers are not broadcast in each step: `broadcast_buffers` does it before they are used.
-    """
-    DDP = nn.parallel.DistributedDataParallel
-    sync = "forward_sync_buffers"  # the name since PyTorch 2.15
-    if sync not in inspect.signature(DDP).parameters:
-        sync = "broadcast_buffers"
-    return DDP(net, gradient_as_bucket_view=True, **{sync: False})
 
 
 def broadcast_buffers(net: nn.Module) -> None:
