@@ -144,6 +144,9 @@ def parse(value: object) -> dict:
         raise ValueError("its encoder is not that of its settings")
     if bool(value["probe"]) != (isinstance(config, PretrainConfig) and config.probe is True):
         raise NotOursError(NOT_OURS)
+    is_frozen = isinstance(config, LinearConfig) and not config.finetune
+    if is_frozen and any("test_acc@1" not in row for row in value["history"]):
+        raise NotOursError(NOT_OURS)
     return value | {"config": config}
 
 
@@ -180,8 +183,7 @@ def is_number(value: object) -> bool:
 def is_history(rows: list, epochs: int, command: str) -> bool:
     """Return whether there is a row of numbers per epoch, and for main.py one of epoch 0.
 
-    An epoch has both accuracies or none; a frozen encoder's linear head has them in each epoch,
-    which `check_resumable` asks for.
+    An epoch has both accuracies or none.
     """
     first = int(command == "linear.py")
     return len(rows) == epochs + 1 - first and all(

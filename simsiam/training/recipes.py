@@ -81,7 +81,7 @@ class ViewSize(Number):
 
     def parse(self, text: str) -> float:
         value = super().parse(text)
-        return int(value) if value > 1 and value == int(value) else value
+        return int(value) if value > 1 and value.is_integer() else value
 
     def check(self, value: object) -> None:
         super().check(value)
