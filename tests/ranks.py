@@ -1,4 +1,4 @@
-"""Run a function on ranks, in processes of this machine, and return what each rank makes of it.
+"""Run a function on several ranks on this machine, and return what each of them returns.
 
 The ranks are forked from a server that has imported everything once, in a fraction of the seconds
 that torchrun takes. Under torchrun: python -m tests.ranks RANK STEP SIGNAL FLAGS, as `signal_at`.
@@ -35,30 +35,28 @@ from simsiam.training.state import TrainState
 from simsiam.views.augment import Views
 from tests.helpers import new_state
 
-# Seconds after which a rank is taken to hang: it prints where, and ends.
-HANGS = 300
+# Seconds after which a rank counts as hanging: it prints its stack, and ends.
+HANG = 300
 
 
 class Outcome(NamedTuple):
-    """What ranks left: exit codes and results by rank (None for a rank that failed), and output."""
+    """Exit codes and results by rank (None for a rank that failed), and the output of all."""
 
     codes: list[int]
     results: list
     output: str
 
 
-def launch(
-    world_size: int, work: Callable, *args: object, method: str = "forkserver", **env: object
-) -> Outcome:
-    """Call `work(*args)` on `world_size` ranks, in their environment and `env`, with one thread.
+def launch(world_size: int, work: Callable, *args: object, method: str = "forkserver") -> Outcome:
+    """Call `work(*args)` on `world_size` ranks of one thread each, in torchrun's environment.
 
-    `method`: of multiprocessing; "fork" lets the ranks have everything that this process has.
+    `method`: of multiprocessing; with "fork" the ranks inherit all that this process has set up.
     """
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["tests.ranks"])
-    # As under torchrun, the store is not rank 0's; and its port is free.
+    # As under torchrun the store belongs to the parent, which also picks a free port for it.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    env |= {"WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    env = {"WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
     env |= {"TORCHELASTIC_USE_AGENT_STORE": True, "LOCAL_WORLD_SIZE": world_size}
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(rank)) for rank in range(world_size)]
@@ -74,7 +72,7 @@ def launch(
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(HANGS + 60)
+            rank.join(HANG + 60)
         for rank in ranks:
             rank.kill()
             rank.join()
@@ -83,14 +81,15 @@ def launch(
 
 
 def run_rank(env: dict, output: str, result: str, work: Callable, args: tuple) -> None:
-    """Be a rank: its output goes to the end of one file, what `work` returns into another."""
+    """Run a rank: append its output to one file, and pickle what `work` returns into another."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= {name: str(value) for name, value in env.items()}
-    torch.set_num_threads(1)  # a forked process has no threads of its parent's
-    multiprocessing.set_start_method("fork", force=True)  # of a loader's workers, as ever
-    faulthandler.dump_traceback_later(HANGS, exit=True, file=2)
+    torch.set_num_threads(1)  # a forked process lacks the threads of its parent
+    # The default of a process started by torchrun, for the workers of a loader.
+    multiprocessing.set_start_method("fork", force=True)
+    faulthandler.dump_traceback_later(HANG, exit=True, file=2)
     try:
         value = work(*args)
         Path(result).write_bytes(pickle.dumps(value))
@@ -109,7 +108,7 @@ def run(command: str, *flags: object, on_step: Callable[[int, int], None] | None
 
 
 def run_with(rank: int, step: int, action: Callable[[], None], *flags: object) -> None:
-    """Run main.py; `action` is called in a step (from 1 on, of all epochs) of a rank."""
+    """Run main.py; call `action` in a step of a rank. Steps count from 1 on, over all epochs."""
     steps = []
 
     def on_step(*epoch_and_step: int) -> None:
@@ -121,12 +120,12 @@ def run_with(rank: int, step: int, action: Callable[[], None], *flags: object) -
 
 
 def signal_at(rank: int, step: int, number: int, *flags: object) -> None:
-    """Run main.py, one of whose ranks gets a signal twice, as torchrun and SLURM send it."""
+    """Run main.py; send a signal to one rank twice, as torchrun and SLURM do."""
     run_with(rank, step, lambda: [os.kill(os.getpid(), number) for _ in range(2)], *flags)
 
 
 def fail_at(rank: int, step: int, *flags: object) -> None:
-    """Run main.py, one of whose ranks meets a mistake of this project's."""
+    """Run main.py; raise an unexpected error on one rank."""
 
     def fail() -> None:
         raise ZeroDivisionError
@@ -135,7 +134,7 @@ def fail_at(rank: int, step: int, *flags: object) -> None:
 
 
 def sizes_sent(*flags: object) -> list[int]:
-    """Run main.py; return the sizes of the objects and tensors that this rank passes to be sent."""
+    """Run main.py; return the sizes in bytes of the objects and tensors that this rank sends."""
     sizes = []
 
     def watch(name: str, at: int) -> None:
@@ -157,10 +156,10 @@ def sizes_sent(*flags: object) -> list[int]:
 
 
 def gradients(compiled: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return gradients of SimSiam, of one process and of all ranks.
+    """Return the gradients of SimSiam's parameters, of one process and of all ranks.
 
-    In eval mode: in train mode BN's statistics are of other images. The compiled network runs
-    uncompiled kernels (a compiler takes a minute), behind all else that torch.compile does.
+    In eval mode, since in train mode BN's statistics are of other images. `compiled`: by all of
+    torch.compile but its code generator, which takes a minute.
     """
     compile = torch.compile
     torch.compile = lambda net, mode, dynamic: compile(net, backend="aot_eager", dynamic=dynamic)
@@ -168,13 +167,15 @@ def gradients(compiled: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         torch.manual_seed(0)
         net = SimSiam("resnet8", feature_dim=64)
         views = [torch.randn(32, 3, 32, 32) for _ in range(2)]
-        mine, found = distributed.local_slice(32), []
-        for model, rows in ((net, slice(None)), (None, mine)):
-            model = (model or distributed.prepare_for_training(net, 32, compiled)).eval()
+
+        def backward(model: torch.nn.Module, rows: slice) -> list[torch.Tensor]:
             net.zero_grad()
-            model([view[rows] for view in views]).loss.backward()
-            found.append([parameter.grad.clone() for parameter in net.parameters()])
-        return found
+            model.eval()([view[rows] for view in views]).loss.backward()
+            return [parameter.grad.clone() for parameter in net.parameters()]
+
+        alone = backward(net, slice(None))
+        trained = distributed.prepare_for_training(net, 32, compiled)
+        return alone, backward(trained, distributed.local_slice(32))
 
 
 def epoch(with_probe: bool) -> tuple[dict, dict]:
@@ -188,7 +189,7 @@ def epoch(with_probe: bool) -> tuple[dict, dict]:
 
 
 def probe() -> dict[str, torch.Tensor]:
-    """Return a probe after three steps on fixed features, 33 x 32, of which a rank has its part."""
+    """Return a probe after three steps on fixed features, 33 x 32, divided among the ranks."""
     schedule = SimpleNamespace(batch_size=33, epochs=1, warmup_epochs=0)
     generator, head = torch.Generator().manual_seed(0), Probe(32, 10, schedule, torch.device("cpu"))
     for _ in range(3):
@@ -198,7 +199,7 @@ def probe() -> dict[str, torch.Tensor]:
 
 
 def probe_on_ranks() -> dict[str, torch.Tensor]:
-    """As `probe`, on a rank."""
+    """Return `probe()` of a rank."""
     with distributed.process_group():
         return probe()
 
@@ -206,7 +207,7 @@ def probe_on_ranks() -> dict[str, torch.Tensor]:
 def finetuning() -> list[torch.Tensor]:
     """Return the weights after a step of linear.py --finetune, of one process and of all ranks.
 
-    The backbone has no BN, whose statistics are of other images on a rank.
+    The backbone has no BN, whose statistics would be of other images on each rank.
     """
     parser = utils.ConfigParser("linear.py", linear.__doc__, LinearConfig)
     config, _ = parser.read("--finetune --lr 1 --batch_size 10 --epochs 2".split())
@@ -272,7 +273,7 @@ def rank0_first(folder: Path) -> tuple[str, str]:
 
 if __name__ == "__main__":
     rank, step, number, *flags = sys.argv[1:]
-    faulthandler.dump_traceback_later(HANGS, exit=True)
+    faulthandler.dump_traceback_later(HANG, exit=True)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         signal_at(int(rank), int(step), int(number), *flags)
     else:

@@ -27,16 +27,16 @@ from tests import crash, ranks
 from tests.helpers import ROOT, image_files, refused
 
 
-def on_ranks(world_size, work, *args, code=0, **env):
-    """What ranks of tests/ranks.py leave that all end with an exit code."""
-    outcome = ranks.launch(world_size, work, *args, **env)
+def on_ranks(world_size, work, *args, code=0):
+    """The outcome of `work` on ranks that must all end with an exit code."""
+    outcome = ranks.launch(world_size, work, *args)
     assert outcome.codes == [code] * world_size, outcome.output
     return outcome
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As ranks have, so that the same sums give the same bits."""
+    """One thread, as the ranks have, so that sums have the same bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -283,7 +283,7 @@ def test_a_killed_rank_costs_no_bit(tiny, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=2 * ranks.HANGS,
+        timeout=2 * ranks.HANG,
     )
     assert ended.returncode == 0, ended.stdout
     assert "(restart 1)" in ended.stdout
