@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from simsiam.data.loader import (
 )
 from simsiam.views.augment import Augmentation, Views
 from simsiam.views.ops import crop_boxes
+from tests.helpers import ROOT
 
 SCALE = Augmentation(crop_scale=(0.3, 0.9))
 
@@ -193,6 +196,30 @@ def test_workers_ignore_signals(jpegs):
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
     assert len(list(batches)) == 18
+
+
+def test_workers_end_with_their_process(jpegs):
+    """Also those of a loader that is not collected, in a child process, too."""
+    program = f"""
+import multiprocessing
+from simsiam.data.loader import ImageFiles, Loader
+from simsiam.views.augment import Views
+
+def run():
+    loader = Loader(ImageFiles({jpegs}, 16, 2), 2, views=Views(16, (0.5,) * 3, (0.5,) * 3))
+    loader.cycle = loader
+    assert len(list(loader.epoch(0))) == 2
+
+child = multiprocessing.get_context("fork").Process(target=run)
+child.start()
+child.join()
+assert child.exitcode == 0
+run()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, timeout=300, capture_output=True, text=True
+    )
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_a_checksum_depends_on_pixels_or_on_names_below_the_common_folder(jpegs, tmp_path):

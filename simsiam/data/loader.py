@@ -6,7 +6,7 @@ Images are uint8 tensors on the device, or files whose crops are made by worker 
 import atexit
 import dataclasses
 import itertools
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import zlib
@@ -204,6 +204,8 @@ def init_worker(worker: int) -> None:
 
 def kill_workers() -> None:
     """Kill the workers at exit: they ignore SIGTERM, and Python would wait for them forever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their death
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -287,6 +289,8 @@ class EpochCrops:
             generator=torch.Generator(),  # without it, the global generator would advance
             **settings,
         )
+        # For a child process of multiprocessing, which calls no atexit handlers.
+        multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
 
     def __call__(self, epoch: int, start: int, batches: list[Tensor]) -> Iterator[Tensor]:
         """Iterate over crops on the device: uint8, n x views x C x size x size."""
