@@ -635,7 +635,7 @@ OF_MAIN = [
     ("crop_scale", (0.2,), ("a", "b"), 0.2),
     ("crop_ratio", (math.nan, 1.0)),
     ("jitter", (0.4, 0.4, 0.4)),
-    ("flip_p", None),
+    ("hflip_p", None),
     ("rotate90_p", 90),
     ("gray_p", "junk"),
     ("blur_p", -0.5),
