@@ -213,7 +213,7 @@ def test_sampled_parameters_are_described_in_words():
         "hue -0.05",
         "brightness x 1.25",
         "contrast x 0.80",
-        "gray",
+        "grayscale",
         "blur 1.3 px",
         "solarize",
     ]

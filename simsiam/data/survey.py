@@ -12,7 +12,7 @@ from torch import Tensor
 from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, read_header
 from simsiam.data.loader import Data, ImageFiles, evenly_spaced
 from simsiam.runtime import distributed
-from simsiam.views.augment import LEAST_STD
+from simsiam.views.augment import MIN_STD
 
 SURVEY_SIZE = 1000  # images per survey, evenly spaced
 STATS_SIZE = 10000  # images in files that --mean auto decodes: all of ImageNet would take an hour
@@ -53,7 +53,7 @@ def channel_stats(args: Namespace, images: Tensor | ImageFiles) -> dict:
     measured = [name for name, value in stats.items() if value == "auto"]
     if measured:
         mean, std = distributed.broadcast_from_rank0(lambda: measure_channels(images))
-        if "std" in measured and min(std) < LEAST_STD:
+        if "std" in measured and min(std) < MIN_STD:
             raise ValueError("--std auto: a channel is constant in all training images: give --std")
         stats |= {name: x for name, x in (("mean", mean), ("std", std)) if name in measured}
         values = (f"{name} {' '.join(f'{x:.4f}' for x in stats[name])}" for name in measured)

@@ -30,7 +30,7 @@ from simsiam.runtime.config import (
     option,
 )
 from simsiam.training.optim import OPTIMIZERS
-from simsiam.views.augment import LEAST_STD, NORMALISATION
+from simsiam.views.augment import MIN_STD, NORMALISATION
 from simsiam.views.ops import PROBABILITY, Augmentation
 
 INIT_PARTS = ("fitting", "backbone", "all")
@@ -92,7 +92,7 @@ class ViewSize(Number):
 COUNT, POSITIVE = Number(int, 1, 2**31), Number(float, 1e-12)
 AT_LEAST_0, IMAGE_SIZE, NAMES = Number(float, 0), Number(int, 8, 1024), Several(Text("NAME"))
 LEVELS = Several(Number(float, -1e9, 1e9), 2, metavar=("LOW", "HIGH"))
-MEAN, STD = Several(PROBABILITY), Several(Number(float, LEAST_STD, 1))
+MEAN, STD = Several(PROBABILITY), Several(Number(float, MIN_STD, 1))
 
 
 # ---- pre-training -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ NORMALISATION = {  # mean and std of each channel
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-LEAST_STD = 1e-3  # of pixels from 0 to 1, which are divided by it
+MIN_STD = 1e-3  # of pixels from 0 to 1, for a division by it
 
 
 class Batch(NamedTuple):
@@ -47,8 +47,8 @@ class Batch(NamedTuple):
 class ViewParams:
     """Sampled parameters of one view of a global batch.
 
-    `operations`: in the order in which they are applied. `values`: their parameters by name, as
-    drawn by `sample`.
+    `operations`: in the order in which they are applied. `values`: the parameters of each, by its
+    name: those of `Operation.sample`, and `on`, to which images it applies.
     """
 
     operations: tuple[Crop | Operation, ...]
@@ -94,7 +94,10 @@ class ViewParams:
 def sample_stream(
     rng: np.random.Generator, operations: Sequence[Operation], n: int
 ) -> dict[str, Params]:
-    """Draw the parameters of operations that share a generator, for `n` images, by their names."""
+    """Draw the parameters of operations that share a generator, for `n` images, by their names.
+
+    One draw for all of them decides which operation applies to which image.
+    """
     params = {op.name: op.sample(rng, n) for op in operations if op.draws_first}
     applies = rng.random((n, len(operations))) < [op.p for op in operations]
     params |= {op.name: op.sample(rng, n) for op in operations if not op.draws_first}
@@ -117,9 +120,9 @@ class Views:
     `size`: side of a view in pixels. `mean`, `std`: of each channel, from 0 to 1. `number`: views
     per image. `compiled`: run the colour operations through torch.compile; each then reads the
     images once or twice instead of five to twenty times, and the last bits differ.
-    `size_schedule`: side of the views in each epoch, if it is not `size` in all; the test transform
-    keeps `size`. `operations`: further ones, applied before the images are normalised. Each draws
-    from a generator of its own, so that nothing else changes with it.
+    `size_schedule`: side of the views in each epoch; empty: `size` in all. The test transform uses
+    `size` throughout. `operations`: further ones, applied last before the normalisation. Each draws
+    from a random generator of its own, so that it does not change what the others draw.
     """
 
     def __init__(
@@ -149,8 +152,8 @@ class Views:
         """Return the views of a batch: `number` times n x C x size x size, normalised fp32.
 
         They are a function of the seed and the batch; the first do not depend on `number`. Crops
-        of the loader's workers stay as large as they are. Raises ValueError if colours are to
-        change that are not three channels.
+        from the loader's workers keep their size. Raises ValueError if an operation needs three
+        channels and the images have another number.
         """
         a = self.augmentation
         if len(self.mean) != 3 and (a.gray_p or (a.jitter_p and any(a.jitter[2:]))):
@@ -192,8 +195,8 @@ class Views:
             values = {op.name: op.sample(streams[0][0], batch.size, *height_width) for op in crop}
             for rng, operations in streams:
                 values |= sample_stream(rng, operations, batch.size)
-            used = (*crop, *(operation for operation in self.operations if operation.p))
-            views.append(ViewParams(used, values))
+            active = (*crop, *(operation for operation in self.operations if operation.p))
+            views.append(ViewParams(active, values))
         return views
 
     def _view(self, images: Tensor, rows: slice, sampled: ViewParams, size: int) -> Tensor:

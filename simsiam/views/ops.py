@@ -92,8 +92,8 @@ class Augmentation(Config):
 
 Params = dict[str, Any]  # parameters of one operation by name: see `Operation.sample`
 
-# Operations that share a random generator; one draw decides for all of them which images they apply
-# to. Another division would change the views of every seed.
+# Two random generators that several operations share, see `Operation.stream`. Another division, or
+# another order of the operations, would change the views of every seed.
 FIRST_STREAM, SECOND_STREAM = (), (1,)
 
 
@@ -101,9 +101,9 @@ FIRST_STREAM, SECOND_STREAM = (), (1,)
 class Operation:
     """A random operation on a batch of images. `p`: probability that it applies to an image.
 
-    `neutral`: parameters with which `apply` leaves an image as it is; images that the operation
-    does not apply to get them in the place of those of `sample`. `draws_first`: whether `sample`
-    comes before the draw of the images that the operation applies to.
+    `neutral`: parameters with which `apply` leaves an image as it is. They replace those of
+    `sample` for images that the operation does not apply to. `draws_first`: call `sample` before
+    the draw of the images that the operation applies to.
     """
 
     p: float = 1.0
@@ -119,7 +119,7 @@ class Operation:
     def stream(self) -> tuple[int, ...]:
         """What follows (seed, epoch, step) in the seed of the operation's random generator.
 
-        Each has a generator of its own, so that the others draw the same with and without it.
+        A new operation has a generator of its own: the others draw the same without it.
         """
         return 2, zlib.crc32(self.name.encode())
 
@@ -154,9 +154,9 @@ def per_image(values: Tensor) -> Tensor:
 class Geometry(NamedTuple):
     """Images, and geometric changes that `compute` makes in as few passes as possible.
 
-    `images`: uint8. `rows`, `columns`: matrices of a crop and resize, see `resample`; None: images
-    keep their size. Then, N bool each: `left_right` and `up_down`, flips; `exchanged`, rows and
-    columns.
+    `images`: uint8. `rows`, `columns`: matrices of a crop and resize (see `resample`); None: the
+    images keep their size. N bool each: `left_right`, `up_down`: flip an image; `exchanged`: then
+    exchange its rows and columns.
     """
 
     images: Tensor
@@ -254,7 +254,7 @@ class GeometricOperation(Operation):
 
 
 class FlipLeftRight(GeometricOperation):
-    """Mirror an image."""
+    """Mirror an image left to right."""
 
     stream: ClassVar = FIRST_STREAM
 
@@ -266,7 +266,7 @@ class FlipLeftRight(GeometricOperation):
 
 
 class FlipUpDown(GeometricOperation):
-    """Turn an image upside down, and mirror it."""
+    """Mirror an image top to bottom."""
 
     stream: ClassVar = SECOND_STREAM
 
@@ -437,9 +437,6 @@ class Grayscale(Operation):
     def apply(self, images: Tensor, params: Params) -> Tensor:
         return self.saturate(images, per_image(1 - params["on"]))
 
-    def describe(self, params: Params) -> list[str]:
-        return ["gray"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Blur(Operation):
@@ -492,9 +489,6 @@ class Solarize(Operation):
     def apply(self, images: Tensor, params: Params) -> Tensor:
         inverted = torch.minimum(images, 1 - images)  # above 1/2, 1 - x is the smaller one
         return torch.where(per_image(params["on"] > 0), inverted, images)
-
-    def describe(self, params: Params) -> list[str]:
-        return ["solarize"]
 
 
 def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
