@@ -1,10 +1,9 @@
 // A pretend accelerator in the CPU's memory, for tests: PyTorch's PrivateUse1 backend, two devices.
 //
-// Every operation runs on the CPU, so that its numbers are the CPU's. As on CUDA, tensors on two
-// devices cannot meet, fresh memory holds junk, and there are functions for BN over ranks. Counted
-// is what the host would wait for: numbers asked for, masks as indices, and blocking copies.
+// Every operation runs on the CPU, and gives the CPU's numbers. As on CUDA, an operation refuses
+// tensors of two devices, fresh memory holds junk, and SyncBatchNorm has its functions. Counted is
+// what the host would wait for: numbers read, masks as indices, and blocking copies.
 #include <ATen/EmptyTensor.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
@@ -379,15 +378,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", &conv);
   m.impl("convolution_backward_overrideable", &conv_b);
 }
-TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
-TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m){
-    KERNEL_PRIVATEUSEONE(conv2d, lower_precision_fp)
-        KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
-            KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
-                KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
-                    KERNEL_PRIVATEUSEONE(bmm, lower_precision_fp)
-                        KERNEL_PRIVATEUSEONE(cosine_similarity,
-                                             fp32)} PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("setup", [] { at::RegisterPrivateUse1HooksInterface(&hooks_); });
   m.def("counts", [] {
     return std::map<std::string, long>{{"to_host", to_host},

@@ -176,15 +176,15 @@ def weights_of_a_rank(native: types.ModuleType, synced: bool) -> tuple[dict, flo
 
 def on_ranks(native: types.ModuleType, place: str, flags: list[str]) -> dict:
     """Write weights after three steps; run main.py on two ranks: its output, all exit codes."""
-    codes = []
+    codes, output = [], ""
     for name, ranks, synced in (("one", 1, True), ("two", 2, True), ("apart", 2, False)):
         outcome = launch(ranks, weights_of_a_rank, native, synced, method="fork")
-        print(outcome.output, file=sys.stderr)
+        output += outcome.output
         torch.save(outcome.results[0], f"{place}/{name}.pth")
         codes += outcome.codes
     work = lambda: utils.run_command(lambda: main.main(flags))  # noqa: E731
     outcome = launch(2, work, method="fork")
-    return {"codes": codes + outcome.codes, "output": outcome.output}
+    return {"codes": codes + outcome.codes, "output": output + outcome.output}
 
 
 def command() -> None:

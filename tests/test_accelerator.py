@@ -92,6 +92,7 @@ def test_two_ranks_train_like_one_process_by_sync_batchnorm(accelerator, tmp_pat
     flags = "--ddp --device pretend --data_name textures --train_size 128 --epochs 1 --k 20 "
     flags += f"--amp off --width 8 --feature_dim 32 --no-pictures --out {tmp_path}"
     outcome = accelerator("ranks", tmp_path, *flags.split())
+    assert outcome["codes"] == [0] * 7, outcome["output"]
     (one, _), (two, timeout), (apart, _) = (
         torch.load(tmp_path / f"{name}.pth") for name in ("one", "two", "apart")
     )
@@ -99,6 +100,5 @@ def test_two_ranks_train_like_one_process_by_sync_batchnorm(accelerator, tmp_pat
     with pytest.raises(AssertionError):  # BN of each rank's images gives other weights
         torch.testing.assert_close(apart, one, rtol=1e-4, atol=1e-5)
     assert timeout == 600  # seconds, after which a lost rank ends the others
-    assert outcome["codes"] == [0] * 7
     assert "pretend:0" in outcome["output"]
     assert next(tmp_path.glob("*_model.pth"))
