@@ -19,10 +19,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def refused(capsys, command, *argv) -> str:
-    """Exit code 2 and one line on stderr: that line."""
+    """Check that a command, or a module with `main`, exits with code 2 after one line on stderr.
+
+    Returns the line.
+    """
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        command.main([str(word) for word in argv])
+        getattr(command, "main", command)([str(word) for word in argv])
     err = capsys.readouterr().err
     assert stop.value.code == 2, err
     assert err.count("\n") == 1, err

@@ -1,6 +1,4 @@
-"""tools.worth: its words by hand; a small study, its rows against the commands that they name."""
-
-import types
+"""tools.worth: its summary by hand; a small study against the commands in its table."""
 
 import pandas
 import pytest
@@ -11,11 +9,9 @@ import main
 from tests import helpers
 from tools import worth
 
-DOOR = types.SimpleNamespace(main=worth.command)
-
 
 def rows(method, **points):
-    """Two seeds a point: a top-1 1 below and one 1 above."""
+    """Two seeds per point, with a top-1 1 below and 1 above it."""
     return [
         {"method": method, "labels": int(labels[1:]), "seed": seed, "top1": top1 + 2 * seed - 1}
         for labels, top1 in points.items()
@@ -23,33 +19,28 @@ def rows(method, **points):
     ]
 
 
-def test_how_many_labels_by_hand():
+def test_labels_for_an_accuracy_by_hand():
     means = {100: 20.0, 10_000: 60.0}
-    assert worth.labels_for(means, 40.0) == pytest.approx(1000)  # half of the way, on a log scale
+    assert worth.labels_for(means, 40.0) == pytest.approx(1000)  # half-way on a log scale
     assert worth.labels_for(means, 60.0) == pytest.approx(10_000)
-    assert worth.labels_for(means, 15.0) == 100  # enough from the start
+    assert worth.labels_for(means, 15.0) == 100
     assert worth.labels_for(means, 60.1) is None
 
 
-def test_the_words_by_hand():
-    found = rows(worth.LINEAR, _100=40.0, _1000=45.0, _10000=50.0)
-    found += rows(worth.TUNED, _100=30.0, _1000=55.0, _10000=70.0)
-    found += rows(worth.KNN, _100=35.0, _1000=40.0, _10000=45.0)
-    found += rows(worth.SCRATCH, _100=20.0, _1000=40.0, _10000=70.0)
-    assert worth.in_words(found) == [
-        "with 10000 labels, pre-training gives 70.0 % (fine-tuned); from scratch is no worse: "
-        "70.0 %",
-        # 15 of the 30 points from 40 to 70: half of the way from 1,000 to 10,000.
-        "with 1000 labels, pre-training gives 55.0 % (fine-tuned), from scratch 40.0 %, which "
-        "needs about 3200 labels for that",
-        "with 100 labels, pre-training gives 40.0 % (linear), from scratch 20.0 %, which needs "
-        "about 1000 labels for that",
-    ]
-    never = rows(worth.KNN, _100=50.0) + rows(worth.SCRATCH, _100=20.0, _1000=49.0)
-    assert worth.in_words(never + rows(worth.KNN, _1000=60.0))[-1] == (
-        "with 100 labels, pre-training gives 50.0 % (kNN), from scratch 20.0 %, and less than that "
-        "with all 1000"
-    )
+def test_summary_by_hand():
+    table = rows(worth.LINEAR, _100=40.0, _1000=45.0, _10000=50.0)
+    table += rows(worth.TUNED, _100=30.0, _1000=55.0, _10000=70.0)
+    table += rows(worth.KNN, _100=35.0, _1000=40.0, _10000=45.0)
+    table += rows(worth.SCRATCH, _100=20.0, _1000=40.0, _10000=70.0)
+    most, middle, fewest = worth.summarize(table)
+    assert all(words in most for words in ("10000 labels", "70.0 % (fine-tuned)", "no worse"))
+    # 55 lies half-way between 40 and 70: half-way from 1,000 to 10,000.
+    for words in ("1000 labels", "55.0 % (fine-tuned)", "scratch 40.0 %", "3200 labels"):
+        assert words in middle
+    for words in ("100 labels", "40.0 % (linear)", "scratch 20.0 %", "1000 labels"):
+        assert words in fewest
+    never = rows(worth.KNN, _100=50.0, _1000=60.0) + rows(worth.SCRATCH, _100=20.0, _1000=49.0)
+    assert "all 1000" in worth.summarize(never)[-1]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +51,7 @@ def pretrained(tmp_path_factory):
     return out / "pre_model.pth"
 
 
-def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, capsys, monkeypatch):
+def test_a_study_equals_its_commands_and_continues(pretrained, tmp_path, capsys):
     flags = f"--fractions 0.2 --seeds 3 --epochs 2 --steps 1 --out {tmp_path}".split()
     worth.command(["--model_path", str(pretrained), *flags])
     assert "with 60 labels, " in capsys.readouterr().out.splitlines()[-1]
@@ -75,60 +66,55 @@ def test_a_study_is_what_its_commands_give_and_goes_on(pretrained, tmp_path, cap
     again = pandas.read_csv(tmp_path / "again" / "a_statistics.csv")["test_acc@1"].iloc[-1]
     # Another process may have another number of threads, and so other last bits.
     assert table.loc[worth.SCRATCH, "top1"] == pytest.approx(again, abs=1)
-    # A row that is there is not made again, one that is not is made, a run that was cut goes on.
-    kept = table.drop([worth.KNN, worth.SCRATCH])
-    kept.loc[worth.LINEAR, "top1"] = 99.0
-    kept.reset_index()[list(worth.COLUMNS)].to_csv(tmp_path / "worth.csv", index=False)
+    # A row in the table is kept, a missing one is added, an interrupted run is resumed.
+    edited = table.drop([worth.KNN, worth.SCRATCH])
+    edited.loc[worth.LINEAR, "top1"] = 99.0
+    edited.reset_index()[list(worth.COLUMNS)].to_csv(tmp_path / "worth.csv", index=False)
     (statistics,) = (tmp_path / "worth").glob("*_from-scratch_*_statistics.csv")
     name = statistics.name.removesuffix("_statistics.csv")
     own = ["--out", tmp_path / "worth", "--name", name, "--no-pictures", "--overwrite"]
-    own += ["--checkpoint_minutes", 0]
-    helpers.cut_in_epoch(linear, 1, [*words, *own])
-    begun = pandas.read_csv(statistics)
+    helpers.cut_in_epoch(linear, 1, [*words, *own, "--checkpoint_minutes", 0])
+    interrupted = pandas.read_csv(statistics)
     worth.command(["--model_path", str(pretrained), *flags])
-    found = pandas.read_csv(tmp_path / "worth.csv").set_index("method")["top1"]
-    assert found[worth.LINEAR] == 99
-    assert found[worth.KNN] == pytest.approx(table.loc[worth.KNN, "top1"])
-    gone_on = pandas.read_csv(statistics)
-    assert gone_on["epoch"].tolist() == [1, 2]
-    assert gone_on["seconds"][0] == begun["seconds"][0]
-    assert found[worth.SCRATCH] == gone_on["test_acc@1"][1]
+    top1 = pandas.read_csv(tmp_path / "worth.csv").set_index("method")["top1"]
+    assert top1[worth.LINEAR] == 99
+    assert top1[worth.KNN] == pytest.approx(table.loc[worth.KNN, "top1"])
+    resumed = pandas.read_csv(statistics)
+    assert resumed["epoch"].tolist() == [1, 2]
+    assert resumed["seconds"][0] == interrupted["seconds"][0]
+    assert top1[worth.SCRATCH] == resumed["test_acc@1"][1]
 
 
-def test_another_encoder_beside_it(pretrained, tmp_path):
-    """Its row is what the linear head of a study of its own is; it makes no other row another's."""
-    other = tmp_path / "other_model.pth"
+def test_against_another_encoder(pretrained, tmp_path):
+    """Its row equals that of a study of its own, and leaves the other rows alone."""
+    other, out = tmp_path / "other_model.pth", tmp_path / "both"
     flags = "--data_name textures --train_size 300 --width 8 --feature_dim 16 --epochs 1"
     main.main(f"{flags} --no-pictures --out {tmp_path} --name other".split())
-    study = worth.parsed([*"--fractions 0.2 --seeds 3 --model_path".split(), str(pretrained)])[1]
-    study.out, study.against = tmp_path / "both", str(other)
-    both, numbers = worth.prepared(study)
-    study.out.mkdir()
+    flags = f"--fractions 0.2 --seeds 3 --out {out} --model_path".split()
+    both, numbers = worth.prepare(
+        worth.parse([*flags, str(pretrained), "--against", str(other)])[1]
+    )
+    out.mkdir()
     name = f"linear, {other.name}"
     assert both.methods == [worth.KNN, worth.LINEAR, name, worth.TUNED, worth.SCRATCH, worth.PIXELS]
     row = both.run(name, 0.2, numbers[0.2], 3)
     assert row["encoder"] == str(other)
-    own = worth.parsed([*"--fractions 0.2 --seeds 3 --model_path".split(), str(other)])[1]
-    own.out = study.out
-    alone = worth.prepared(own)[0].run(worth.LINEAR, 0.2, 60, 3)
+    alone = worth.prepare(worth.parse([*flags, str(other)])[1])[0].run(worth.LINEAR, 0.2, 60, 3)
     assert row["top1"] == alone["top1"]
     assert row["top1"] != both.run(worth.LINEAR, 0.2, 60, 3)["top1"]
-    assert len(pandas.read_csv(study.out / "worth.csv")) == 3
+    assert len(pandas.read_csv(out / "worth.csv")) == 3
 
 
 def test_bad_input_is_one_line(pretrained, tmp_path, capsys):
-    out = tmp_path / "out"
-
-    def err(*flags):
-        found = helpers.refused(capsys, DOOR, "--model_path", pretrained, "--out", out, *flags)
-        assert not out.exists()
-        return found
-
-    assert "--fractions 0.01: gives class" in err("--fractions", 0.01, 1)
-    assert "--fractions" in err("--fractions", 2)
-    assert "nowhere.pth" in err("--against", tmp_path / "nowhere.pth")
-    unlabelled = tmp_path / "images"
+    out, unlabelled = tmp_path / "out", tmp_path / "images"
     unlabelled.mkdir()
     Image.new("RGB", (32, 32)).save(unlabelled / "a.png")
-    wrong = err("--data_name", "folder", "--data_root", unlabelled)
-    assert "has no labelled test images" in wrong
+    for flags, word in (
+        (("--fractions", 0.01, 1), "--fractions 0.01"),
+        (("--fractions", 2), "--fractions"),
+        (("--against", tmp_path / "nowhere.pth"), "nowhere.pth"),
+        (("--data_name", "folder", "--data_root", unlabelled), str(unlabelled)),
+    ):
+        flags = ("--model_path", pretrained, "--out", out, *flags)
+        assert word in helpers.refused(capsys, worth.command, *flags)
+        assert not out.exists()
