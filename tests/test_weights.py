@@ -106,7 +106,7 @@ def in_old_version(path, version):
     old = {name: state[name] for name in kept} | {"version": version}
     new = ("exif", "background", "exclude", "levels", "channels", "probe")
     args = {name: value for name, value in state["config"].items() if name not in new}
-    args |= {"local_views": 0, "target_momentum": 0.99}
+    args |= {"local_views": 0, "target_momentum": 0.99, "k": "junk", "batch_size": [1]}
     ema = {
         "momentum_encoder.0.conv1.weight": torch.ones(1),
         "local_predictor.0.weight": torch.ones(1),

@@ -68,6 +68,7 @@ def first_mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> s
 # Settings that did not exist in all older versions, with the behaviour before them.
 BEFORE = {"exif": False, "background": "none", "optimizer": "sgd", "probe": False}
 SINGLE_START = ("resume", "overwrite", "ddp")  # settings of a single start of a run
+LOCAL_SETTINGS = (*SINGLE_START, "tensorboard", "cuda_graphs")  # not for another machine
 # Parts that networks no longer have; they were of no use after training.
 REMOVED_PARTS = ("local_predictor.", "momentum_encoder.")
 
@@ -112,12 +113,21 @@ def parse_own(value: object) -> tuple[dict, list[str]]:
 
 
 def older_config(command: str, args: dict) -> Config:
-    """Return the settings of an older checkpoint that exist today. Raises ConfigError."""
-    config = checkpoint.CONFIGS[command]
-    names = {field.name for field in dataclasses.fields(config)}
-    names -= {*SINGLE_START, "tensorboard", "cuda_graphs"}  # what another machine may not have
-    values = {k: v for k, v in (BEFORE | args).items() if k in names and v is not None}
-    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """Return the settings of an older checkpoint that exist today; invalid ones are left out.
+
+    Raises ConfigError for settings that exclude each other.
+    """
+    config, values = checkpoint.CONFIGS[command], {}
+    for field in dataclasses.fields(config):
+        value = (BEFORE | args).get(field.name)
+        value = tuple(value) if isinstance(value, list) else value
+        if value is not None and field.name not in LOCAL_SETTINGS:
+            with contextlib.suppress(ValueError):
+                field.metadata["kind"].check(value)
+                values[field.name] = value
+    if values.get("data_name") == "textures":  # generated: they have no root any more
+        values.pop("data_root", None)
+    return config(**values)
 
 
 # ---- networks made from weights -----------------------------------------------------------------
