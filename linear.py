@@ -8,64 +8,47 @@ torchrun --nproc_per_node 8 linear.py --ddp --model_path results/..._model.pth -
 """
 
 import contextlib
-import copy
 import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
 from simsiam.data import folders
-from simsiam.data.datasets import (
-    TORCHVISION,
-    check_data_root,
-    check_has_test,
-    load_dataset,
-)
-from simsiam.data.decode import (
-    FOLDER_DATA,
-    DecodeOptions,
-    check_decode_options,
-    decode_files,
-)
-from simsiam.data.loader import (
-    Data,
-    ImageFiles,
-    Loader,
-    balanced_subset,
-    evenly_spaced,
-    images_checksum,
-)
+from simsiam.data.datasets import TORCHVISION, check_data_root, check_has_test, load_dataset
+from simsiam.data.decode import FOLDER_DATA, check_decode_options, decode_files
+from simsiam.data.loader import Data, evenly_spaced, images_checksum
 from simsiam.evaluation import metrics
-from simsiam.evaluation.linear import (
-    FeatureFn,
-    FinetunedEncoder,
-    FrozenEncoder,
-    Task,
-    evaluate,
-    identity_features,
-    make_optimizer,
-    topk_correct,
-)
 from simsiam.interop.weights import LoadedCheckpoint, Predictor
 from simsiam.models.backbones import build_backbone
-from simsiam.models.classifier import Classifier, linear_head
+from simsiam.models.classifier import Classifier
 from simsiam.models.flops import params_and_flops
 from simsiam.plots.curves import plot_confusion, plot_curves
 from simsiam.runtime import devices, distributed
 from simsiam.runtime.files import atomic_write, error_prefix, printable, write_csv
 from simsiam.runtime.schedule import cosine_schedule
 from simsiam.training import checkpoint
+from simsiam.training.heads import (
+    AUGMENTATION,
+    LR_PARTS,
+    FinetunedEncoder,
+    FrozenEncoder,
+    HeadTask,
+    choose_lr,
+    epoch_progress,
+    evaluate,
+    make_optimizer,
+    raw_pixel_baseline,
+    train,
+)
 from simsiam.training.meters import Meters
-from simsiam.training.progress import Progress
 from simsiam.training.recipes import (
     TEXTURES_HAVE_NO_ROOT,
     LinearConfig,
@@ -75,14 +58,12 @@ from simsiam.training.recipes import (
 )
 from simsiam.training.run import Run
 from simsiam.training.state import TrainState
-from simsiam.views.augment import Augmentation, Views
+from simsiam.views.augment import Views
 
-# An lr of 30 is for features that are small numbers. Where the mean of their squared norms is above
-# this, as it is after Muon, the default is one of these parts of it, chosen on held-out images. SGD
-# on textures gives 5; after Muon it was 17 there, and about 200 on CIFAR-10.
-LARGE_NORM, LR_PARTS = 10.0, (1.0, 0.1, 0.01, 0.001)
-# The training transform: random resized crop and flip.
-AUGMENTATION = Augmentation(crop_scale=(0.08, 1.0), jitter_p=0.0, gray_p=0.0)
+# The default lr of 30 suits features with a mean squared norm up to this one. SGD on textures gives
+# 5; Muon gives 17 there and about 200 on CIFAR-10, where the best of a few parts of it is taken.
+LARGE_NORM = 10.0
+PROTOCOLS = {"linear": "Linear", "finetune": "Fine-tuned", "scratch": "From scratch"}
 STATISTICS = tuple(
     "epoch lr train_loss train_acc@1 train_acc@5 test_loss test_acc@1 test_acc@5 seconds".split()
 )
@@ -115,38 +96,29 @@ def open_checkpoint(config: LinearConfig, is_linear: bool) -> LoadedCheckpoint:
     return source
 
 
-def split_names_of(config: LinearConfig, source: LoadedCheckpoint) -> tuple[str, ...] | None:
-    """Return --split_names or, for the data set of the checkpoint, those of the checkpoint."""
-    saved = source.config
-    same = saved is not None and config.data_name in (None, saved.data_name)
-    return config.split_names or (saved.split_names if same else None)
-
-
-def decode_options_of(config: LinearConfig, source: LoadedCheckpoint) -> DecodeOptions:
-    """Return how image files are decoded: as the flags say, else as in pre-training."""
-    names = ("exif", "background", "exclude", "levels")
-    flags = {name: getattr(config, name) for name in names}
-    return dataclasses.replace(source.decode, **{k: v for k, v in flags.items() if v is not None})
-
-
 def load_images(
     config: LinearConfig, source: LoadedCheckpoint, test_only: bool = False
-) -> tuple[Data, str, str]:
-    """Return the data set of the flags, else of the checkpoint; its name and root.
+) -> tuple[Data, dict]:
+    """Return the labelled images of the flags, else of the checkpoint's data set.
 
-    Images without a label are left out. `test_only`: training images need not be read.
+    And the config fields that define them, as resolved here. `test_only`: training images may be
+    missing.
     """
     saved = source.config
     name = config.data_name or saved.data_name
-    same = saved is not None and name == saved.data_name
+    is_same = saved is not None and name == saved.data_name
     check_decode_options({"exclude": config.exclude, "levels": config.levels}, name)
     if config.data_root and name == "textures":
         raise ValueError(TEXTURES_HAVE_NO_ROOT)
-    root = config.data_root or (same and saved.data_root) or "data"
+    root = config.data_root or (is_same and saved.data_root) or "data"
     if config.data_root and not config.data_name:
         check_data_root(name, root)
     elif not config.data_root and name in TORCHVISION and not os.path.isdir(root):
         root = "data"  # pre-training ran on another machine
+    flags = {key: getattr(config, key) for key in ("exif", "background", "exclude", "levels")}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    decode = dataclasses.replace(source.decode, **flags)
+    split_names = config.split_names or (saved.split_names if is_same else None)
     images = load_dataset(
         name,
         root,
@@ -154,173 +126,40 @@ def load_images(
         config.num_workers,
         config.bad_images,
         test_only,
-        decode_options_of(config, source),
-        split_names_of(config, source),
+        decode,
+        split_names,
     )
     check_has_test(images.test_images, root)
-    if isinstance(saved, PretrainConfig) and same and saved.train_size and not test_only:
+    if isinstance(saved, PretrainConfig) and is_same and saved.train_size and not test_only:
         images = images.subset(saved.train_size, saved.seed)
-    return images.select(images.train_labels >= 0), name, root
-
-
-# ---- fitting ------------------------------------------------------------------------------------
-
-
-def train(
-    state: TrainState, feature_fn: FeatureFn, epoch: int, config: LinearConfig, start: int = 0
-) -> Iterator[int]:
-    """Train an epoch of all heads side by side, from step `start` on; yield each step.
-
-    `state.model`: the heads. They do not touch one another: the gradient of the sum of their losses
-    is for each head that of its own loss. If `feature_fn` lets gradients through, the encoder
-    learns too. The meters sum, image by image, the first head's loss, top-1 and top-5.
-    """
-    for batch in state.loader.epoch(epoch, start):
-        features, targets = feature_fn(batch)
-        factor = cosine_schedule(epoch + batch.step / len(state.loader), config.epochs)
-        for group in state.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        logits = [head(features) for head in state.model]
-        losses = [
-            F.cross_entropy(scores, targets, label_smoothing=config.label_smoothing)
-            for scores in logits
-        ]
-        state.optimizer.zero_grad()
-        sum(losses).backward()
-        state.optimizer.step()
-        top1, top5 = topk_correct(logits[0].detach(), batch.labels)
-        n = batch.size
-        state.meters.add(loss=n * losses[0].detach(), top1=n * top1, top5=n * top5)
-        yield batch.step
-
-
-def epoch_progress(epoch: int, config: LinearConfig, loader: Loader, start: int = 0) -> Progress:
-    """Return the progress bar of an epoch."""
-    labels, smaller = {"loss": "loss", "top1": "acc"}, "the same command with --cached"
-    return Progress(epoch, config, len(loader), labels, smaller, start, loader.batch_size)
-
-
-def fit(
-    head: nn.Linear,
-    lrs: tuple[float, ...],
-    task: Task,
-    config: LinearConfig,
-    backbone: nn.Module | None = None,
-) -> nn.ModuleList:
-    """Return a copy of `head` per lr, trained from the start to the end; a `backbone` with one."""
-    heads = nn.ModuleList(copy.deepcopy(head) for _ in lrs)
-    state = TrainState(
-        net=heads,
-        model=heads,
-        optimizer=make_optimizer(config, heads, lrs, backbone),
-        loader=task.loader(config),
-        meters=Meters(task.labels.device, "top1", "top5"),
-        lr_at=lambda progress: 0.0,
-    )
-    for epoch in range(config.epochs):
-        state.meters.clear()
-        with epoch_progress(epoch, config, state.loader) as progress:
-            for step in train(state, task.embed, epoch, config):
-                progress(step, state.meters)
-    return heads
-
-
-def held_out(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Split the training images to choose an lr: indices of nine tenths, and a mask of a tenth."""
-    size = len(labels) - max(1, len(labels) // 10)
-    rest = balanced_subset(labels.cpu(), size, seed).to(labels.device)
-    mask = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    mask[rest] = False
-    return rest, mask
-
-
-def best_lr_for_head(
-    head: nn.Linear,
-    lrs: tuple[float, ...],
-    task: Task,
-    extract: Callable[[Tensor | ImageFiles], Tensor] | None,
-    config: LinearConfig,
-) -> float:
-    """Return the lr whose head is best on a held-out tenth of the training set.
-
-    `extract` gives the features of held-out images; None if the task's inputs are features.
-    """
-    rest, mask = held_out(task.labels, config.seed)
-    heads = fit(head, lrs, task.chosen(rest), config)
-    features = extract(task.inputs[mask]) if extract else task.inputs[mask]
-    return best_lr(lrs, [evaluate(head, features, task.labels[mask])[1] for head in heads])
-
-
-def best_lr_for_network(
-    net: Classifier, encoder: FinetunedEncoder, task: Task, config: LinearConfig, classes: int
-) -> float:
-    """Return the best lr as `best_lr_for_head`, training a copy of the whole network per lr."""
-    rest, mask = held_out(task.labels, config.seed)
-    scores = []
-    for lr in config.lr:
-        copied = copy.deepcopy(net)
-        tuned = FinetunedEncoder(
-            copied.backbone, encoder.views, encoder.amp, config.compile, classes, config.mixup
-        )
-        subset = task.chosen(rest)._replace(embed=tuned.augmented)
-        (head,) = fit(copied.fc, (lr,), subset, config, copied.backbone)
-        features = tuned.plain(task.inputs[mask])
-        scores.append(evaluate(head, features, task.labels[mask])[1])
-    return best_lr(config.lr, scores)
-
-
-def best_lr(lrs: tuple[float, ...], scores: list[float]) -> float:
-    """Return the lr with the best score, and log all of them."""
-    for lr, score in zip(lrs, scores, strict=True):
-        distributed.log(f"--lr {lr:g}: {score:.2f} % of the held-out tenth of the training set")
-    return lrs[scores.index(max(scores))]
-
-
-def pixels_baseline(images: Data, views: Views, amp: torch.autocast, config: LinearConfig) -> float:
-    """Return the test top-1 of a linear head on raw pixels: the same fit, at the best of four lr.
-
-    The best on the test set, which favours the baseline: pixels have another scale than features.
-    """
-    pixels = metrics.raw_pixels(views.size)
-    images = images.limit(metrics.MAX_RAW_PIXEL_IMAGES, config.seed)
-    inputs, test = (
-        metrics.extract_features(pixels, views.eval_transform, part, amp, False)
-        for part in (images.train_images, images.test_images)
-    )
-    lrs = tuple(config.lr[0] * part for part in LR_PARTS)
-    head = linear_head(inputs.shape[1], len(images.classes)).to(inputs.device)
-    heads = fit(head, lrs, Task(inputs, images.train_labels, identity_features), config)
-    return max(evaluate(head, test, images.test_labels)[1] for head in heads)
+    settings = {
+        "data_name": name,
+        "data_root": None if name == "textures" else absolute_root(root),
+        "split_names": split_names,
+        "exif": decode.exif,
+        "background": decode.background,
+        "exclude": (name in FOLDER_DATA and decode.exclude) or None,
+        "levels": decode.levels,
+    }
+    return images.select(images.train_labels >= 0), settings
 
 
 # ---- a run --------------------------------------------------------------------------------------
 
 
-def default_name(config: LinearConfig, source: LoadedCheckpoint) -> str:
-    """Return the name of a run: that of --model_path's run, and what is not the default."""
-    saved = source.config
-    parts = [run_of(config.model_path)[1] if saved else Path(config.model_path).stem, config.mode]
-    parts += ["cached"] if config.cached else []
-    parts += [config.optimizer] if config.optimizer != "sgd" else []
-    parts += [config.data_name] if saved and config.data_name not in (None, saved.data_name) else []
-    parts += [f"{config.label_fraction:g}"] if config.label_fraction < 1 else []
-    return "_".join(parts)
+class Evaluation(NamedTuple):
+    """What a run evaluates, and on what, besides its TrainState.
 
-
-class LinearTask(NamedTuple):
-    """What a run fits and evaluates besides its TrainState.
-
-    `test_features`: of a frozen encoder, the same in all epochs. `extraction_seconds`: of the
-    training images' features. `images_per_epoch`: training images that an epoch sees. `knn`: top-1
-    at the end of pre-training. `result`: columns of results.csv.
+    `test_features`: N x d, of a frozen encoder; None where each epoch changes them. `seconds`: time
+    to extract the training features. `knn`: top-1 at the end of pre-training, percent, if known.
+    `result`: columns of results.csv.
     """
 
     encoder: FrozenEncoder
-    task: Task
+    task: HeadTask
     images: Data
     test_features: Tensor | None
-    extraction_seconds: float
-    images_per_epoch: int
+    seconds: float
     knn: float | None
     result: dict
 
@@ -328,7 +167,18 @@ class LinearTask(NamedTuple):
         """Return the features of the test images, N x d."""
         if self.test_features is not None:
             return self.test_features
-        return self.encoder.plain(self.images.test_images)
+        return self.encoder.extract(self.images.test_images)
+
+
+def default_name(config: LinearConfig, source: LoadedCheckpoint) -> str:
+    """Return the name of a run: that of --model_path's run, and the settings that set it apart."""
+    saved = source.config
+    parts = [run_of(config.model_path)[1] if saved else Path(config.model_path).stem, config.mode]
+    parts += ["cached"] if config.cached else []
+    parts += [config.optimizer] if config.optimizer != "sgd" else []
+    parts += [config.data_name] if saved and config.data_name not in (None, saved.data_name) else []
+    parts += [f"{config.label_fraction:g}"] if config.label_fraction < 1 else []
+    return "_".join(parts)
 
 
 def load_run_weights(run: Run, net: Classifier) -> None:
@@ -346,21 +196,22 @@ def load_run_weights(run: Run, net: Classifier) -> None:
         raise ValueError(f"--model_path {path}: not the encoder of {run.checkpoint_path}")
 
 
-def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, LinearTask]:
-    """Return the state of a run, new or from its checkpoint, and its task.
+def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, Evaluation]:
+    """Return the state of a run, new or from its checkpoint, and what it evaluates.
 
     Raises ValueError and OSError for what the user is to mend.
     """
-    config = run.config
     with parser.bad_input():  # one rank alone may lack its device
-        device, amp = devices.setup_device(config)
-    source = open_checkpoint(config, is_linear=False)
+        device, amp = devices.setup_device(run.config)
+    source = open_checkpoint(run.config, is_linear=False)
     for note in source.notes:
-        distributed.log(f"{config.model_path}: {note}")
-    images, data_name, root = load_images(config, source)
+        distributed.log(f"{run.config.model_path}: {note}")
+    images, settings = load_images(run.config, source)
+    run.set_config(**settings)
+    config = run.config
     if config.label_fraction < 1:
-        size = max(1, round(config.label_fraction * len(images.train_labels)))
-        images = images.subset(size, config.seed)
+        number = max(1, round(config.label_fraction * len(images.train_labels)))
+        images = images.subset(number, config.seed)
     if len(config.lr) > 1 and len(images.train_labels) < 10:
         raise ValueError(
             "--lr: of several the best is chosen on a tenth of the training images, and there are "
@@ -368,24 +219,14 @@ def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, LinearTask]:
         )
     arch, size = source.encoder["arch"], source.encoder["image_size"]
     torch.manual_seed(config.seed)
-    body = source.net.backbone
+    backbone = source.net.backbone
     if config.from_scratch:
-        body = build_backbone(*checkpoint.backbone_args(source.encoder))[0]
-    net = Classifier(body, source.net.features, len(images.classes))
+        backbone = build_backbone(*checkpoint.backbone_args(source.encoder))[0]
+    net = Classifier(backbone, source.net.features, len(images.classes))
     counts = params_and_flops(net, size)
     if config.finetune:
         amp = devices.training_precision(device, config.amp, amp, counts[1])
-    decode = decode_options_of(config, source)
-    run.set_config(
-        amp=amp,
-        data_name=data_name,
-        data_root=None if data_name == "textures" else absolute_root(root),
-        split_names=split_names_of(config, source),
-        exif=decode.exif,
-        background=decode.background,
-        exclude=(data_name in FOLDER_DATA and decode.exclude) or None,
-        levels=decode.levels,
-    )
+    run.set_config(amp=amp)
     run.check_unchanged(
         images_checksum=images_checksum(images.train_images),
         classes=images.classes,
@@ -393,15 +234,14 @@ def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, LinearTask]:
     )
     if run.checkpoint:
         load_run_weights(run, net)
-    config = run.config
-    protocol = {"linear": "Linear", "finetune": "Fine-tuned", "scratch": "From scratch"}
-    protocol = protocol[config.mode] + ", cached" * config.cached
+    protocol = PROTOCOLS[config.mode] + ", cached" * config.cached
     if config.label_fraction < 1:
         protocol += f", {100 * config.label_fraction:g}% of labels"
     run.list_bad_images(images.unreadable)
     title = f"{run.path}: {protocol}, {arch}"
-    result = utils.print_summary(title, net, counts, images, data_name, size, device, amp)
-    result |= {"protocol": protocol, "data": utils.data_label(data_name, root), "arch": arch}
+    result = utils.print_summary(title, net, counts, images, config.data_name, size, device, amp)
+    label = utils.data_label(config.data_name, config.data_root)
+    result |= {"protocol": protocol, "data": label, "arch": arch}
     net.to(device, memory_format=torch.channels_last)
     images = images.to(device)
     views = Views(size, source.views.mean, source.views.std, AUGMENTATION, 1, config.seed)
@@ -409,47 +249,47 @@ def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, LinearTask]:
     test_features, seconds = None, 0.0
     if config.finetune:
         encoder = FinetunedEncoder(
-            net.backbone, views, autocast, config.compile, len(images.classes), config.mixup
+            backbone, views, autocast, config.compile, len(images.classes), config.mixup
         )
         distributed.log("training the whole network with BN in train mode; evaluation: eval mode")
-        task = Task(images.train_images, images.train_labels, encoder.augmented, views, False)
     else:
-        encoder = FrozenEncoder(net.backbone, views, autocast, config.compile)
-        test_features = encoder.plain(images.test_images)
-        task = Task(images.train_images, images.train_labels, encoder.augmented, views)
+        encoder = FrozenEncoder(backbone, views, autocast, config.compile)
+        test_features = encoder.extract(images.test_images)
+    if config.cached:
         begin = time.perf_counter()
-        if config.cached:
-            features = encoder.plain(images.train_images)
-            task = Task(features, images.train_labels, identity_features)
+        task = HeadTask(encoder.extract(images.train_images), images.train_labels)
         seconds = time.perf_counter() - begin
-    heads, loader = nn.ModuleList([net.fc]), task.loader(config)
-    trained = net.backbone if config.finetune else None
+    else:
+        task = HeadTask(
+            images.train_images,
+            images.train_labels,
+            encoder.augmented_features,
+            encoder.extract,
+            views,
+            keep_last=not config.finetune,
+        )
+    heads, lr = nn.ModuleList([net.fc]), run.extra.get("lr", config.lr[0])
     state = TrainState(
         net=net,
         model=heads,
-        optimizer=make_optimizer(config, heads, [run.extra.get("lr", config.lr[0])], trained),
-        loader=loader,
+        optimizer=make_optimizer(config, heads, (lr,), backbone if config.finetune else None),
+        loader=task.loader(config),
         meters=Meters(device, "top1", "top5"),
-        lr_at=lambda progress: lr_at(run, progress),
+        lr_at=lambda progress: (
+            run.extra["lr"] * config.batch_size / 256 * cosine_schedule(progress, config.epochs)
+        ),
     )
-    per_epoch = len(task.labels) if task.keep_last else len(loader) * loader.batch_size
     knn = source.state["history"][-1].get("test_acc@1") if source.state else None
-    return state, LinearTask(encoder, task, images, test_features, seconds, per_epoch, knn, result)
+    return state, Evaluation(encoder, task, images, test_features, seconds, knn, result)
 
 
-def lr_at(run: Run, progress: float) -> float:
-    """Return the learning rate `progress` epochs into the run."""
-    peak = run.extra["lr"] * run.config.batch_size / 256
-    return peak * cosine_schedule(progress, run.config.epochs)
-
-
-def usual_lrs(run: Run, work: LinearTask) -> tuple[float, ...]:
-    """Return --lr; if it is not given and the features are large, parts of the default."""
-    config, images = run.config, work.images.train_images
+def candidate_lrs(run: Run, evaluation: Evaluation) -> tuple[float, ...]:
+    """Return --lr or, if it is not given and the features are large, parts of the default."""
+    config, images = run.config, evaluation.images.train_images
     if config.finetune or config.optimizer != "sgd" or "lr" in run.overrides or len(images) < 10:
         return config.lr
     sample = images[evenly_spaced(len(images), 1000)]
-    norm = work.encoder.plain(sample).square().sum(1).mean().item()
+    norm = evaluation.encoder.extract(sample).square().sum(1).mean().item()
     if norm <= LARGE_NORM:
         return config.lr
     lrs = tuple(config.lr[0] * part for part in LR_PARTS)
@@ -460,70 +300,59 @@ def usual_lrs(run: Run, work: LinearTask) -> tuple[float, ...]:
     return lrs
 
 
-def start(run: Run, state: TrainState, work: LinearTask) -> None:
-    """Start a new run with its baseline and, of several lr, the best one."""
-    config, encoder = run.config, work.encoder
+def start(run: Run, state: TrainState, evaluation: Evaluation) -> None:
+    """Start a new run: score the baseline on raw pixels, and choose the best of several lr."""
+    config, encoder = run.config, evaluation.encoder
     run.extra["lr"] = config.lr[0]
     if not config.finetune:
-        baseline = pixels_baseline(work.images, encoder.views, encoder.amp, config)
+        baseline = raw_pixel_baseline(evaluation.images, encoder, config)
         distributed.log(f"baseline, a linear head on raw pixels: top-1 {baseline:.1f} %")
         run.extra["baseline"] = baseline
-    lrs = usual_lrs(run, work)
+    lrs = candidate_lrs(run, evaluation)
     if len(lrs) > 1:
-        if config.finetune:
-            classes = len(work.images.classes)
-            lr = best_lr_for_network(state.net, encoder, work.task, config, classes)
-        else:
-            extract = None if config.cached else encoder.plain
-            lr = best_lr_for_head(state.net.fc, lrs, work.task, extract, config)
-        run.extra["lr"] = lr
-        state.optimizer.param_groups[0]["peak"] = lr_at(run, 0)
-        if config.finetune and config.encoder_lr is None:
-            state.optimizer.param_groups[1]["peak"] = lr_at(run, 0)
+        tuned = encoder if config.finetune else None
+        lr = run.extra["lr"] = choose_lr(lrs, state.net.fc, evaluation.task, config, tuned)
+        groups = state.optimizer.param_groups  # of the head and, fine-tuned, of the encoder
+        for group in groups if config.encoder_lr is None else groups[:1]:
+            group["peak"] = lr * config.batch_size / 256
         distributed.log(f"chosen: --lr {lr:g}; fitting again on the whole training set")
-    run.start(state, [], work.extraction_seconds)
-
-
-def is_evaluated(epoch: int, config: LinearConfig, work: LinearTask) -> bool:
-    """Return whether the test images are evaluated after an epoch.
-
-    A network that is trained whole sees at least as many training images in between: with few
-    labels an epoch is a few steps, and the test would take nearly all of the time.
-    """
-    tests, seen = len(work.images.test_images), work.images_per_epoch
-    passed = (epoch + 1) * seen // tests > epoch * seen // tests
-    return not config.finetune or passed or epoch + 1 == config.epochs
+    run.start(state, [], evaluation.seconds)
 
 
 def fit_and_evaluate(
     run: Run,
     state: TrainState,
-    work: LinearTask,
+    evaluation: Evaluation,
     on_step: Callable[[int, int], None] | None = None,
 ) -> None:
     """Train the epochs of a run that are left, evaluate them, and write the last files."""
-    config, meters, last_log = run.config, state.meters, time.perf_counter()
     if run.checkpoint is None:
-        start(run, state, work)
-    features = work.test_features
+        start(run, state, evaluation)
+    config, images, loader = run.config, evaluation.images, state.loader
+    tests, last_log, features = len(images.test_images), time.perf_counter(), None
+    per_epoch = min(len(images.train_labels), len(loader) * loader.batch_size)
     for epoch in run.epochs():
-        with epoch_progress(epoch, config, state.loader, state.step) as progress:
-            for step in train(state, work.task.embed, epoch, config, state.step):
+        with epoch_progress(epoch, config, loader, state.step) as progress:
+            for step in train(state, evaluation.task.feature_fn, epoch, config, state.step):
                 if on_step is not None:
                     on_step(epoch, step)
-                run.after_step(step, progress(step, meters))
-        work.encoder.check()
-        means = meters.means(work.images_per_epoch)
+                run.after_step(step, progress(step, state.meters))
+        evaluation.encoder.check_frozen()
+        means = state.meters.means(per_epoch)
         row = {"train_loss": means["loss"]}
         row |= {"train_acc@1": 100 * means["top1"], "train_acc@5": 100 * means["top5"]}
-        if is_evaluated(epoch, config, work):
+        # With few labels an epoch of fine-tuning is a few steps. Between two evaluations it trains
+        # on as many images as the test set has: else evaluation would take most of the time.
+        is_due = (epoch + 1) * per_epoch // tests > epoch * per_epoch // tests
+        is_last = epoch + 1 == config.epochs
+        if not config.finetune or is_due or is_last:
             with run.evaluation_phase() if config.finetune else contextlib.nullcontext():
-                features = work.extract_test()
-            test = evaluate(state.net.fc, features, work.images.test_labels)
+                features = evaluation.extract_test()
+            test = evaluate(state.net.fc, features, images.test_labels)
             row |= zip(("test_loss", "test_acc@1", "test_acc@5"), test, strict=True)
         row = run.after_epoch(row)
         # Epochs on cached features take milliseconds: at most one line per second.
-        if epoch + 1 == config.epochs or time.perf_counter() - last_log > 1:
+        if is_last or time.perf_counter() - last_log > 1:
             last_log = time.perf_counter()
             distributed.log(
                 f"epoch {epoch + 1}/{config.epochs} loss {row['train_loss']:.3f} "
@@ -532,81 +361,73 @@ def fit_and_evaluate(
             )
     last, baseline = run.history[-1], run.extra.get("baseline")
     with run.finalize():
-        best = run.write_result(**work.result)
+        best = run.write_result(**evaluation.result)
         if config.pictures:
-            features = work.extract_test() if features is None else features  # a finished run
-            predicted, classes = state.net.fc(features).argmax(1), work.images.classes
-            matrix = metrics.confusion_matrix(work.images.test_labels, predicted, len(classes))
-            draw_confusion(f"{run.path}_confusion.png", config.name, matrix, classes)
+            features = evaluation.extract_test() if features is None else features
+            predicted = state.net.fc(features).argmax(1)
+            matrix = metrics.confusion_matrix(images.test_labels, predicted, len(images.classes))
+            draw_confusion(f"{run.path}_confusion.png", config.name, matrix, images.classes)
             with atomic_write(f"{run.path}_curves.png") as file:
                 first = [{"epoch": 0, "raw_acc@1": baseline}] if baseline is not None else []
                 plot_curves({config.name: [*first, *run.history]}, file)
     distributed.log(
-        f"{work.result['protocol']}: top-1 {last['test_acc@1']:.2f} % (best epoch {best:.2f} %), "
-        f"top-5 {last['test_acc@5']:.2f} %"
+        f"{evaluation.result['protocol']}: top-1 {last['test_acc@1']:.2f} % (best epoch "
+        f"{best:.2f} %), top-5 {last['test_acc@5']:.2f} %"
         + (f"; raw pixels {baseline:.2f} %" if baseline is not None else "")
-        + (f"; kNN at the end of pre-training {work.knn:.2f} %" if work.knn is not None else "")
+        + (
+            ""
+            if evaluation.knn is None
+            else f"; kNN at the end of pre-training {evaluation.knn:.2f} %"
+        )
         + f"\nwrote {run.path}_model.pth and {run.path}_statistics.csv"
     )
 
 
-# ---- a linear model that is there ---------------------------------------------------------------
-
-
-def draw_confusion(path: str, name: str, matrix: list[list[int]], classes: list[str]) -> None:
+def draw_confusion(path: str, title: str, matrix: list[list[int]], classes: list[str]) -> None:
     """Draw a confusion matrix, on rank 0."""
     if distributed.rank() == 0:
         with atomic_write(path) as file:
-            plot_confusion(matrix, classes, name, file)
+            plot_confusion(matrix, classes, title, file)
 
 
-def confusion_path(
-    config: LinearConfig, source: LoadedCheckpoint, data_name: str, root: str
-) -> str:
-    """Return where --evaluate_only draws: over the run's own picture, if on the run's own data.
-
-    Raises ValueError if a picture of other data would be replaced unasked.
-    """
-    saved = source.config
-    name = config.name or run_of(config.model_path)[1]
-    saved_root = os.path.abspath(saved.data_root or "data")
-    is_own = (data_name, os.path.abspath(root)) == (saved.data_name, saved_root)
-    if not is_own:
-        name += "_on_" + utils.data_label(data_name, root).replace(":", "_")
-    path = os.path.join(config.out, f"{name}_confusion.png")
-    if config.pictures and (config.name or not is_own):
-        utils.check_new("picture", path, config.overwrite)
-    return path
+# ---- modes without training ---------------------------------------------------------------------
 
 
 def evaluate_only(config: LinearConfig, parser: utils.Parser) -> None:
-    """Score a saved linear model: top-1, top-5, each class, a confusion matrix. Trains nothing."""
+    """Score a linear model: top-1, top-5, accuracy per class, a confusion matrix."""
     with parser.bad_input():
         device, amp = devices.setup_device(config)
         source = open_checkpoint(config, is_linear=True)
-        images, data_name, root = load_images(config, source, test_only=True)
-        classes = source.classes
+        images, settings = load_images(config, source, test_only=True)
+        saved, classes = source.config, source.classes
+        label = utils.data_label(settings["data_name"], settings["data_root"])
         unknown = sorted(set(images.classes) - set(classes))
         if unknown:
             raise ValueError(
-                f"--data_root {root}: class {unknown[0]} is not one of the linear model's"
+                f"--model_path {config.model_path}: knows no class {unknown[0]}, which {label} has"
             )
+        root, saved_root = settings["data_root"] or "data", saved.data_root or "data"
+        is_own = settings["data_name"] == saved.data_name
+        is_own = is_own and os.path.abspath(root) == os.path.abspath(saved_root)
+        title = config.name or run_of(config.model_path)[1]
+        title += "" if is_own else "_on_" + label.replace(":", "_")
+        path = os.path.join(config.out, f"{title}_confusion.png")
         os.makedirs(config.out, exist_ok=True)
-        path = confusion_path(config, source, data_name, root)
+        if config.pictures and (config.name or not is_own):  # else the run's own picture, again
+            utils.check_new("picture", path, config.overwrite)
     for line in filter(None, (images.summary, *images.unreadable)):
         distributed.log(line)
     order = torch.tensor([classes.index(name) for name in images.classes])
     labels = order[images.test_labels].to(device)  # numbered as in training
-    net = source.to(device).net
+    head = source.to(device).net.fc
     features = source.features(images.test_images, devices.autocast(device, amp))
-    loss, top1, top5 = evaluate(net.fc, features, labels)
-    matrix = metrics.confusion_matrix(labels, net.fc(features).argmax(1), len(classes))
+    loss, top1, top5 = evaluate(head, features, labels)
+    matrix = metrics.confusion_matrix(labels, head(features).argmax(1), len(classes))
     for i, (name, row) in enumerate(zip(classes, matrix, strict=True)):
         if sum(row):
             distributed.log(f"{name}: {100 * row[i] / sum(row):.1f} % of {sum(row)}")
     line = f"top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}"
     if config.pictures:
-        title = os.path.basename(path).removesuffix("_confusion.png")
         draw_confusion(path, title, matrix, classes)
         line += f"; wrote {path}"
     distributed.log(line)

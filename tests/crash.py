@@ -2,16 +2,17 @@
 
 python -m tests.crash --kills 100
 
-A life of a run ends by SIGKILL before or after a step is counted, after an update of the weights,
-within the write of a file, before, between and after the renames of a checkpoint, in a kNN, or
-after a random time; or by SIGTERM (in the steps it must then say how to go on, and exit with 143;
-elsewhere the signal ends it at once). The next life resumes, with another number of workers and
-another distance of the checkpoints. A run that comes to its end must have the same bits as the
-undisturbed one.
+Each process of a run ends by SIGKILL before or after a step is counted, after an update of the
+weights, within the write of a file, before or after the rename of a file, in a kNN, or after a
+random time; or by SIGTERM. In the steps of an epoch the run handles SIGTERM: it must then print how
+to resume, and exit with 143; elsewhere the signal ends it at once. The next process resumes, with
+another number of workers and another interval between checkpoints. A run that finishes must have
+the same bits as the undisturbed one.
 """
 
 import argparse
 import builtins
+import io
 import mmap
 import os
 import random
@@ -28,125 +29,88 @@ from pathlib import Path
 
 import pandas
 import torch
-from PIL import Image
 
 import main
-from simsiam.data.textures import TEXTURE_CLASSES, make_textures
+from tests.helpers import texture_folder
 
 TIMES = ["images_per_sec", "seconds"]
-MOMENTS = tuple(
-    "step,counted,update,write,replace,replaced,kNN,time,SIGTERM,SIGTERM by time".split(",")
-)
-# One byte that a life shares with its parent: whether it is in the steps of an epoch.
-IN_STEPS = mmap.mmap(-1, 1)
+MOMENTS = "step counted update write replace replaced kNN time SIGTERM".split()
+MOMENTS.append("SIGTERM by time")
+# A byte shared between this process and the run's: whether the run handles SIGTERM when it is sent.
+IS_HANDLED = mmap.mmap(-1, 1)
 
 
-def make_folder(root: Path, train: int = 200, test: int = 40) -> None:
-    """A folder of textures, to train on and to score with."""
-    for split, number, seed in [("train", train, 1), ("test", test, 2)]:
-        images, labels = make_textures(number, seed)
-        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            path = root / split / TEXTURE_CLASSES[label] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+def arm(moment: str, count: int, seconds: float) -> Callable[[int, int], None] | None:
+    """Make this process end itself at the `count`-th `moment`, or after `seconds`.
 
-
-def at_steps(before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Lets main.py call `before` each step is counted, and `after` that; and keeps `IN_STEPS`."""
-    train = main.train
-
-    def watched(*args):
-        IN_STEPS[0] = 1
-        for step in train(*args):
-            before()
-            yield step
-            after()
-        IN_STEPS[0] = 0
-
-    main.train = watched
-
-
-def arm(moment: str, count: int, seconds: float) -> None:
-    """Makes this process end itself at the `count`-th such moment, or after `seconds`."""
+    Returns the hook that main.py must call before each step is counted, if the moment is there.
+    """
     number = signal.SIGTERM if moment.startswith("SIGTERM") else signal.SIGKILL
-    left = [count]
+    remaining = [count]
 
-    def tick() -> bool:
-        left[0] -= 1
-        return left[0] == 0
+    def is_time() -> bool:
+        remaining[0] -= 1
+        return remaining[0] == 0
 
     def end() -> None:
+        IS_HANDLED[0] = callable(signal.getsignal(signal.SIGTERM))
         os.kill(os.getpid(), number)
 
-    def end_at_last() -> None:
-        if tick():
+    def end_if_time(*_: object) -> None:
+        if is_time():
             end()
 
-    def nothing() -> None:
-        pass
-
-    at_steps(
-        end_at_last if moment in ("step", "SIGTERM") else nothing,
-        end_at_last if moment == "counted" else nothing,
-    )
-    if moment == "update":
+    if moment in ("step", "SIGTERM"):
+        return end_if_time
+    if moment == "counted":  # the next step's zero_grad is the first call after that
+        zero_grad = torch.optim.SGD.zero_grad
+        torch.optim.SGD.zero_grad = lambda self: (end_if_time(), zero_grad(self))
+    elif moment == "update":
         step = torch.optim.SGD.step
-        torch.optim.SGD.step = lambda self: (step(self), end_at_last())
+        torch.optim.SGD.step = lambda self: (step(self), end_if_time())
     elif moment == "kNN":
-        eigvalsh = torch.linalg.eigvalsh  # of the features' rank
-        torch.linalg.eigvalsh = lambda x: (end_at_last(), eigvalsh(x))[1]
+        eigvalsh = torch.linalg.eigvalsh  # of the features' effective rank
+        torch.linalg.eigvalsh = lambda x: (end_if_time(), eigvalsh(x))[1]
     elif moment == "write":
 
-        class Half:
-            def __init__(self, file):
-                self.file = file
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                self.file.close()
-
-            def write(self, content):
-                if tick():
-                    self.file.write(bytes(content)[: len(content) // 2])
-                    self.file.flush()
+        class HalfWriter(io.BufferedWriter):
+            def write(self, content: bytes) -> int:
+                if is_time():
+                    super().write(bytes(content)[: len(content) // 2])
+                    self.flush()
                     end()
-                return self.file.write(content)
+                return super().write(content)
 
-            def __getattr__(self, name):
-                return getattr(self.file, name)
+        open_file = open
 
-        usual = open
+        def open_half(path: object, *args: object, **kwargs: object) -> io.IOBase:
+            file = open_file(path, *args, **kwargs)
+            return HalfWriter(file.detach()) if str(path).endswith(".part") else file
 
-        def halving(path, *args, **more):
-            file = usual(path, *args, **more)
-            return Half(file) if str(path).endswith(".part") else file
-
-        builtins.open = halving
+        builtins.open = open_half
     elif moment in ("replace", "replaced"):
         replace = os.replace
 
-        def replace_and_end(*args):
-            last = tick()
-            if last and moment == "replace":
+        def replace_and_end(*args: object) -> None:
+            is_last = is_time()
+            if is_last and moment == "replace":
                 end()
             replace(*args)
-            if last:
+            if is_last:
                 end()
 
         os.replace = replace_and_end
-    elif moment in ("time", "SIGTERM by time"):
+    else:
         timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
+    return None
 
 
 def live(flags: list[str], moment: str | None, rng: random.Random, log: Path) -> int:
-    """One life of a run in a process of its own; its exit status, negative for a signal."""
+    """Run main.py in a process of its own; return its exit status, negative for a signal."""
     count = rng.randint(1, 3 if moment == "kNN" else 30)
     seconds = rng.uniform(0.05, 1.5)
-    IN_STEPS[0] = 0
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -155,9 +119,7 @@ def live(flags: list[str], moment: str | None, rng: random.Random, log: Path) ->
         with open(log, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        if moment:
-            arm(moment, count, seconds)
-        main.main(flags)
+        main.main(flags, arm(moment, count, seconds) if moment else None)
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
@@ -169,70 +131,71 @@ def live(flags: list[str], moment: str | None, rng: random.Random, log: Path) ->
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two finished runs of the same flags differ in, times apart."""
-    found = []
+    """Return what differs between two finished runs of the same flags, times apart."""
+    names = []
     one, two = (torch.load(f"{run}_model.pth", weights_only=True) for run in (a, b))
     for key, value in one["model"].items():
         if not torch.equal(value, two["model"][key]):
-            found.append(key)
+            names.append(key)
     for i, state in one["optimizer"]["state"].items():
         momentum = two["optimizer"]["state"][i]["momentum_buffer"]
         if not torch.equal(state["momentum_buffer"], momentum):
-            found.append(f"momentum {i}")
+            names.append(f"momentum {i}")
     for key, value in one["probe"].items():
         if not torch.equal(value, two["probe"][key]):
-            found.append(f"probe's {key}")
+            names.append(f"probe's {key}")
     tables = [pandas.read_csv(f"{run}_statistics.csv").drop(columns=TIMES) for run in (a, b)]
     if not tables[0].equals(tables[1]):
-        found.append("statistics")
+        names.append("statistics")
     rows = pandas.read_csv(a.parent / "results.csv").set_index("run").drop(columns="seconds")
     if not rows.loc[a.name].equals(rows.loc[b.name]):
-        found.append("results.csv")
-    litter = [
+        names.append("results.csv")
+    left_over = [
         path.name
         for path in a.parent.iterdir()
         if ".part" in path.name or path.suffix in (".lock", ".pid")
     ]
-    return found + litter
+    return names + left_over
 
 
 def harass(kills: int, seed: int, place: Path) -> tuple[int, int, Counter]:
-    """Kills, and runs finished in spite of them with the same bits. Raises AssertionError."""
+    """Return the numbers of kills and of runs that finished all the same, and kills by moment.
+
+    Raises AssertionError if a run finished with other bits, or ended in another way.
+    """
     torch.set_num_threads(1)  # a forked process has no threads of its parent's
     rng = random.Random(seed)
-    make_folder(place / "images")
-    out = place / "results"
+    texture_folder(place / "images")
+    out, log = place / "results", place / "log.txt"
     flags = (
         f"--data_name folder --data_root {place}/images --recipe short --width 4 --feature_dim 16 "
         f"--batch_size 32 --epochs 4 --no-pictures --out {out}"
     ).split()
-    log = place / "log.txt"
     assert live([*flags, "--name", "undisturbed"], None, rng, log) == 0, log.read_text()
-    done, finished, moments = 0, 0, Counter()
-    while done < kills or finished == 0:
+    killed, finished, moments = 0, 0, Counter()
+    while killed < kills or finished == 0:
         run = out / f"run{finished}"
-        moment = rng.choice(MOMENTS) if done < kills else None
-        there = any(Path(f"{run}_model{end}.pth").exists() for end in ("", ".prev"))
+        moment = rng.choice(MOMENTS) if killed < kills else None
+        exists = any(Path(f"{run}_model{end}.pth").exists() for end in ("", ".prev"))
         command = [*flags, "--name", run.name, "--num_workers", str(rng.choice((0, 2)))]
-        command += ["--checkpoint_minutes", rng.choice(("0", "0.001", "10"))] + ["--resume"] * there
-        status = live(command, moment, rng, log)
-        said = log.read_text()
-        assert "Traceback" not in said, said
+        command += ["--checkpoint_minutes", rng.choice(("0", "0.001", "10"))]
+        status = live(command + ["--resume"] * exists, moment, rng, log)
+        printed = log.read_text()
+        assert "Traceback" not in printed, printed
         if status == 0:
-            found = differences(out / "undisturbed", run)
-            assert not found, f"{run}: other {', '.join(found)} than undisturbed"
+            names = differences(out / "undisturbed", run)
+            assert not names, f"{run}: differs from undisturbed in {', '.join(names)}"
             finished += 1
             continue
-        if moment is not None and moment.startswith("SIGTERM"):
-            # Outside of the steps nothing is lost: the signal ends the process at once.
-            elsewhere = moment == "SIGTERM by time" and not IN_STEPS[0]
-            assert status == 143 or (status == -signal.SIGTERM and elsewhere), f"{status}\n{said}"
-            assert status != 143 or "--resume" in said, said
+        if moment == "SIGTERM" or (moment == "SIGTERM by time" and IS_HANDLED[0]):
+            assert status == 143, f"{moment}: {status}\n{printed}"
+            assert "--resume" in printed, printed
         else:
-            assert status == -signal.SIGKILL, f"{moment}: {status}\n{said}"
-        done += 1
+            number = signal.SIGTERM if moment == "SIGTERM by time" else signal.SIGKILL
+            assert status == -number, f"{moment}: {status}\n{printed}"
+        killed += 1
         moments[moment] += 1
-    return done, finished, moments
+    return killed, finished, moments
 
 
 if __name__ == "__main__":
@@ -241,11 +204,11 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     place = Path(tempfile.mkdtemp())
-    begun = time.perf_counter()
-    done, finished, moments = harass(args.kills, args.seed, place)
+    start = time.perf_counter()
+    killed, finished, moments = harass(args.kills, args.seed, place)
     shutil.rmtree(place)
     kinds = ", ".join(f"{number} {moment}" for moment, number in sorted(moments.items()))
     print(
-        f"{done} of {args.kills} kills survived ({kinds}): {finished} runs ended at the bits of "
-        f"the undisturbed one; {time.perf_counter() - begun:.0f} s"
+        f"{killed} of {args.kills} kills survived ({kinds}): {finished} runs have the bits of "
+        f"the undisturbed one; {time.perf_counter() - start:.0f} s"
     )

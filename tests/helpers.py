@@ -1,14 +1,18 @@
-"""What several test files need."""
+"""Data, checkpoints and checks that several test files share."""
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import linear
 import main
 import utils
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
@@ -18,8 +22,8 @@ from simsiam.training.state import TrainState
 ROOT = Path(__file__).parent.parent
 
 
-def refused(capsys, command, *argv) -> str:
-    """Check that a command, or a module with `main`, exits with code 2 after one line on stderr.
+def refused(capsys, command: ModuleType | Callable, *argv: object) -> str:
+    """Assert that a command or a module's `main` exits with code 2 and one line on stderr.
 
     Returns the line.
     """
@@ -32,13 +36,52 @@ def refused(capsys, command, *argv) -> str:
     return err
 
 
+class Interrupted(Exception):
+    """Ends a run as a power cut would: nothing is written after it."""
+
+
+def interrupt(command: ModuleType, argv: Sequence[object], epoch: int, step: int = 0) -> None:
+    """Run `command`, main or linear, and end it before a step (from 0) is counted."""
+
+    def on_step(*current: int) -> None:
+        if current == (epoch, step):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        command.main([str(word) for word in argv], on_step)
+
+
+def run_linear(model_path: Path, out: Path, *flags: object) -> None:
+    """Run linear.py on a checkpoint, with its files in `out`."""
+    linear.main([str(word) for word in ("--model_path", model_path, "--out", out, *flags)])
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Return whether two state_dicts are equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def texture_folder(
+    root: Path, train: int = 200, test: int = 40, classes: Sequence[str] = TEXTURE_CLASSES
+) -> Path:
+    """Write an ImageFolder of PNG textures; of `train` and `test` images, those of `classes`."""
+    for split, number, seed in [("train", train, 1), ("test", test, 2)]:
+        images, labels = make_textures(number, seed)
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            if TEXTURE_CLASSES[label] in classes:
+                path = Path(root, split, TEXTURE_CLASSES[label], f"{i}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return root
+
+
 def image_files(root: Path, number: int = 240, side: int = 64) -> Path:
-    """JPEG files of textures in an ImageFolder: mixed sizes, some gray, CMYK, with damaged EXIF."""
+    """Write an ImageFolder of JPEG textures: mixed sizes, some gray, CMYK, or with damaged EXIF."""
     rng = np.random.default_rng(0)
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03junk"
     segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
-    for split, many, seed in (("train", number, 1), ("val", 61, 2)):
-        for i, (image, label) in enumerate(zip(*make_textures(many, seed), strict=True)):
+    for split, count, seed in (("train", number, 1), ("val", 61, 2)):
+        for i, (image, label) in enumerate(zip(*make_textures(count, seed), strict=True)):
             file = io.BytesIO()
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
             image = image.resize(tuple(rng.integers(side, 2 * side, 2).tolist()))
@@ -53,7 +96,7 @@ def image_files(root: Path, number: int = 240, side: int = 64) -> Path:
 
 
 def hardly_trained(out: Path) -> Path:
-    """A checkpoint of main.py in the folder `out`."""
+    """Return a checkpoint of main.py, written to the folder `out`."""
     main.main(
         "--data_name textures --train_size 64 --width 8 --feature_dim 16 --batch_size 32 "
         f"--epochs 1 --no-pictures --name pre --out {out}".split()
@@ -61,19 +104,8 @@ def hardly_trained(out: Path) -> Path:
     return out / "pre_model.pth"
 
 
-def cut_in_epoch(command, epoch: int, argv: list) -> None:
-    """Run `command`, main or linear, and stop it in the first step of an epoch, from 0 on."""
-
-    def on_step(current: int, step: int) -> None:
-        if current == epoch:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        command.main([str(word) for word in argv], on_step)
-
-
 def new_state(flags: str, device: torch.device | str = "cpu") -> tuple[TrainState, PretrainConfig]:
-    """The state of a new run of main.py on textures in memory, and its config."""
+    """Return the state of a new run of main.py on textures in memory, and its config."""
     parser = utils.ConfigParser("main.py", main.__doc__, PretrainConfig)
     config, _ = parser.read(f"--data_name textures --amp off {flags}".split())
     images = main.load_images(config)
@@ -83,13 +115,15 @@ def new_state(flags: str, device: torch.device | str = "cpu") -> tuple[TrainStat
 
 
 class Large(TorchDispatchMode):
-    """Keeps each tensor that an operation gives, if it has so many `bytes` of memory."""
+    """Record the tensors, results of operations, with at least `bytes` of memory in `seen`."""
 
     def __init__(self, bytes: int):
         super().__init__()
         self.bytes, self.seen = bytes, []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else (result,):
             if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.bytes:

@@ -24,10 +24,10 @@ import main
 import utils
 from simsiam.data.loader import Loader, kill_workers
 from simsiam.data.textures import make_textures
-from simsiam.evaluation import linear as fitting
 from simsiam.models.classifier import Classifier
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import distributed
+from simsiam.training.heads import FinetunedEncoder, make_optimizer
 from simsiam.training.meters import Meters
 from simsiam.training.probe import Probe
 from simsiam.training.recipes import LinearConfig
@@ -223,13 +223,13 @@ def finetuning() -> list[torch.Tensor]:
             views = Views(32, (0.5,) * 3, (0.2,) * 3, number=1)
             if alone:
                 feature_fn = lambda batch: (backbone(views(batch)[0]), batch.labels)  # noqa: B023, E731
-                optimizer = fitting.make_optimizer(config, heads, [1.0])
+                optimizer = make_optimizer(config, heads, [1.0])
                 optimizer.add_param_group({"params": backbone.parameters(), "peak": 10 / 256})
             else:
                 off = torch.autocast("cpu", enabled=False)
-                feature_fn = fitting.FinetunedEncoder(backbone, views, off, False, 10).augmented
-                optimizer = fitting.make_optimizer(config, heads, [1.0], backbone)
-            rows = fitting.whole if alone else distributed.local_slice
+                feature_fn = FinetunedEncoder(backbone, views, off, False, 10).augmented_features
+                optimizer = make_optimizer(config, heads, [1.0], backbone)
+            rows = (lambda number: slice(0, number)) if alone else distributed.local_slice
             loader = Loader(images, 10, 0, labels, views=views, local_slice=rows)
             meters = Meters(torch.device("cpu"), "top1", "top5")
             state = TrainState(net, optimizer, loader, meters, lambda epochs: 1.0, heads)

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linear
 import main
 import utils
-from simsiam.evaluation import linear as fitting
 from simsiam.evaluation import metrics
 from simsiam.models import backbones
 from simsiam.models.classifier import Classifier
 from simsiam.runtime import devices, distributed
 from simsiam.training import checkpoint
+from simsiam.training.heads import FrozenEncoder, HeadTask, make_optimizer, train
 from simsiam.training.meters import Meters
 from simsiam.training.recipes import LinearConfig, PretrainConfig
 from simsiam.training.state import TrainState
@@ -226,17 +226,17 @@ def test_linear_evaluation_on_cuda_mixes_no_devices_and_never_waits(cached, opti
         watch.waits = []
         move(net)
         views = Views(32, (0.5,) * 3, (0.2,) * 3, number=1)
-        encoder = fitting.FrozenEncoder(net.backbone, views, bf16(), False)
+        encoder = FrozenEncoder(net.backbone, views, bf16(), False)
         images = torch.empty(12, 3, 32, 32, dtype=torch.uint8, device=CUDA)
         labels = torch.empty(12, dtype=torch.int64, device=CUDA)
-        task = fitting.Task(images, labels, encoder.augmented, views)
+        task = HeadTask(images, labels, encoder.augmented_features, views=views)
         if cached:
-            task = fitting.Task(encoder.plain(images), labels, fitting.identity_features)
+            task = HeadTask(encoder.extract(images), labels)
         heads, meters = torch.nn.ModuleList([net.fc]), Meters(CUDA, "top1", "top5")
-        optimizer = fitting.make_optimizer(config, heads, [1.0])
+        optimizer = make_optimizer(config, heads, [1.0])
         state = TrainState(net, optimizer, task.loader(config), meters, lambda epochs: 1.0, heads)
         watch.waits = []
-        assert list(linear.train(state, task.embed, 0, config)) == [0, 1, 2]
+        assert list(train(state, task.feature_fn, 0, config)) == [0, 1, 2]
     assert optimizers == [optimizer] * 3
     assert watch.waits == ["cpu to cuda:0"]  # the epoch's order
 

@@ -1,4 +1,4 @@
-"""linear.py --finetune: against a plain loop; how it goes on; what it refuses."""
+"""linear.py --finetune: a plain loop as reference, resume, mixup, the choice of lr."""
 
 import pandas
 import pytest
@@ -12,12 +12,14 @@ import main
 from simsiam.data.datasets import load_dataset
 from simsiam.data.loader import Loader
 from simsiam.data.textures import make_textures
-from simsiam.evaluation.linear import FinetunedEncoder
 from simsiam.models import backbones
 from simsiam.models.classifier import Classifier
 from simsiam.models.simsiam import SimSiam
+from simsiam.training.heads import AUGMENTATION, FinetunedEncoder
 from simsiam.training.state import load_optimizer
 from simsiam.views.augment import Batch, Views
+from tests import helpers
+from tests.helpers import run_linear, same_bits
 
 TINY = "--epochs 2 --batch_size 40 --no-pictures --checkpoint_minutes 0"
 
@@ -31,24 +33,19 @@ def pretrained(tmp_path_factory):
     return out / "pre_model.pth"
 
 
-def judge(model_path, out, *flags, on_step=None):
-    linear.main([str(f) for f in ("--model_path", model_path, "--out", out, *flags)], on_step)
-
-
 def weights(out, name):
     return torch.load(out / f"{name}_model.pth")["model"]
 
 
-def same_bits(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_twenty_steps_are_a_plain_loop_s(pretrained, tmp_path, optimizer):
-    """Weights and losses: PyTorch's own optimizer with two groups, cosine, BN in train mode."""
+def test_twenty_steps_equal_a_plain_loop(pretrained, tmp_path, optimizer):
+    """PyTorch's optimizer with two parameter groups, cosine schedule, BN in train mode."""
     lrs = {"sgd": (1.0, 0.3), "adamw": (0.05, 0.02)}[optimizer]
     flags = f"{TINY} --finetune --optimizer {optimizer} --lr {lrs[0]} --encoder_lr {lrs[1]}"
-    judge(pretrained, tmp_path, *flags.split(), "--label_smoothing", 0.1, "--weight_decay", 0.01)
+    flags += " --label_smoothing 0.1 --weight_decay 0.01"
+    run_linear(
+        pretrained, tmp_path, *flags.split(), "--label_smoothing", 0.1, "--weight_decay", 0.01
+    )
 
     state = torch.load(pretrained)
     net = SimSiam("resnet8", feature_dim=16, width=4)
@@ -65,11 +62,11 @@ def test_twenty_steps_are_a_plain_loop_s(pretrained, tmp_path, optimizer):
     plain = make(groups, weight_decay=0.01, **more)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 20)
     encoder = state["encoder"]
-    views = Views(32, encoder["mean"], encoder["std"], linear.AUGMENTATION, 1, 0)
+    views = Views(32, encoder["mean"], encoder["std"], AUGMENTATION, 1, 0)
     data = load_dataset("textures", "").subset(400, 0)
     loader = Loader(data.train_images, 40, 0, data.train_labels)
     net.train()
-    found = []
+    losses = []
     for epoch in range(2):
         for batch in loader.epoch(epoch):
             (x,) = views(batch)
@@ -78,11 +75,11 @@ def test_twenty_steps_are_a_plain_loop_s(pretrained, tmp_path, optimizer):
             loss.backward()
             plain.step()
             schedule.step()
-            found.append(loss.item())
+            losses.append(loss.item())
     name = "pre_finetune" + ("_adamw" if optimizer == "adamw" else "")
-    losses = pandas.read_csv(tmp_path / f"{name}_statistics.csv")["train_loss"]
-    expected = torch.tensor(found).view(2, 10).mean(1).tolist()  # per epoch of ten steps
-    assert losses.tolist() == pytest.approx(expected, abs=2e-5)
+    table = pandas.read_csv(tmp_path / f"{name}_statistics.csv")
+    expected = torch.tensor(losses).view(2, 10).mean(1).tolist()  # per epoch of ten steps
+    assert table["train_loss"].tolist() == pytest.approx(expected, abs=2e-5)
     assert expected[1] < expected[0]
     tuned = weights(tmp_path, name)
     for key, value in net.state_dict().items():
@@ -90,88 +87,75 @@ def test_twenty_steps_are_a_plain_loop_s(pretrained, tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("more", [(), ("--optimizer", "adamw", "--mixup", 0.2)])
-def test_resume_ends_at_the_same_bits(pretrained, tmp_path, more):
-    class Stop(Exception):
-        """Ends a run as a power cut would."""
-
-    def stop(*now):
-        if now == (1, 4):
-            raise Stop
-
-    flags = (*TINY.split(), "--finetune", *more, "--name")
-    judge(pretrained, tmp_path, *flags, "whole")
-    with pytest.raises(Stop):
-        judge(pretrained, tmp_path, *flags, "cut", on_step=stop)
+def test_resume_gives_the_same_bits(pretrained, tmp_path, more):
+    flags = [*TINY.split(), "--finetune", *more, "--name"]
+    run_linear(pretrained, tmp_path, *flags, "whole")
+    argv = ["--model_path", pretrained, "--out", tmp_path, *flags, "cut"]
+    helpers.interrupt(linear, argv, epoch=1, step=4)
     state = torch.load(tmp_path / "cut_model.pth")
     assert (state["epoch"], state["step"]) == (1, 4)
-    judge(pretrained, tmp_path, *flags, "cut", "--resume")
+    run_linear(pretrained, tmp_path, *flags, "cut", "--resume")
     assert same_bits(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
     tables = [pandas.read_csv(tmp_path / f"{name}_statistics.csv") for name in ("whole", "cut")]
     assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
 
 
-def test_where_a_network_starts(pretrained, tmp_path, capsys):
-    """From the checkpoint's weights, or from random ones; at a rate of nothing both stay so."""
+def test_training_starts_at_the_checkpoint_or_from_scratch(pretrained, tmp_path):
+    """With an lr of nearly 0, the initial weights are the final ones."""
     flags = (*TINY.split(), "--finetune", "--lr", 1e-12, "--weight_decay", 0)
-    judge(pretrained, tmp_path, *flags)
-    judge(pretrained, tmp_path, *flags, "--from_scratch")
-    out = capsys.readouterr().out
-    assert out.count("BN in train mode") == 2
+    run_linear(pretrained, tmp_path, *flags)
+    run_linear(pretrained, tmp_path, *flags, "--from_scratch")
     tuned, scratch = weights(tmp_path, "pre_finetune"), weights(tmp_path, "pre_scratch")
     before = torch.load(pretrained)["model"]
     torch.manual_seed(0)
     random = backbones.build_backbone("resnet8", width=4)[0].state_dict()
-    for name, value in random.items():
-        if "running" in name or "num_batches" in name:
-            assert not torch.equal(tuned[f"backbone.{name}"], before[f"backbone.{name}"])
+    for key, value in random.items():
+        name = f"backbone.{key}"
+        if "running" in name or "num_batches" in name:  # BN in train mode
+            assert not torch.equal(tuned[name], before[name])
             continue
-        name = f"backbone.{name}"
         torch.testing.assert_close(tuned[name], before[name], atol=1e-9, rtol=0)
         torch.testing.assert_close(scratch[name], value, atol=1e-9, rtol=0)
     table = pandas.read_csv(tmp_path / "results.csv")
     assert table["protocol"].tolist() == ["Fine-tuned", "From scratch"]
 
 
-def test_a_tuned_network_is_a_linear_model_to_all_else(pretrained, tmp_path, capsys):
-    flags = "--finetune --epochs 2 --label_fraction 0.5"
-    judge(pretrained, tmp_path, *flags.split())
-    assert (tmp_path / "pre_finetune_0.5_confusion.png").exists()
-    assert (tmp_path / "pre_finetune_0.5_curves.png").exists()
-    top1 = pandas.read_csv(tmp_path / "pre_finetune_0.5_statistics.csv")["test_acc@1"].iloc[-1]
+def test_a_finetuned_network_can_be_evaluated(pretrained, tmp_path, capsys):
+    run_linear(pretrained, tmp_path, *"--finetune --epochs 2 --label_fraction 0.5".split())
     path = tmp_path / "pre_finetune_0.5_model.pth"
+    for end in ("confusion", "curves"):
+        assert (tmp_path / f"pre_finetune_0.5_{end}.png").exists()
+    top1 = pandas.read_csv(tmp_path / "pre_finetune_0.5_statistics.csv")["test_acc@1"].iloc[-1]
     capsys.readouterr()
-    judge(path, tmp_path, "--evaluate_only", "--no-pictures")
+    run_linear(path, tmp_path, "--evaluate_only", "--no-pictures")
     assert f"top-1 {top1:.2f} %" in capsys.readouterr().out
 
 
-def test_the_best_lr_is_chosen_on_held_out_images(pretrained, tmp_path, capsys):
-    """And the whole network is then trained with it, as if it had been the only one."""
+def test_the_best_of_several_lr_is_used_as_if_it_was_alone(pretrained, tmp_path, capsys):
     flags = (*TINY.split(), "--finetune")
-    judge(pretrained, tmp_path, *flags, "--lr", 1e-12, 0.3, "--name", "several")
+    run_linear(pretrained, tmp_path, *flags, "--lr", 1e-12, 0.3, "--name", "several")
     out = capsys.readouterr().out
     assert "--lr 1e-12" in out
     assert "chosen: --lr 0.3" in out
-    judge(pretrained, tmp_path, *flags, "--lr", 0.3, "--name", "one")
+    run_linear(pretrained, tmp_path, *flags, "--lr", 0.3, "--name", "one")
     assert same_bits(weights(tmp_path, "several"), weights(tmp_path, "one"))
 
 
-def test_mixup_is_torchvision_s_and_a_function_of_the_step():
+def test_mixup_is_that_of_torchvision_and_a_function_of_the_step():
     images, labels = make_textures(8, seed=1)
     backbone, _ = backbones.build_backbone("resnet8", width=4)
-    views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), linear.AUGMENTATION, 1)
+    views = Views(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), AUGMENTATION, 1)
     off = torch.autocast("cpu", enabled=False)
-    tuned = FinetunedEncoder(backbone, views, off, False, 10, 0.5)
+    encoder = FinetunedEncoder(backbone, views, off, False, 10, 0.5)
     batch = Batch(0, 3, images, labels, 8, slice(0, 8))
     state = torch.random.get_rng_state()
-    features, targets = tuned.augmented(batch)
+    features, targets = encoder.augmented_features(batch)
     assert torch.equal(state, torch.random.get_rng_state())
-    again, same = tuned.augmented(batch)
-    assert torch.equal(targets, same)
-    assert torch.equal(features, again)
-    assert not torch.equal(targets, tuned.augmented(batch._replace(step=4))[1])
-    torch.manual_seed(tuned.chance(batch))
-    x, wanted = MixUp(alpha=0.5, num_classes=10)(views(batch)[0], labels)
-    assert torch.equal(targets, wanted)
+    assert all(map(torch.equal, encoder.augmented_features(batch), (features, targets)))
+    assert not torch.equal(targets, encoder.augmented_features(batch._replace(step=4))[1])
+    torch.manual_seed(encoder.mixup_seed(batch))
+    x, expected = MixUp(alpha=0.5, num_classes=10)(views(batch)[0], labels)
+    assert torch.equal(targets, expected)
     torch.testing.assert_close(features, backbone(x))
     assert ((targets > 0).sum(1) == 2).any()  # mixed, and not with itself
 
@@ -181,32 +165,32 @@ def muon(parameters):
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, muon])
-def test_what_an_optimizer_cannot_have_kept_is_refused(make):
+def test_an_invalid_optimizer_state_is_refused(make):
     net = torch.nn.Linear(5, 4)
     optimizer = make(net.parameters())
     net(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     saved = optimizer.state_dict()
     load_optimizer(optimizer, saved)
-    for i, kept in saved["state"].items():
-        wrong = [{name: value for name, value in kept.items() if name != left} for left in kept]
-        wrong += [kept | {"more": torch.ones(4)}, None]
-        for name, value in kept.items():
-            wrong += [kept | {name: other} for other in (None, 3.0, torch.full((7,), 1.0))]
+    for i, entries in saved["state"].items():
+        wrong = [{k: v for k, v in entries.items() if k != missing} for missing in entries]
+        wrong += [entries | {"more": torch.ones(4)}, None]
+        for name, value in entries.items():
+            wrong += [entries | {name: other} for other in (None, 3.0, torch.full((7,), 1.0))]
             if name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                wrong += [kept | {name: value.double()}, kept | {name: value * torch.inf}]
-        if "use_muon" in kept:  # a matrix with AdamW's, a vector with Muon's
-            wrong.append(kept | {"use_muon": not kept["use_muon"]})
+                wrong += [entries | {name: value.double()}, entries | {name: value * torch.inf}]
+        if "use_muon" in entries:  # a matrix with AdamW's state, a vector with Muon's
+            wrong.append(entries | {"use_muon": not entries["use_muon"]})
         for other in wrong:
             broken = saved | {"state": saved["state"] | {i: other}}
             with pytest.raises(ValueError, match="optimizer"):
                 load_optimizer(optimizer, broken)
 
 
-def test_the_test_images_are_seen_no_more_often_than_the_training_images(pretrained, tmp_path):
-    """400 of the ones an epoch, 1,000 of the others: after 1,200, and at the end."""
+def test_an_evaluation_takes_no_more_images_than_the_training_between(pretrained, tmp_path):
+    """With 400 training and 1,000 test images: after 1,200 training images, and at the end."""
     flags = "--finetune --epochs 4 --batch_size 100 --no-pictures --name a".split()
-    judge(pretrained, tmp_path, *flags)
+    run_linear(pretrained, tmp_path, *flags)
     rows = pandas.read_csv(tmp_path / "a_statistics.csv")
     assert rows["train_acc@1"].notna().all()
     assert rows["epoch"][rows["test_acc@1"].notna()].tolist() == [3, 4]

@@ -24,7 +24,7 @@ from simsiam.training import checkpoint
 from simsiam.training.collapse import Monitor
 from simsiam.views.augment import Augmentation, Views
 from tests import crash, ranks
-from tests.helpers import ROOT, image_files, refused
+from tests.helpers import ROOT, image_files, refused, texture_folder
 
 
 def on_ranks(world_size, work, *args, code=0):
@@ -47,7 +47,7 @@ def one_thread():
 def tiny(tmp_path_factory):
     """Flags of a tiny run on 200 training images and 40 test images."""
     root = tmp_path_factory.mktemp("tiny")
-    crash.make_folder(root)
+    texture_folder(root)
     flags = f"--data_name folder --data_root {root} --recipe short --width 4 --feature_dim 16 "
     return [*flags.split(), "--batch_size", "32", "--no-pictures", "--epochs", "2"]
 

@@ -32,7 +32,7 @@ from simsiam.training.recipes import LinearConfig, PretrainConfig
 from simsiam.training.run import Run
 from simsiam.training.state import TrainState
 from tests import crash
-from tests.helpers import ROOT, refused
+from tests.helpers import ROOT, refused, texture_folder
 from tests.projects import ours
 
 TINY = (
@@ -227,7 +227,7 @@ def test_more_epochs_while_the_warm_up_lasts(tmp_path, capsys):
 
 
 def test_other_images_are_refused(tmp_path, capsys):
-    crash.make_folder(tmp_path / "images")
+    texture_folder(tmp_path / "images")
     flags = [*FOLDER, "--epochs", 1, "--out", tmp_path, "--name", "a", "--data_root"]
     main.main([str(word) for word in (*flags, tmp_path / "images")])
     image = next((tmp_path / "images" / "train").rglob("*.png"))
@@ -491,7 +491,7 @@ main.main({flags}, look)
 
 
 def test_bad_images(tmp_path, capsys):
-    crash.make_folder(tmp_path / "images")
+    texture_folder(tmp_path / "images")
     good = sorted((tmp_path / "images" / "train" / "rows").glob("*.png"))
     (good[0]).write_bytes(good[1].read_bytes()[:200])  # truncated
     (good[2]).write_text("no image")
@@ -703,7 +703,7 @@ def no_way_on(whole: bytes):
 def runs(tmp_path_factory):
     """A folder with images, and with a run of main.py and of linear.py, both cut off in epoch 2."""
     out = tmp_path_factory.mktemp("runs")
-    crash.make_folder(out / "images", 100, 20)  # few: many commands read them all
+    texture_folder(out / "images", 100, 20)  # few: many commands read them all
     flags = [*FOLDER, "--data_root", out / "images", "--name", "pre"]
     model = ["--model_path", out / "pre_model.pth", "--cached", "--name", "lin"]
     for command, words in ((main, flags), (linear, [*model, "--batch_size", 25])):

@@ -15,7 +15,7 @@ from simsiam.evaluation import metrics
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.views.augment import Augmentation, Views
 from studies import scores
-from tests import crash, helpers
+from tests import helpers
 from tests.helpers import Large
 
 COMMAND = types.SimpleNamespace(main=scores.command)
@@ -234,7 +234,7 @@ def test_the_table_and_its_continuation(runs, tmp_path, capsys):
 
 
 def test_runs_with_other_decode_options_read_their_images_again(tmp_path):
-    crash.make_folder(tmp_path / "images", 40, 10)
+    helpers.texture_folder(tmp_path / "images", 40, 10)
     flags = f"--data_name folder --data_root {tmp_path}/images --width 4 --epochs 1 --recipe short "
     flags += f"--feature_dim 16 --batch_size 20 --k 5 --no-pictures --out {tmp_path}"
     for name, levels in (("a", "0 255"), ("b", "0 60")):

@@ -23,8 +23,7 @@ from simsiam.models.simsiam import SimSiam
 from simsiam.training import checkpoint
 from simsiam.training.recipes import INIT_PARTS
 from simsiam.views.augment import NORMALISATION, Views
-from tests import crash
-from tests.helpers import ROOT, refused
+from tests.helpers import ROOT, refused, texture_folder
 from tests.projects import (
     FORMATS,
     authors,
@@ -283,7 +282,7 @@ def test_a_run_starts_from_the_weights_of_init(tmp_path):
 
 def test_a_linear_head_on_another_project_s_weights(tmp_path, capsys):
     path = write(leftthomas()[0], tmp_path, "a")
-    crash.make_folder(tmp_path / "images", 40, 20)
+    texture_folder(tmp_path / "images", 40, 20)
     flags = f"--model_path {path} --data_name folder --data_root {tmp_path}/images --cached "
     flags = [*flags.split(), "--no-pictures", "--epochs", "1", "--out", str(tmp_path)]
     linear.main(flags)

@@ -73,7 +73,8 @@ def test_a_study_equals_its_commands_and_continues(pretrained, tmp_path, capsys)
     (statistics,) = (tmp_path / "worth").glob("*_from-scratch_*_statistics.csv")
     name = statistics.name.removesuffix("_statistics.csv")
     own = ["--out", tmp_path / "worth", "--name", name, "--no-pictures", "--overwrite"]
-    helpers.cut_in_epoch(linear, 1, [*words, *own, "--checkpoint_minutes", 0])
+    argv = [*words, *own, "--checkpoint_minutes", 0]
+    helpers.interrupt(linear, argv, epoch=1)
     interrupted = pandas.read_csv(statistics)
     worth.command(["--model_path", str(pretrained), *flags])
     top1 = pandas.read_csv(tmp_path / "worth.csv").set_index("method")["top1"]
