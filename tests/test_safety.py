@@ -450,23 +450,6 @@ def test_a_table_that_cannot_be_written_stops_nothing_before_the_end(tmp_path, c
     assert len(pandas.read_csv(tmp_path / "results.csv")) == 1
 
 
-def test_a_table_of_anothers_is_not_overwritten(tmp_path):
-    (tmp_path / "results.csv").write_text("my,own\n1,2\n")
-    with pytest.raises(RunError, match="results.csv"):
-        run(tmp_path, "--epochs", 1, "--name", "a")
-    assert (tmp_path / "results.csv").read_text() == "my,own\n1,2\n"
-
-
-def test_a_run_error_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    with pytest.raises(SystemExit) as stop:
-        utils.run_command(lambda: run(tmp_path, "--lr", "1e30", "--epochs", 2))
-    assert stop.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("main.py: ")
-    assert "epoch 1, step 2" in line
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's count, trims glibc's heap")
 def test_memory_stays_flat(tmp_path):
     flags = [*TINY, "--epochs", "12", "--out", str(tmp_path), "--checkpoint_minutes", "0"]
@@ -529,6 +512,22 @@ def saved(state) -> bytes:
     return content.getvalue()
 
 
+GONE = object()  # in the place of a value: the entry is left out
+
+
+def variants(state, table):
+    """Names and contents of checkpoints in which one entry, "key" or "key/part", is another."""
+    for path, *values in table:
+        key, _, part = path.partition("/")
+        for value in values:
+            entries = {
+                k: v for k, v in (state[key] if part else state).items() if k != (part or key)
+            }
+            entries |= {} if value is GONE else {part or key: value}
+            words = f"{path} {'gone' if value is GONE else value}"[:60]
+            yield words, saved(state | {key: entries} if part else entries)
+
+
 def malformed(whole: bytes, out: Path):
     """Names and contents of files that are no good checkpoints, whatever they are read for."""
     for share in (0, 0.01, 0.3, 0.5, 0.9, 0.99, 0.9999):
@@ -538,10 +537,8 @@ def malformed(whole: bytes, out: Path):
             if info.file_size:  # a byte of each part's content
                 names = struct.unpack("<HH", whole[info.header_offset + 26 :][:4])
                 at = info.header_offset + 30 + sum(names) + info.file_size // 2
-                yield (
-                    f"{info.filename} flipped",
-                    whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :],
-                )
+                content = whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :]
+                yield f"{info.filename} flipped", content
         deflated = io.BytesIO()
         with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as other:
             for info in archive.infolist():
@@ -552,151 +549,140 @@ def malformed(whole: bytes, out: Path):
     state = torch.load(io.BytesIO(whole), weights_only=True)
     yield "a list", saved([state])
     yield "a tensor", saved(torch.ones(3))
-    yield "a payload", saved(state | {"config": Payload(out / "ran")})
-    for key, (kind, _) in checkpoint.FORMAT.items():
-        yield f"no {key}", saved({k: v for k, v in state.items() if k != key})
-        for junk in (3 if kind is str else "junk", None, True, 2.5 if kind is int else 2):
-            yield f"{key} is {junk}", saved(state | {key: junk})
-    for version in (1, 99, "2", -2):
-        yield f"version {version}", saved(state | {"version": version})
-    for key, *values in [
-        ("command", "convert.py"),
-        ("epoch", -1, 0, 2, 10**30),
-        ("step", -1),
-        ("seconds", math.nan, math.inf),
-        ("history", [], [3], [{"epoch": "x"}] * len(state["history"]), state["history"] * 2),
-        ("model", dict.fromkeys(state["model"], 3), {}, {3: torch.ones(3)}),
-        ("classes", [1, 2], [["rows"]], [None] * 10),
-        ("encoder", {}, [], state["encoder"] | {"more": 1}),
-        ("config", {}, {3: 3}, state["config"] | {"lr": ["0.1", "--help"]}),
-        ("probe", {"weight": 3}, {"weight": [torch.ones(3)]}),
-    ]:
-        for value in values:
-            yield f"{key} {value}"[:60], saved(state | {key: value})
-    for key, part, *values in [
-        ("meters", "loss", math.nan, math.inf, "junk", None, [1.0], True),
-        ("extra", "lr", math.nan, math.inf, "junk", None, [1.0], torch.ones(3)),
-        ("extra", "collapse", math.nan, "junk"),
-        ("scaler", "scale", math.nan, "junk"),
-        ("encoder", "arch", "resnet14", "resnet18", "vgg", ["resnet8"], None, 3, {}),
-        ("encoder", "stem", "imagenet", "junk", None, ["cifar"], 3),
-        ("encoder", "width", 10**9, 10**30, "4", -4, 0, 4.5, math.nan, [4], None),
-        ("encoder", "image_size", 10**9, 0, -32, "32", 32.0, None, True),
-        ("encoder", "mean", (0.5, 0.5), (0.5, 0.5, math.nan), ("a", "b", "c"), 0.5, None, "abc"),
-        ("encoder", "std", (0.5, 0.5), (0.5, 0.5, 0.0), (0.5, 0.5, -1.0), ("a", "b", "c"), None),
-    ]:
-        for value in values:
-            yield f"{key}: {part} {value}"[:60], saved(state | {key: state[key] | {part: value}})
-    for part in checkpoint.ENCODER:
-        fewer = {k: v for k, v in state["encoder"].items() if k != part}
-        yield f"encoder without {part}", saved(state | {"encoder": fewer})
-    first = next(iter(state["model"]))
-    for name, tensor in [
-        ("NaN", torch.full_like(state["model"][first], float("nan"))),
-        ("another shape", torch.ones(3, 3)),
-        ("another dtype", state["model"][first].double()),
-        ("a huge claim", torch.ones(1).expand(10**6, 10**6)),
-        ("a number for all", torch.ones(()).expand(state["model"][first].shape)),
-        ("a sparse one", torch.ones(3, 3).to_sparse()),
-    ]:
-        yield f"weight: {name}", saved(state | {"model": state["model"] | {first: tensor}})
-    fewer = {k: v for k, v in state["model"].items() if k != first}
-    yield "a weight less", saved(state | {"model": fewer})
-    yield "a weight more", saved(state | {"model": state["model"] | {"more": torch.ones(1)}})
+    first, kinds = next(iter(state["model"])), checkpoint.FORMAT.items()
+    weight, rows = state["model"][first], state["history"]
+    yield from variants(
+        state,
+        [
+            *((k, GONE, None, True, 3 if kind is str else "junk") for k, (kind, _) in kinds),
+            *((k, 2.5 if kind is int else 2) for k, (kind, _) in kinds),
+            ("version", 1, 99, "2", -2),
+            ("command", "convert.py"),
+            ("epoch", -1, 0, 2, 10**30),
+            ("step", -1),
+            ("seconds", math.nan, math.inf),
+            ("history", [], [3], [{"epoch": "x"}] * len(rows), rows * 2),
+            ("model", dict.fromkeys(state["model"], 3), {}, {3: torch.ones(3)}),
+            ("model/more", torch.ones(1)),
+            (
+                f"model/{first}",
+                GONE,
+                torch.full_like(weight, math.nan),
+                torch.ones(3, 3),
+                weight.double(),
+                torch.ones(1).expand(10**6, 10**6),  # a huge claim
+                torch.ones(()).expand(weight.shape),  # one number for all
+                torch.ones(3, 3).to_sparse(),
+            ),
+            ("classes", [1, 2], [["rows"]], [None] * 10),
+            ("config", {}, {3: 3}, Payload(out / "ran")),
+            ("config/lr", ["0.1", "--help"]),
+            ("probe", {"weight": 3}, {"weight": [torch.ones(3)]}),
+            ("meters/loss", math.nan, math.inf, "junk", None, [1.0], True),
+            ("extra/lr", math.nan, math.inf, "junk", None, [1.0], torch.ones(3)),
+            ("extra/collapse", math.nan, "junk"),
+            ("scaler/scale", math.nan, "junk"),
+            ("encoder", {}, []),
+            ("encoder/more", 1),
+            *((f"encoder/{part}", GONE) for part in checkpoint.ENCODER),
+            ("encoder/arch", "resnet14", "resnet18", "vgg", ["resnet8"], None, 3, {}),
+            ("encoder/stem", "imagenet", "junk", None, ["cifar"], 3),
+            ("encoder/width", 10**9, 10**30, "4", -4, 0, 4.5, math.nan, [4], None),
+            ("encoder/image_size", 10**9, 0, -32, "32", 32.0, None, True),
+            ("encoder/mean", (0.5, 0.5), (0.5, 0.5, math.nan), ("a", "b", "c"), 0.5, None, "abc"),
+            ("encoder/std", (0.5, 0.5), (0.5, 0.5, 0.0), (0.5, 0.5, -1.0), ("a", "b", "c"), None),
+        ],
+    )
     if state["command"] == "linear.py":
-        yield "a probe", saved(state | {"probe": {"weight": torch.ones(3)}})
-        yield "a class less", saved(state | {"classes": state["classes"][1:]})
-        yield "a class more", saved(state | {"classes": [*state["classes"], "more"]})
+        classes = state["classes"]
+        yield from variants(
+            state,
+            [("probe", {"weight": torch.ones(3)}), ("classes", classes[1:], [*classes, "more"])],
+        )
         return
-    for key, *values in [
-        ("feature_dim", 10**12, 10**30, "16", -1, 0, 17, None),
-        ("projector_layers", 10**9, 0, "2", 2.5, 3, None),
-        ("predictor", "none", "junk", ["mlp"], {}, None),
-        ("bn", "none", "junk", ["all"], {}, None),
-        ("similarity", "junk", ["cosine"], {}, None),
-        ("loss", "junk", ["symmetric"], {}, None),
-        ("data_name", "junk", None, 3, ["textures"]),
-        ("seed", "junk", 0.5),
-        ("train_size", "junk", 0.5),
-        ("probe", False, None, "junk", 1),
-    ]:
-        for value in values:
-            yield f"{key} {value}", saved(state | {"config": state["config"] | {key: value}})
-    for key in ("feature_dim", "bn", "stop_grad", "data_name"):
-        fewer = {k: v for k, v in state["config"].items() if k != key}
-        yield f"without {key}", saved(state | {"config": fewer})
+    yield from variants(
+        state,
+        [
+            ("config/feature_dim", GONE, 10**12, 10**30, "16", -1, 0, 17, None),
+            ("config/projector_layers", 10**9, 0, "2", 2.5, 3, None),
+            ("config/predictor", "none", "junk", ["mlp"], {}, None),
+            ("config/bn", GONE, "none", "junk", ["all"], {}, None),
+            ("config/similarity", "junk", ["cosine"], {}, None),
+            ("config/loss", "junk", ["symmetric"], {}, None),
+            ("config/stop_grad", GONE),
+            ("config/data_name", GONE, "junk", None, 3, ["textures"]),
+            ("config/seed", "junk", 0.5),
+            ("config/train_size", "junk", 0.5),
+            ("config/probe", False, None, "junk", 1),
+        ],
+    )
 
 
 # Settings that cannot be, or do not go together.
 OF_MAIN = [
-    ("knn_every", 0),
-    ("warmup_epochs", 99),
-    ("stop_grad", "junk"),
-    ("crop_scale", (0.2,), ("a", "b"), 0.2),
-    ("crop_ratio", (math.nan, 1.0)),
-    ("jitter", (0.4, 0.4, 0.4)),
-    ("hflip_p", None),
-    ("rotate90_p", 90),
-    ("gray_p", "junk"),
-    ("blur_p", -0.5),
-    ("blur_sigma", (0.1, math.inf)),
+    ("config/knn_every", 0),
+    ("config/warmup_epochs", 99),
+    ("config/stop_grad", "junk"),
+    ("config/crop_scale", (0.2,), ("a", "b"), 0.2),
+    ("config/crop_ratio", (math.nan, 1.0)),
+    ("config/jitter", (0.4, 0.4, 0.4)),
+    ("config/hflip_p", None),
+    ("config/rotate90_p", 90),
+    ("config/gray_p", "junk"),
+    ("config/blur_p", -0.5),
+    ("config/blur_sigma", (0.1, math.inf)),
 ]
-OF_LINEAR = [("label_fraction", 0), ("optimizer", 99), ("evaluate_only", 3), ("predict", "x")]
+OF_LINEAR = [
+    ("config/label_fraction", 0),
+    ("config/optimizer", 99),
+    ("config/evaluate_only", 3),
+    ("config/predict", "x"),
+    ("extra/lr", GONE, 0.0),
+]
 
 
 def no_way_on(whole: bytes):
     """Names and contents of checkpoints whose network is good, but not the rest of their run."""
     state = torch.load(io.BytesIO(whole), weights_only=True)
-    yield "other meters", saved(state | {"meters": {"loss": 1.0, "top99": 1.0}})
-    yield "step 99", saved(state | {"step": 99})
-    for part, *values in [
-        ("epochs", "junk", 0, 1),  # the last: all are done, and a step more
-        ("lr", math.nan, "junk"),
-        ("seed", -1),
-        ("batch_size", "junk"),
-        ("amp", "fp8"),
-        ("num_workers", -1),
-        *(OF_MAIN if state["command"] == "main.py" else OF_LINEAR),
-    ]:
-        for value in values:
-            yield f"{part} {value}", saved(state | {"config": state["config"] | {part: value}})
-    momentum = state["optimizer"]["state"]
-    first = {"momentum_buffer": momentum[0]["momentum_buffer"]}
-    for name, buffers in [
-        ("junk", "junk"),
-        ("junk of one", momentum | {0: "junk"}),
-        ("of one more", momentum | {len(momentum): first}),
-        ("another shape", momentum | {0: {"momentum_buffer": torch.ones(3)}}),
-        ("NaN", momentum | {0: {"momentum_buffer": first["momentum_buffer"] * math.nan}}),
-        ("of another kind", momentum | {0: {"exp_avg": first["momentum_buffer"]}}),
-    ]:
-        yield f"momentum: {name}", saved(state | {"optimizer": {"state": buffers}})
-    yield "no momentum", saved(state | {"optimizer": {}})
-    extra = {key: value for key, value in state["extra"].items() if key != "lr"}
-    if state["command"] == "linear.py":
-        yield "no lr", saved(state | {"extra": extra})
-        yield "lr 0", saved(state | {"extra": extra | {"lr": 0.0}})
-    else:
-        yield "other classes", saved(state | {"classes": ["a", "b"]})
-        yield "an empty probe", saved(state | {"probe": {}})
-        for part, tensor in state["probe"].items():
-            less = {k: v for k, v in state["probe"].items() if k != part}
-            yield f"probe without {part}", saved(state | {"probe": less})
-            for name, other in [
-                ("NaN", tensor * math.nan),
-                ("another shape", torch.ones(3)),
-                ("another dtype", tensor.double()),
-            ]:
-                yield f"probe: {name} {part}", saved(state | {"probe": less | {part: other}})
-        yield "probe of more", saved(state | {"probe": state["probe"] | {"x": torch.ones(1)}})
-        rows = [{k: v for k, v in row.items() if k != "raw_acc@1"} for row in state["history"]]
-        yield "history without its baseline", saved(state | {"history": rows})
-    for column in ("test_acc@1", "test_acc@5", "seconds"):
-        rows = [{k: v for k, v in row.items() if k != column} for row in state["history"]]
-        yield f"history without {column}", saved(state | {"history": rows})
-    rows = [{"epoch": row["epoch"], "seconds": 1.0} for row in state["history"]]
-    yield "history of epochs alone", saved(state | {"history": rows})
-    yield "other images", saved(state | {"images_checksum": 1})
+    momentum, is_main = state["optimizer"]["state"], state["command"] == "main.py"
+    buffer, rows = momentum[0]["momentum_buffer"], state["history"]
+    columns = ["test_acc@1", "test_acc@5", "seconds", *(["raw_acc@1"] * is_main)]
+    probes = [
+        (f"probe/{part}", GONE, tensor * math.nan, torch.ones(3), tensor.double())
+        for part, tensor in state["probe"].items()
+    ]
+    yield from variants(
+        state,
+        [
+            ("meters", {"loss": 1.0, "top99": 1.0}),
+            ("step", 99),
+            ("images_checksum", 1),
+            ("config/epochs", "junk", 0, 1),  # the last: all are done, and a step more
+            ("config/lr", math.nan, "junk"),
+            ("config/seed", -1),
+            ("config/batch_size", "junk"),
+            ("config/amp", "fp8"),
+            ("config/num_workers", -1),
+            ("optimizer", {}),
+            (
+                "optimizer/state",
+                "junk",
+                momentum | {0: "junk"},
+                momentum | {len(momentum): {"momentum_buffer": buffer}},
+                momentum | {0: {"momentum_buffer": torch.ones(3)}},
+                momentum | {0: {"momentum_buffer": buffer * math.nan}},
+                momentum | {0: {"exp_avg": buffer}},
+            ),
+            ("history", [{"epoch": row["epoch"], "seconds": 1.0} for row in rows]),
+            *(
+                ("history", [{k: v for k, v in row.items() if k != column} for row in rows])
+                for column in columns
+            ),
+            *(OF_MAIN if is_main else OF_LINEAR),
+            *([*probes, ("classes", ["a", "b"]), ("probe", {})] if is_main else []),
+            *([("probe/x", torch.ones(1))] if is_main else []),
+        ],
+    )
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def older_config(command: str, args: dict) -> Config:
             with contextlib.suppress(ValueError):
                 field.metadata["kind"].check(value)
                 values[field.name] = value
-    if values.get("data_name") == "textures":  # generated: they have no root any more
+    if values.get("data_name") == "textures":  # generated, so that a root is refused
         values.pop("data_root", None)
     return config(**values)
 
