@@ -36,10 +36,11 @@ from simsiam.models.flops import params_and_flops
 from simsiam.models.methods import build_model
 from simsiam.runtime import devices
 from simsiam.runtime.distributed import log
-from simsiam.runtime.files import RunError, atomic_write, read_csv, write_csv
+from simsiam.runtime.files import atomic_write, read_csv, write_csv
 from simsiam.training.recipes import RECIPES, PretrainConfig
 from studies import figures
 from studies.peers import Peer, lightly_training, plain_training_epochs
+from tools.common import run_script
 from tools.timing import machine_name
 
 COLUMNS = tuple(
@@ -168,14 +169,6 @@ class Contender:
         views = main.make_views(config, encoder | {"mean": (), "std": ()}, number)
         sizes = [size for epoch in range(epochs) for size in views.sizes_in(epoch)]
         return sum(params_and_flops(net, size)[1] * sizes.count(size) for size in set(sizes))
-
-
-def run_script(script: str, *options: object) -> None:
-    """Run a command in a process of its own. Raises RunError with its last words."""
-    command = [sys.executable, Path(utils.__file__).with_name(script), *options]
-    process = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    if process.returncode:
-        raise RunError(process.stderr.strip() or f"{script} ended with {process.returncode}")
 
 
 class Race:

@@ -184,10 +184,8 @@ def test_bad_input_is_one_line_and_writes_nothing(encoder, folder, tmp_path, cap
     query, pairs = ("--query", good), ("--duplicates", 0.9)
     before = sorted(tmp_path.rglob("*"))
     for flags, *words in (
-        ((), "--query", "--duplicates"),
         ((*query, *pairs), "--query", "--duplicates"),
         (("--duplicates", 2), "--duplicates"),
-        ((*query, "--top", 0), "--top"),
         ((*query, "--max_pairs", 9), "--max_pairs", "--query"),
         ((*pairs, "--top", 9), "--top", "--duplicates"),
         ((*query, "--out", tmp_path / "s.xyz"), "s.xyz", ".png"),

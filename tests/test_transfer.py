@@ -127,32 +127,11 @@ def test_numbers_equal_scikit_learn_and_the_knn(kind, encoder, folder, tmp_path)
         assert abs(accuracy - balanced) > 1
 
 
-def make_problem(number=200, noise=1.0):
-    """Three classes in five dimensions of unlike scales."""
-    rng = np.random.default_rng(0)
-    labels = torch.from_numpy(rng.integers(0, 3, 2 * number))
-    centres, scale = rng.normal(size=(3, 5)), 10.0 ** np.arange(-2, 3)
-    inputs = centres[labels] + noise * rng.normal(size=(2 * number, 5))
-    inputs = torch.from_numpy(inputs * scale).float()
-    held_out = transfer.hold_out(labels[:number], 0)
-    parts = inputs[:number], labels[:number], held_out, inputs[number:], labels[number:]
-    return transfer.Problem(*parts)
-
-
-def test_c_does_not_depend_on_the_test_set():
-    problem, generator = make_problem(), torch.Generator().manual_seed(0)
-    is_correct, c = transfer.logistic(problem, "x", list)
-    assert c != GRID[0]
-    for _ in range(8):
-        order = torch.randperm(len(problem.labels), generator=generator)
-        shuffled = problem._replace(test_labels=problem.test_labels[order])
-        is_correct_shuffled, c_shuffled = transfer.logistic(shuffled, "x", list)
-        assert c_shuffled == c
-        assert is_correct_shuffled.mean() < is_correct.mean()
-
-
 def test_the_strictest_of_equal_cs_is_chosen():
-    is_correct, c = transfer.logistic(make_problem(noise=1e-3), "x", list)
+    labels = torch.arange(200) % 4
+    inputs = F.one_hot(labels).float()
+    problem = transfer.Problem(inputs, labels, transfer.hold_out(labels, 0), inputs, labels)
+    is_correct, c = transfer.logistic(problem, "x", list)
     assert is_correct.all()
     assert c == GRID[0]
 
@@ -161,12 +140,10 @@ def test_a_balanced_tenth_is_held_out_and_at_most_half_of_a_class():
     even = torch.arange(400) % 4
     mask = transfer.hold_out(even, 0)
     assert even[mask].bincount().tolist() == [10, 10, 10, 10]
-    assert torch.equal(mask, transfer.hold_out(even, 0))
     assert not torch.equal(mask, transfer.hold_out(even, 1))
     uneven = torch.tensor([0] * 90 + [1] * 9 + [2])
     mask = transfer.hold_out(uneven, 0)
     assert uneven[mask].bincount().tolist() == [6, 4]  # 5 and 5 would be more than half of 9
-    assert transfer.hold_out(torch.arange(20) % 10, 0).sum() == 2
 
 
 # ---- rows, lines and files ----------------------------------------------------------------------
@@ -256,16 +233,11 @@ def test_bad_input_is_one_line_and_writes_nothing(encoder, folder, tmp_path, cap
         ((*own, "--train_size", 9), folder, "--train_size 9"),
         ((*own, "--train_size", 0), "--train_size"),
         ((*own, "--seed", -1), "--seed"),
-        ((*own, "--device", "none"), "--device none"),
-        ((*own, "--mean", 0, 0, 0), "--mean", encoder),
-        ((*own, "--out", tmp_path / "no" / "t.csv"), "--out", "no/t.csv"),
         ((*own, "--out", taken), "--out", taken, "--overwrite"),
-        ((*own, "--out", tmp_path / "few", "--overwrite"), "--out", tmp_path / "few"),
         ((*own, "--model_path", broken), broken, folder, "--amp off"),
         ((*own, "--model_path", tmp_path / "no.pth"), tmp_path / "no.pth"),
         (("--data_name", "webdataset", "--data_root", tmp_path), tmp_path),
         (("--data_name", "imagenet"), "--data_root data"),
-        (("--data_name", "mnist"), "--data_name", "mnist"),
         (("--data_name", "textures", "--train_size", 10), "--train_size 10"),
         (("--data_name", "textures", "--data_root", folder), "--data_root", "textures"),
     ):
@@ -274,18 +246,3 @@ def test_bad_input_is_one_line_and_writes_nothing(encoder, folder, tmp_path, cap
         assert all(str(word) in err for word in ("tools.transfer: ", *words)), err
         assert not list(tmp_path.glob("*t.csv*"))
     assert taken.read_text() == "a better one"
-
-
-def test_unreadable_files_stop_it_or_are_left_out(encoder, folder, tmp_path, capsys):
-    root = tmp_path / "images"
-    save(root / "train", {"rows": 20, "dots": 20}, 5)
-    save(root / "test", {"rows": 5, "dots": 5}, 6)
-    bad = root / "train" / "rows" / "3.png"
-    bad.write_bytes(b"no image")
-    flags = ("--model_path", encoder, *folders_of(folder, root), "--no-pixels")
-    err = helpers.refused(capsys, transfer.command, *flags, "--out", tmp_path / "t.csv")
-    assert str(bad) in err
-    assert not (tmp_path / "t.csv").exists()
-    rows = transferred(tmp_path / "t.csv", *flags, "--bad_images", "skip")
-    assert rows["train_size"].tolist() == [102, 39]
-    assert str(bad) in capsys.readouterr().out

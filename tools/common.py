@@ -1,6 +1,8 @@
-"""What the tools share: flags of main.py, opening an encoder, a run's images, picture formats."""
+"""What the tools share: flags of main.py, runs of commands, encoders, images, picture formats."""
 
 import argparse
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots.style import FORMATS
 from simsiam.runtime import distributed
 from simsiam.runtime.config import RunConfig, add_option
+from simsiam.runtime.files import RunError
 from simsiam.training.recipes import PretrainConfig
 
 RUN_OPTIONS = ("device", "amp", "num_workers", "bad_images")
@@ -42,6 +45,14 @@ def add_encoder_options(parser: utils.Parser) -> None:
     """Add the flags of a tool that runs an encoder of any project: device and input."""
     add_run_options(parser)
     utils.add_source_options(parser)
+
+
+def run_script(script: str, *options: object) -> None:
+    """Run main.py or linear.py in a process of its own. Raises RunError with its last words."""
+    command = [sys.executable, Path(utils.__file__).with_name(script), *options]
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if process.returncode:
+        raise RunError(process.stderr.strip() or f"{script} ended with {process.returncode}")
 
 
 def open_source(args: Namespace) -> LoadedCheckpoint:

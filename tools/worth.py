@@ -14,7 +14,6 @@ interrupted study: a run that is in the table is not repeated.
 
 import math
 import shlex
-import subprocess
 import sys
 import warnings
 import zlib
@@ -37,9 +36,9 @@ from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots.curves import plot_worth
 from simsiam.runtime import devices
 from simsiam.runtime.distributed import log
-from simsiam.runtime.files import RunError, atomic_write, error_prefix, read_csv, write_csv
+from simsiam.runtime.files import atomic_write, error_prefix, read_csv, write_csv
 from simsiam.training.recipes import SOURCE_OPTIONS
-from tools.common import MODEL_HELP, add_encoder_options, add_main_options
+from tools.common import MODEL_HELP, add_encoder_options, add_main_options, run_script
 from tools.transfer import Problem, load_labelled, logistic, pixel_problem
 
 COLUMNS = tuple("data encoder method fraction labels seed epochs top1 command".split())
@@ -171,11 +170,7 @@ class Study:
         name = f"{encoder}_{method}_{row['labels']}_{row['seed']}_{checksum:08x}"
         output = ["--out", folder, "--name", name, "--no-pictures"]
         output += ["--resume"] * Path(folder, f"{name}_model.pth").is_file()
-        script = Path(utils.__file__).with_name("linear.py")
-        command = [sys.executable, script, *shlex.split(row["command"])[2:], *output]
-        process = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        if process.returncode:
-            raise RunError(process.stderr.strip() or f"linear.py ended with {process.returncode}")
+        run_script("linear.py", *shlex.split(row["command"])[2:], *output)
         return read_csv(folder / f"{name}_statistics.csv")[-1]["test_acc@1"]
 
 
