@@ -200,8 +200,8 @@ def passl(mlp_name=""):
     """Paddle's arrays: Linear weights lie the other way round, BN's statistics have other names."""
     _, backbone, projector, predictor = authors()
     net = resnet18()
-    for mine, theirs in zip(list(net.children())[:-1], backbone.children(), strict=False):
-        mine.load_state_dict(theirs.state_dict())
+    for part, source in zip(list(net.children())[:-1], backbone.children(), strict=False):
+        part.load_state_dict(source.state_dict())
     net.fc = nn.Identity()
     state = torch_names(net, "encoder.") | torch_names(projector, "encoder.fc.")
     state |= torch_names(predictor, f"predictor.{mlp_name}")
@@ -269,9 +269,9 @@ def write(state, folder, name):
     return path
 
 
-def same_weights(found, expected):
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+def same_weights(weights, expected):
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in weights.items())
 
 
 def ours(folder, arch="resnet18", stem="imagenet", layers=3, classes=None, d=64):
