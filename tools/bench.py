@@ -423,13 +423,15 @@ def table_row(row: Row, device: str) -> dict:
 def command(argv: list[str] | None = None) -> None:
     """Run the command."""
     summary = "; ".join(
-        f"{name}: {(function.__doc__ or name).splitlines()[0]}"
+        f"{name}: {(function.__doc__ or name).splitlines()[0].rstrip('.')}"
         for name, function in BENCHMARKS.items()
     )
     parser = utils.Parser("tools.bench", __doc__, epilog=summary)
     names = ", ".join((*BENCHMARKS, "profile"))
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=names)
-    parser.add_argument("--csv", default="results/benchmarks.csv", help="(results/benchmarks.csv)")
+    parser.add_argument(
+        "--csv", default="results/benchmarks.csv", help="the table (results/benchmarks.csv)"
+    )
     trace = "trace file of `profile` (results/profile.json)"
     parser.add_argument("--trace", default="results/profile.json", help=trace)
     args, rest = parser.parse_known_args(argv)  # the rest are flags of linear.py, main.py or gpu

@@ -111,10 +111,10 @@ def fit(inputs: Tensor, labels: Tensor, c: float) -> tuple[Pipeline, bool]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(inputs.numpy(), labels.numpy())
-    others = [one for one in caught if one.category is not ConvergenceWarning]
-    for one in others:  # warn again: `catch_warnings` has swallowed them
+    unrelated = [one for one in caught if one.category is not ConvergenceWarning]
+    for one in unrelated:  # warn again: `catch_warnings` has swallowed them
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    return model, len(others) == len(caught)
+    return model, len(unrelated) == len(caught)
 
 
 def predict_correct(model: Pipeline, inputs: Tensor, labels: Tensor) -> np.ndarray:
