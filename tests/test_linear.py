@@ -76,6 +76,10 @@ def refused(capsys, model_path, *flags):
     return err
 
 
+def weights(out, name):
+    return torch.load(out / f"{name}_model.pth")["model"]
+
+
 def statistics(out, name):
     return pandas.read_csv(out / f"{name}_statistics.csv")
 
@@ -117,16 +121,23 @@ def test_a_run_writes_its_files(pretrained, tmp_path, capsys):
     assert round(row["params_m"] * 1e6) == params
 
 
-def test_resume_gives_the_same_bits(pretrained, tmp_path):
-    flags = ["--epochs", 3, "--lr", 1e-9, 3, "--checkpoint_minutes", 0, "--no-pictures", "--name"]
-    run_linear(pretrained, tmp_path, *flags, "whole")
-    argv = ["--model_path", pretrained, "--out", tmp_path, *flags, "cut"]
-    helpers.interrupt(linear, argv, epoch=2)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--epochs 3 --lr 1e-9 3",
+        "--epochs 3 --finetune",
+        "--epochs 3 --finetune --optimizer adamw --mixup 0.2",
+    ],
+)
+def test_resume_gives_the_same_bits(pretrained, tmp_path, flags):
+    flags = [*flags.split(), "--batch_size", 64, "--checkpoint_minutes", 0, "--no-pictures"]
+    run_linear(pretrained, tmp_path, *flags, "--name", "whole")
+    flags += ["--name", "cut"]
+    helpers.interrupt(linear, ["--model_path", pretrained, "--out", tmp_path, *flags], 1, 3)
     state = torch.load(tmp_path / "cut_model.pth")
-    assert (state["epoch"], state["step"]) == (2, 0)
-    run_linear(pretrained, tmp_path, *flags, "cut", "--resume")
-    whole, cut = (torch.load(tmp_path / f"{name}_model.pth") for name in ("whole", "cut"))
-    assert same_bits(whole["model"], cut["model"])
+    assert (state["epoch"], state["step"]) == (1, 3)
+    run_linear(pretrained, tmp_path, *flags, "--resume")
+    assert same_bits(weights(tmp_path, "whole"), weights(tmp_path, "cut"))
     whole, cut = (statistics(tmp_path, name).drop(columns="seconds") for name in ("whole", "cut"))
     assert whole.equals(cut)
 
@@ -164,12 +175,10 @@ def test_check_frozen_sees_one_bit_of_any_tensor():
 
 def test_compile_gives_the_same_head(pretrained, tmp_path):
     flags = ("--epochs", 1, "--batch_size", 160, "--no-pictures")  # two equal batches: one graph
-    run_linear(pretrained, tmp_path, *flags, "--name", "eager")
-    run_linear(pretrained, tmp_path, *flags, "--name", "compiled", "--compile")
-    losses = [
-        statistics(tmp_path, name)[["train_loss", "test_loss"]].values
-        for name in ("eager", "compiled")
-    ]
+    losses = []
+    for name, more in (("eager", ()), ("compiled", ["--compile"])):
+        run_linear(pretrained, tmp_path, *flags, "--name", name, *more)
+        losses.append(statistics(tmp_path, name)[["train_loss", "test_loss"]].values)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -185,18 +194,17 @@ def test_another_data_set(pretrained, tmp_path):
 # ---- the choice of the learning rate ------------------------------------------------------------
 
 
-def test_the_best_of_several_lr_is_used_as_if_it_was_alone(pretrained, tmp_path, capsys):
-    flags = ("--cached", "--no-pictures", "--epochs", 20, "--seed", 3, "--lr")
-    run_linear(pretrained, tmp_path, *flags, 1e-9, 30)
-    out = capsys.readouterr().out
-    assert "--lr 1e-09" in out
-    assert "chosen: --lr 30" in out
-    chosen = torch.load(tmp_path / "pre_linear_cached_model.pth")
-    assert chosen["extra"].keys() == {"lr", "baseline"}
-    assert chosen["extra"]["lr"] == 30
-    assert 29 < statistics(tmp_path, "pre_linear_cached")["lr"].iloc[0] < 30  # start of the cosine
-    run_linear(pretrained, tmp_path, *flags, 30, "--name", "alone")
-    assert same_bits(chosen["model"], torch.load(tmp_path / "alone_model.pth")["model"])
+@pytest.mark.parametrize(
+    ("flags", "lr"), [("--cached --epochs 20", 30), ("--finetune --epochs 5", 1)]
+)
+def test_the_best_of_several_lr_is_used_as_if_it_was_alone(pretrained, tmp_path, flags, lr):
+    flags = (*flags.split(), "--seed", 3, "--batch_size", 32, "--no-pictures", "--name")
+    run_linear(pretrained, tmp_path, *flags, "several", "--lr", 1e-12, lr)
+    run_linear(pretrained, tmp_path, *flags, "one", "--lr", lr)
+    assert torch.load(tmp_path / "several_model.pth")["extra"]["lr"] == lr
+    peak = lr * 32 / 256
+    assert 0.9 * peak < statistics(tmp_path, "several")["lr"].iloc[0] < peak  # a cosine
+    assert same_bits(weights(tmp_path, "several"), weights(tmp_path, "one"))
 
 
 def test_label_fraction(pretrained, tmp_path, capsys):
@@ -461,20 +469,20 @@ def test_bad_input_is_one_line(folder, pretrained, fitted, tmp_path, capsys):
     assert str(folder / "train") in err("--data_root", folder / "train")
     assert str(pretrained) in err("--evaluate_only")
     assert str(pretrained) in refused(capsys, pretrained, "--predict", "x.png")
-    for flags, named in [
-        ("--label_fraction 0", "--label_fraction"),
-        ("--label_fraction 1.1", "--label_fraction"),
-        ("--lr 0", "--lr"),
-        ("--epochs 0", "--epochs"),
-        ("--optimizer adam", "--optimizer adam"),
-        ("--out_csv x.csv", "--out_csv"),
-        ("--data_name nothing", "--data_name nothing"),
-        ("--data_name folder --data_root /not/there", "/not/there"),
-        ("--device cuda:99", "--device cuda:99"),
-        ("--evaluate_only --predict x", "--predict"),
-        ("--evaluate_only --lr 3", "--lr"),
-        ("--predict x --cached", "--predict"),
-    ]:
-        assert named in err(*flags.split())
+    for flags in (
+        "--label_fraction 0",
+        "--label_fraction 1.1",
+        "--lr 0",
+        "--epochs 0",
+        "--optimizer adam",
+        "--out_csv x.csv",
+        "--data_name nothing",
+        "--data_root /not/there --data_name folder",
+        "--device cuda:99",
+        "--predict x --evaluate_only",
+        "--lr 3 --evaluate_only",
+        "--predict x --cached",
+    ):
+        assert flags.split()[0] in err(*flags.split())
     again = ("--out", fitted.parent, "--cached", "--epochs", 1)
     assert "--overwrite" in refused(capsys, pretrained, *again)
