@@ -404,7 +404,7 @@ def evaluate_only(config: LinearConfig, parser: utils.Parser) -> None:
         unknown = sorted(set(images.classes) - set(classes))
         if unknown:
             raise ValueError(
-                f"--model_path {config.model_path}: knows no class {unknown[0]}, which {label} has"
+                f"--model_path {config.model_path}: has no class {unknown[0]}, which {label} has"
             )
         root, saved_root = settings["data_root"] or "data", saved.data_root or "data"
         is_own = settings["data_name"] == saved.data_name
@@ -488,10 +488,10 @@ def main(argv: list[str] | None = None, on_step: Callable[[int, int], None] | No
                 name = default_name(config, open_checkpoint(config, is_linear=False))
                 config = dataclasses.replace(config, name=name)
             run = stack.enter_context(Run("linear.py", config, overrides, STATISTICS))
-            state, work = prepare(run, parser)
+            state, evaluation = prepare(run, parser)
             if run.checkpoint:
                 run.resume(state)
-        fit_and_evaluate(run, state, work, on_step)
+        fit_and_evaluate(run, state, evaluation, on_step)
 
 
 if __name__ == "__main__":
