@@ -196,14 +196,18 @@ def load_run_weights(run: Run, net: Classifier) -> None:
         raise ValueError(f"--model_path {path}: not the encoder of {run.checkpoint_path}")
 
 
-def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, Evaluation]:
+def prepare(
+    run: Run, parser: utils.Parser, source: LoadedCheckpoint | None = None
+) -> tuple[TrainState, Evaluation]:
     """Return the state of a run, new or from its checkpoint, and what it evaluates.
 
+    `source`: the checkpoint at --model_path, if it is open already.
     Raises ValueError and OSError for what the user is to mend.
     """
     with parser.bad_input():  # one rank alone may lack its device
         device, amp = devices.setup_device(run.config)
-    source = open_checkpoint(run.config, is_linear=False)
+    if source is None or run.checkpoint:  # a resumed run may name another one, or other flags of it
+        source = open_checkpoint(run.config, is_linear=False)
     for note in source.notes:
         distributed.log(f"{run.config.model_path}: {note}")
     images, settings = load_images(run.config, source)
@@ -484,11 +488,12 @@ def main(argv: list[str] | None = None, on_step: Callable[[int, int], None] | No
             evaluate_only(config, parser)
             return
         with parser.bad_input():
+            source = None
             if config.name is None:
-                name = default_name(config, open_checkpoint(config, is_linear=False))
-                config = dataclasses.replace(config, name=name)
+                source = open_checkpoint(config, is_linear=False)
+                config = dataclasses.replace(config, name=default_name(config, source))
             run = stack.enter_context(Run("linear.py", config, overrides, STATISTICS))
-            state, evaluation = prepare(run, parser)
+            state, evaluation = prepare(run, parser, source)
             if run.checkpoint:
                 run.resume(state)
         fit_and_evaluate(run, state, evaluation, on_step)
