@@ -138,27 +138,31 @@ EVAL_BATCH_SIZE = 64
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """Crops of image files: uint8, views x size x size x C, or the reason a file is unreadable.
+    """Batches of crops of image files: uint8, n x views x size x size x C.
 
-    An item is (epoch, i): `num_views` random crops of file i, whose boxes are a function of (seed,
-    epoch, i); or its centre crop under the test transform if `num_views` is 0.
+    An item is an epoch and the indices of the batch's files; where one is unreadable, it gives the
+    reason. A file gets `num_views` random crops, whose boxes are a function of (seed, epoch,
+    index); or its centre crop under the test transform if `num_views` is 0.
     """
 
     def __init__(self, files: "ImageFiles", num_views: int, augmentation: Augmentation, seed: int):
         self.files, self.num_views = files, num_views
         self.augmentation, self.seed = augmentation, seed
 
-    def __getitem__(self, item: tuple[int, int]) -> np.ndarray | str:
-        epoch, i = item
-        return self.read_crops(self.files.paths[i], epoch, i)
+    def __getitem__(self, item: tuple[int, np.ndarray]) -> Tensor | str:
+        epoch, indices = item
+        return self.read_batch([(self.files.paths[i], i) for i in indices.tolist()], epoch)
 
-    def read_crops(self, file: ImageFile, epoch: int, sample: int) -> np.ndarray | str:
-        """Return the crops of a file, drawn from (seed, epoch, sample), or why it is unreadable."""
-        try:
-            image = read_image(file, self.files.decode)
-            return self.crop(image, [self.seed, epoch, sample])
-        except ValueError as error:
-            return str(error)
+    def read_batch(self, samples: list[tuple[ImageFile, int]], epoch: int) -> Tensor | str:
+        """Return the crops of files, each with the number of its random stream; or a reason."""
+        crops = []
+        for file, number in samples:
+            try:
+                image = read_image(file, self.files.decode)
+                crops.append(self.crop(image, [self.seed, epoch, number]))
+            except ValueError as error:
+                return str(error)
+        return torch.from_numpy(np.stack(crops))
 
     def crop(self, image: Image.Image, seed: list[int]) -> np.ndarray:
         """Crop an image, at random unless `num_views` is 0: uint8, views x size x size x C."""
@@ -174,25 +178,12 @@ class CropDataset(torch.utils.data.Dataset):
         return np.stack([np.asarray(crop.resize((size, size), bilinear)) for crop in crops])
 
 
-def collate_crops(items: list[np.ndarray | str]) -> Tensor | str:
-    """Stack crops into a batch; return the reason instead if a file is unreadable."""
-    reasons = [item for item in items if isinstance(item, str)]
-    return reasons[0] if reasons else torch.from_numpy(np.stack(items))
-
-
-class EpochBatchSampler:
-    """A batch sampler of (epoch, index) pairs, set anew for each epoch."""
-
-    def __init__(self):
-        self.epoch, self.batches = 0, ()
+class BatchSampler(list):
+    """The items of a `CropDataset` in an epoch."""
 
     def set_epoch(self, epoch: int, start: int, batches: list[Tensor]) -> None:
         """Continue with the indices of an epoch's batches from step `start` on."""
-        self.epoch, self.batches = epoch, batches[start:]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.batches:
-            yield [(self.epoch, i) for i in batch.tolist()]
+        self[:] = [(epoch, batch.numpy()) for batch in batches[start:]]
 
 
 def init_worker(worker: int) -> None:
@@ -244,7 +235,9 @@ class ImageFiles:
     def split(self, size: int) -> Iterator[Tensor]:
         """Iterate over chunks under the test transform, as Tensor.split: uint8, n x C x H x W."""
         chunks = [chunk.split(EVAL_BATCH_SIZE) for chunk in torch.arange(len(self)).split(size)]
-        crops = self.epoch_crops(0, Augmentation(), 0)(0, 0, list(itertools.chain(*chunks)))
+        crops = EpochCrops(CropDataset(self, 0, Augmentation(), 0))(
+            0, 0, list(itertools.chain(*chunks))
+        )
         for parts in chunks:
             yield torch.cat([images[:, 0] for images in itertools.islice(crops, len(parts))])
 
@@ -255,39 +248,30 @@ class ImageFiles:
 
         With `ordered` the images follow the loader's order, which its labels need.
         """
-        return self.epoch_crops(views.number, views.augmentation, seed)
-
-    def epoch_crops(self, num_views: int, augmentation: Augmentation, seed: int) -> "EpochCrops":
-        """Return crops of chosen files; with random crops, the workers live on between epochs."""
-        sampler = EpochBatchSampler()
-        return EpochCrops(
-            self,
-            CropDataset(self, num_views, augmentation, seed),
-            sampler,
-            batch_sampler=sampler,
-            collate_fn=collate_crops,
-            persistent_workers=self.workers > 0 and num_views > 0,
-        )
+        dataset = CropDataset(self, views.number, views.augmentation, seed)
+        return EpochCrops(dataset, persistent=True)
 
 
 class EpochCrops:
     """Batches of crops from worker processes; called with an epoch, its first step and its batches.
 
-    A batch is the indices of its files. `order.set_epoch` gets the arguments of the call.
-    `settings`: of torch's DataLoader.
+    A batch is the indices of its files. An iterable `dataset` gets the arguments of the call by
+    `set_epoch`, and chooses the files itself. `persistent` workers live on between epochs.
     """
 
-    def __init__(
-        self, files: ImageFiles, dataset: torch.utils.data.Dataset, order: Any, **settings: object
-    ):
-        self.order, self.device = order, files.device
+    def __init__(self, dataset: CropDataset, persistent: bool = False):
+        files = dataset.files
+        is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+        self.order, self.device = dataset if is_stream else BatchSampler(), files.device
         self.loader = torch.utils.data.DataLoader(
             dataset,
+            batch_size=None,  # an item is a batch
+            sampler=None if is_stream else self.order,
             num_workers=files.workers,
             pin_memory=torch.device(files.device).type == "cuda",
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # without it, the global generator would advance
-            **settings,
+            persistent_workers=persistent and files.workers > 0,
         )
         # For a child process of multiprocessing, which calls no atexit handlers.
         multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)

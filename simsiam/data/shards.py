@@ -20,7 +20,6 @@ from simsiam.data.loader import (
     Data,
     EpochCrops,
     ImageFiles,
-    collate_crops,
     filter_readable,
 )
 from simsiam.views.augment import Views
@@ -66,17 +65,16 @@ class Shards(ImageFiles):
         if ordered:
             return super().train_crops(views, seed, batch_size, rows, ordered)
         size = rows.stop - rows.start  # the same on all ranks
-        dataset = CropDataset(self, views.number, views.augmentation, seed)
-        stream = ShardStream(dataset, size, rows.start // size, batch_size // size)
+        stream = ShardStream(self, views, seed, size, rows.start // size, batch_size // size)
         if stream.ranks * max(1, self.workers) > len(stream.shards):
             raise ValueError(
                 f"--num_workers {self.workers}: {len(stream.shards)} shards are too few for the "
                 f"workers of {stream.ranks} ranks, which need one each: use fewer workers"
             )
-        return EpochCrops(self, stream, stream, batch_size=None)
+        return EpochCrops(stream)
 
 
-class ShardStream(torch.utils.data.IterableDataset):
+class ShardStream(CropDataset, torch.utils.data.IterableDataset):
     """Batches of `size` crops of one rank, read from the shards sequentially.
 
     Each epoch shuffles the shards and deals them out to the ranks, then to a rank's workers, whose
@@ -85,10 +83,11 @@ class ShardStream(torch.utils.data.IterableDataset):
     the numbers of ranks and workers.
     """
 
-    def __init__(self, dataset: CropDataset, size: int, rank: int, ranks: int):
-        self.dataset, self.size, self.rank, self.ranks = dataset, size, rank, ranks
+    def __init__(self, files: Shards, views: Views, seed: int, size: int, rank: int, ranks: int):
+        super().__init__(files, views.number, views.augmentation, seed)
+        self.size, self.rank, self.ranks = size, rank, ranks
         self.members: dict[str, list[ShardMember]] = {}  # by shard, in the order of their offsets
-        for member in sorted(dataset.files.paths):
+        for member in sorted(files.paths):
             self.members.setdefault(member.shard, []).append(member)
         self.shards = list(self.members)
         self.epoch, self.steps = 0, range(0)
@@ -103,7 +102,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         worker = (worker + self.steps.start) % workers  # torch asks worker 0 for the first step
-        seed = [self.dataset.seed, self.epoch]
+        seed = [self.seed, self.epoch]
         order = np.random.default_rng(seed).permutation(len(self.shards))
         order = order[self.rank :: self.ranks][worker::workers]
         rng = random.Random(repr([*seed, self.rank, worker]))
@@ -114,8 +113,10 @@ class ShardStream(torch.utils.data.IterableDataset):
         batches_before = len(range(worker, self.steps.start, workers))
         samples = itertools.islice(samples, batches_before * self.size, None)
         for _ in range(worker + batches_before * workers, self.steps.stop, workers):
-            batch = itertools.islice(samples, self.size)
-            yield collate_crops([self.crops_of(sample) for sample in batch])
+            batch = list(itertools.islice(samples, self.size))
+            names = ("/".join(Path(str(member)).parts[-2:]) for member in batch)
+            numbers = [zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names]
+            yield self.read_batch(list(zip(batch, numbers, strict=True)), self.epoch)
 
     def read(self, shards: list[str]) -> Iterator[ShardMember]:
         """Read the images of shards from beginning to end.
@@ -127,12 +128,6 @@ class ShardStream(torch.utils.data.IterableDataset):
                 for member in self.members[shard]:
                     file.seek(member.offset)
                     yield member._replace(content=file.read(member.size))
-
-    def crops_of(self, sample: ShardMember) -> np.ndarray | str:
-        """Return the crops of an image, drawn from its name, or why it is unreadable."""
-        name = "/".join(Path(str(sample)).parts[-2:])
-        number = zlib.crc32(name.encode("utf-8", "surrogateescape"))
-        return self.dataset.read_crops(sample, self.epoch, number)
 
 
 # ---- loading ------------------------------------------------------------------------------------
