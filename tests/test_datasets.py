@@ -13,8 +13,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from simsiam.data.datasets import DATASETS, load_dataset, resize_size
-from simsiam.data.decode import UnreadableImageError
+from simsiam.data.datasets import DATASETS, load_dataset
+from simsiam.data.decode import UnreadableImageError, resize_size
 from simsiam.data.loader import Data, images_checksum
 from simsiam.data.textures import SINE, TEXTURE_CLASSES, make_textures
 

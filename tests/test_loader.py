@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as T
 
-from simsiam.data.datasets import resize_size
-from simsiam.data.decode import UnreadableImageError, decode_files
+from simsiam.data.decode import UnreadableImageError, decode_files, resize_size
 from simsiam.data.loader import (
     Data,
     ImageFiles,

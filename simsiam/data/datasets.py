@@ -1,8 +1,10 @@
 """Data sets by name: torchvision's, the user's own folders and lists, shards, textures."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,14 +16,13 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
 from simsiam.data import folders
 from simsiam.data.decode import (
     DEFAULT_DECODE,
-    SKIP_HINT,
+    IMAGE_EXTENSIONS,
     USER_DATA,
     DecodeOptions,
     decode_files,
-    imagenet_resize_size,
     read_header,
 )
-from simsiam.data.loader import Data, ImageFiles, filter_readable
+from simsiam.data.loader import Data, ImageFiles, LoadOptions, filter_readable
 from simsiam.data.shards import load_shards
 from simsiam.data.textures import TEXTURE_CLASSES, make_textures
 from simsiam.runtime import distributed
@@ -61,36 +62,28 @@ def load_dataset(
         )
     if name in TORCHVISION and len(folders.split_roots(root)) > 1:
         raise ValueError(f"--data_root {root}: several folders, but {name} has one")
-    options = image_size, workers, bad_images, test_only, decode, split_names
-    return DATASETS[name](root, *options)
+    options = LoadOptions(image_size, workers, bad_images, test_only, decode, split_names)
+    return DATASETS[name](root, options)
 
 
 def check_data_root(name: str, root: str | Path) -> None:
     """Raise ValueError if `root` has images of the user's own, but `name` is torchvision's.
 
-    To be called if the user gave --data_root without --data_name.
+    To be called if the user gave --data_root without --data_name. Looks at 1,000 files.
     """
-    if name not in TORCHVISION or not folders.has_images(Path(root)):
-        return
-    if not any(Path(root, file).exists() for file in TORCHVISION[name][1]):
-        raise ValueError(
-            f"--data_root {root}: has images, but --data_name is {name}: add --data_name folder, "
-            f"or --data_name {name} to download it there"
-        )
+    if name in TORCHVISION and not any(Path(root, file).exists() for file in TORCHVISION[name][1]):
+        files = itertools.islice(itertools.chain([Path(root)], Path(root).rglob("*")), 1000)
+        if any(file.suffix.lower() in (*IMAGE_EXTENSIONS, ".csv") for file in files):
+            raise ValueError(
+                f"--data_root {root}: has images, but --data_name is {name}: add --data_name "
+                f"folder, or --data_name {name} to download it there"
+            )
 
 
 def check_has_test(test: object, root: str | Path) -> None:
     """Raise ValueError if the data set at `root` has no test images: `test` is None."""
     if test is None:
         raise ValueError(f"--data_root {root}: has no labelled test images")
-
-
-def resize_size(name: str, crop_size: int) -> int:
-    """Return the shorter side, in pixels, before the centre crop of the test transform.
-
-    256 for ImageNet's crop of 224; elsewhere the crop has no margin.
-    """
-    return imagenet_resize_size(crop_size) if name in ("imagenet", "webdataset") else crop_size
 
 
 # ---- data sets without files of the user's own --------------------------------------------------
@@ -163,16 +156,7 @@ def load_torchvision(name: str, root: str | Path, *_: object) -> Data:
 # ---- the user's own images ----------------------------------------------------------------------
 
 
-def load_folder(
-    root: str | Path,
-    image_size: int | None,
-    workers: int,
-    bad_images: str,
-    test_only: bool,
-    decode: DecodeOptions,
-    split_names: Sequence[str] | None,
-    in_memory: bool = True,
-) -> Data:
+def load_folder(root: str | Path, options: LoadOptions, in_memory: bool = True) -> Data:
     """Load images of the user's own: decoded once, or as `ImageFiles` unless `in_memory`.
 
     `root` is one of these, or several of them joined by a colon:
@@ -186,8 +170,11 @@ def load_folder(
     `image_size` defaults to the median shorter side of up to 100 images, at most 96 pixels.
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    train, test, summary, _ = folders.find_images(Path(root), split_names, exclude=decode.exclude)
-    size = image_size or default_image_size(train.files, bad_images, decode)
+    decode, workers, bad_images = options.decode, options.workers, options.bad_images
+    train, test, summary, _ = folders.find_images(
+        Path(root), options.split_names, exclude=decode.exclude
+    )
+    size = options.image_size or default_image_size(train.files, decode)
 
     def read(files: list[Path]) -> tuple[Tensor | ImageFiles, dict[int, str]]:
         if in_memory:
@@ -195,27 +182,20 @@ def load_folder(
         readable, reasons = filter_readable(list(map(str, files)), workers, bad_images, decode)
         return ImageFiles(readable, size, workers, decode), reasons
 
-    for path, label in zip(*test[:2], strict=True) if test else ():
-        if label is None:
-            raise ValueError(f"{path}: a test image needs a class: give it one, or remove it")
-    data = Data.from_files(train[:2], test and test[:2], read, test_only)
+    data = Data.from_files(train[:2], test and test[:2], read, options.test_only)
     return dataclasses.replace(data, summary=summary, train_files=train.files if in_memory else ())
 
 
-def default_image_size(files: list[Path], bad_images: str, decode: DecodeOptions) -> int:
+def default_image_size(files: list[Path], decode: DecodeOptions) -> int:
     """Return the median shorter side of up to 100 images, at most 96 pixels."""
     sides = []
     for path in files[:: max(1, len(files) // 100)]:
-        try:
-            sides.append(min(read_header(path, decode).size))
-        except ValueError as error:
-            if bad_images == "error":
-                raise ValueError(f"{error}{SKIP_HINT}") from error
+        with contextlib.suppress(ValueError):  # reported when the file is decoded
+            sides.append(min(read_header(path, decode)[0]))
     return min(96, int(np.median(sides))) if sides else 32
 
 
-# The functions that load a data set, by its name. Each takes the arguments of `load_dataset` after
-# the name, by position.
+# The functions that load a data set, by its name, from its root and `LoadOptions`.
 DATASETS: dict[str, Callable[..., Data]] = {
     **{name: functools.partial(load_torchvision, name) for name in TORCHVISION},
     "folder": load_folder,

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from simsiam.data import arrays
 from simsiam.data.arrays import MultibandImage
-from simsiam.runtime.config import ConfigError, shown
+from simsiam.runtime.config import Choice, Config, ConfigError, Flag, Number, Several, Text, option
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".gif", *arrays.NUMPY_EXTENSIONS)
 # Pillow reads AVIF from 11.3 on. Asking Pillow itself would load all of its decoders.
@@ -50,44 +50,28 @@ ImageFile = str | Path | StoredFile
 BACKGROUNDS = ("white", "black", "none")
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeOptions:
+LEVELS = Several(Number(float, -1e9, 1e9), 2, metavar=("LOW", "HIGH"))
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DecodeOptions(Config):
     """How image files are read. Raises ConfigError naming the flag for an invalid value.
 
-    `exif`: rotate an image as its EXIF orientation says. `background`: the colour behind
-    transparent pixels, one of BACKGROUNDS; "none" keeps the colours stored there. `exclude`: shell
-    patterns of files and folders to skip. `channels`: 3 gives RGB and 1 gray from any image; for
-    other numbers a file must have as many channels. `levels`: the pixel values that become 0 and
-    255; None: see `arrays.to_uint8`.
+    `background` "none" keeps the colours of transparent pixels. `exclude`: shell patterns. 3
+    `channels` give RGB and 1 gray from any image; for other numbers a file must have as many.
+    `levels`: None: see `arrays.to_uint8`.
     """
 
-    exif: bool = True
-    background: str = "white"
-    exclude: tuple[str, ...] = ()
-    channels: int = 3
-    levels: tuple[float, float] | None = None
+    exif: bool = option(Flag(), True, "turn images as EXIF says")
+    background: str = option(Choice(*BACKGROUNDS), "white", "colour behind transparent pixels")
+    exclude: tuple[str, ...] | None = option(Several(Text()), None, "names or paths to leave out")
+    channels: int = option(Number(int, 1, arrays.MAX_CHANNELS), 3, "of an image")
+    levels: tuple[float, float] | None = option(LEVELS, None, "values that become 0 and 255")
 
-    def __post_init__(self) -> None:
-        patterns = self.exclude if isinstance(self.exclude, tuple) else (None,)
-        levels = self.levels if isinstance(self.levels, tuple) else ()
-        numbers = all(type(x) in (int, float) and abs(x) < 1e9 for x in levels)
-        for name, is_valid, expected in (
-            ("exif", isinstance(self.exif, bool), "true or false"),
-            ("background", self.background in BACKGROUNDS, f"one of {', '.join(BACKGROUNDS)}"),
-            ("exclude", all(isinstance(x, str) for x in patterns), "patterns"),
-            (
-                "channels",
-                type(self.channels) is int and 1 <= self.channels <= arrays.MAX_CHANNELS,
-                f"from 1 to {arrays.MAX_CHANNELS}",
-            ),
-            (
-                "levels",
-                self.levels is None or (len(levels) == 2 and numbers and levels[0] < levels[1]),
-                "two rising numbers: the values that become black and white",
-            ),
-        ):
-            if not is_valid:
-                raise ConfigError(f"--{name} {shown(getattr(self, name))}: must be {expected}")
+    def validate(self) -> None:
+        super().validate()
+        falling = self.levels and self.levels[0] >= self.levels[1]
+        self.refuse("levels", falling, "must be two rising numbers")
 
     @classmethod
     def from_args(cls, args: Mapping) -> "DecodeOptions":
@@ -164,23 +148,21 @@ def open_image(path: ImageFile, source: str | Path | io.BytesIO | None = None) -
         return image
 
 
-class ImageHeader(NamedTuple):
-    """Width and height of an image file, and its PIL mode or, for an array, "uint16 x 5"."""
+def read_header(
+    path: ImageFile, options: DecodeOptions = DEFAULT_DECODE
+) -> tuple[tuple[int, int], str]:
+    """Read a file's width and height, and its PIL mode or, for an array, such as "uint16 x 5".
 
-    size: tuple[int, int]
-    mode: str
-
-
-def read_header(path: ImageFile, options: DecodeOptions = DEFAULT_DECODE) -> ImageHeader:
-    """Read size and mode of a file without decoding it. Raises ValueError naming the file."""
+    Raises ValueError naming the file.
+    """
     with file_errors(path):
         source = file_source(path)
         values = arrays.read_array(source, options.channels, header_only=True)
         if values is not None:
             height, width, channels = values.shape
-            return ImageHeader((width, height), f"{values.dtype} x {channels}")
+            return (width, height), f"{values.dtype} x {channels}"
         with open_image(path, source) as image:
-            return ImageHeader(image.size, image.mode)
+            return image.size, image.mode
 
 
 def read_image(
@@ -247,9 +229,12 @@ def convert_channels(
     return MultibandImage(arrays.apply_levels(band, options.levels) for band in image.split())
 
 
-def imagenet_resize_size(crop_size: int) -> int:
-    """Return the shorter side before ImageNet's centre crop: 256 for 224, and in proportion."""
-    return round(crop_size * 256 / 224)
+def resize_size(data_name: str, crop_size: int) -> int:
+    """Return the shorter side, in pixels, before the centre crop of the test transform.
+
+    256 for ImageNet's crop of 224, and in proportion; elsewhere the crop has no margin.
+    """
+    return round(crop_size * 256 / 224) if data_name in ("imagenet", "webdataset") else crop_size
 
 
 def resize_center_crop(

@@ -54,19 +54,19 @@ def list_folder(folder: Path, labelled: bool) -> ImageList:
     FileNotFoundError if there are no images.
     """
     files, skipped = [], collections.Counter()
-    visited = {inode(parent) for parent in folder.resolve().parents}
+    visited = set(folder.resolve().parents)
     folders, links = [folder], []
     while folders or links:
         # Links come last, so that a folder is listed under its own path and not that of a link.
         place = folders.pop() if folders else links.pop(links.index(min(links)))
-        if inode(place) in visited:
+        if place.resolve() in visited:
             skipped["links to folders already read"] += 1
             continue
-        visited.add(inode(place))
+        visited.add(place.resolve())
         for entry in visible_entries(place):
             if is_folder(entry):
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
-            elif not is_file(entry):
+            elif not entry.is_file(follow_symlinks=False) and is_special(entry.path):
                 skipped["pipes or devices"] += 1
             elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 files.append(Path(entry.path))
@@ -95,26 +95,9 @@ def is_folder(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def is_file(entry: os.DirEntry) -> bool:
-    """Return True for a file, a link to one or a broken link; False for FIFO, socket and device."""
-    if entry.is_symlink():
-        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
-    return entry.is_file()
-
-
-def inode(folder: Path) -> tuple[int, int]:
-    """Return what identifies a folder under all of its paths."""
-    info = os.stat(folder)
-    return info.st_dev, info.st_ino
-
-
-def has_images(root: Path) -> bool:
-    """Return True for a CSV list, and a folder with images or lists in its first 1,000 files."""
-    if root.is_file():
-        return root.suffix.lower() == ".csv"
-    names = (name for _, _, names in os.walk(root) for name in names)
-    extensions = (*IMAGE_EXTENSIONS, ".csv")
-    return any(name.lower().endswith(extensions) for name in itertools.islice(names, 1000))
+def is_special(path: str) -> bool:
+    """Return True for a FIFO, a socket or a device; False for a broken link."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def drop_excluded(images: ImageList, root: Path, patterns: Sequence[str]) -> ImageList:
@@ -177,10 +160,8 @@ def read_csv_rows(
 def list_csv(path: Path) -> ImageList:
     """List the images of a CSV file with the columns `path` and, optionally, `label`.
 
-    Paths are relative to the file. Raises FileNotFoundError, or ValueError naming the line.
+    Paths are relative to the file. Raises ValueError naming the line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--data_root {path}: no such file")
     files, labels = [], []
     for line, row in read_csv_rows(path, ("path", "label")):
         if "path" not in row:
@@ -219,12 +200,13 @@ def find_images(
         if resolved[i] in resolved[:i]:
             raise ValueError(f"--data_root: {one} is given twice")
     listings = [find_in_root(one, split_names, scored, exclude) for one in roots]
-    tests = [listing.test for listing in listings if listing.test]
+    trains, tests, summaries, has_splits = zip(*listings, strict=True)
+    tests = [test for test in tests if test]
     return FolderListing(
-        concatenate([listing.train for listing in listings]),
+        concatenate(trains),
         concatenate(tests) if tests else None,
-        "; ".join(listing.summary for listing in listings),
-        any(listing.has_splits for listing in listings),
+        "; ".join(summaries),
+        any(has_splits),
     )
 
 
@@ -233,7 +215,7 @@ def split_roots(root: str | Path) -> list[str]:
     return [str(root)] if os.path.exists(root) else str(root).split(os.pathsep)
 
 
-def concatenate(lists: list[ImageList]) -> ImageList:
+def concatenate(lists: Sequence[ImageList]) -> ImageList:
     """Join several lists of images."""
     files, labels, skipped = zip(*lists, strict=True)
     chain = itertools.chain.from_iterable
@@ -244,30 +226,30 @@ def find_in_root(
     root: Path, split_names: Sequence[str] | None, scored: bool, exclude: Sequence[str]
 ) -> FolderListing:
     """List the images of one folder or CSV list: `find_images` of a single root."""
-    if root.suffix.lower() == ".csv" and not root.is_dir():
-        images = drop_excluded(list_csv(root), root.parent, exclude)
-        return FolderListing(images, None, summarize(root, [("", images)]), False)
-    if not root.is_dir():
+    is_list = root.suffix.lower() == ".csv" and root.is_file()
+    if not is_list and not root.is_dir():
         raise FileNotFoundError(f"--data_root {root}: no such folder or .csv list")
-    folder, train_split, test_split = find_splits(root, split_names)
-    if train_split is None:
-        images = drop_excluded(list_folder(folder, labelled=not scored), folder, exclude)
-        summary = summarize(root, [("", images)])
-        if scored and any(map(is_folder, visible_entries(folder))):
-            summary += f"; its folders become classes if moved to {folder.name}/train/"
-        return FolderListing(images, None, summary, False)
-    train, test = drop_excluded(list_split(train_split), folder, exclude), None
-    splits = [(split_label(folder, train_split), train)]
-    if test_split and (any(train.labels) or not scored):
-        test = drop_excluded(list_test_split(test_split, train_split, scored), folder, exclude)
-        splits.append((split_label(folder, test_split), test))
+    folder, train, test = (root.parent, None, None) if is_list else find_splits(root, split_names)
+    if train is None:
+        images = list_csv(root) if is_list else list_folder(folder, labelled=not scored)
+        splits = [("", drop_excluded(images, folder, exclude))]
+    else:
+        images = drop_excluded(list_split(train), folder, exclude)
+        splits = [(split_label(folder, train), images)]
+        if test and (any(images.labels) or not scored):
+            images = drop_excluded(list_test_split(test, train, scored), folder, exclude)
+            splits.append((split_label(folder, test), images))
     summary = summarize(root, splits)
-    entries = visible_entries(folder)
-    subfolders = {f"{printable(entry.name)}/" for entry in entries if is_folder(entry)}
-    unread = sorted(subfolders - {name for name, _ in splits})
-    if unread and split_names is None:
-        summary += f"; not read: {', '.join(unread[:5])}" + ", ..." * (len(unread) > 5)
-    return FolderListing(train, test, summary, True)
+    if not is_list and not split_names:
+        subfolders = filter(is_folder, visible_entries(folder))
+        names = {f"{printable(entry.name)}/" for entry in subfolders}
+        unread = sorted(names - {name for name, _ in splits})
+        if unread and train:
+            summary += f"; not read: {', '.join(unread[:5])}" + ", ..." * (len(unread) > 5)
+        elif unread and scored:
+            summary += f"; its folders become classes if moved to {folder.name}/train/"
+    test_images = splits[1][1] if len(splits) > 1 else None
+    return FolderListing(splits[0][1], test_images, summary, train is not None)
 
 
 def find_splits(
@@ -305,11 +287,10 @@ def find_split(root: Path, kind: str) -> Path | None:
 
     A folder with classes takes precedence over a list. Raises ValueError if several match.
     """
-    names = {*SPLIT_NAMES[kind], *(f"{name}.csv" for name in SPLIT_NAMES[kind])}
+    names = {name + extension for name in SPLIT_NAMES[kind] for extension in ("", ".csv")}
     paths = [Path(entry.path) for entry in visible_entries(root) if entry.name.lower() in names]
-    folders = [path for path in paths if path.is_dir() and not path.suffix]
-    lists = [path for path in paths if path.is_file() and path.suffix]
-    matches = sorted(folders + lists)
+    matches = sorted(path for path in paths if (path.is_file if path.suffix else path.is_dir)())
+    folders = [path for path in matches if path.is_dir()]
     if len(folders) == 1 and has_classes(folders[0]):
         matches = folders
     if len(matches) > 1:
@@ -356,8 +337,8 @@ def list_test_split(split: Path, train_split: Path, scored: bool) -> ImageList:
 
 def find_kaggle_solution(split: Path) -> Path | None:
     """Return the table of classes of ImageNet's validation images, in the folder or above it."""
-    names = (entry.name for entry in itertools.islice(visible_entries(split), 9))
-    if not any(name.startswith(KAGGLE_VAL_PREFIX) for name in names):
+    entries = itertools.islice(visible_entries(split), 9) if split.is_dir() else ()
+    if not any(entry.name.startswith(KAGGLE_VAL_PREFIX) for entry in entries):
         return None
     parents = (split, *list(split.resolve().parents)[:4])
     paths = (folder / KAGGLE_SOLUTION for folder in parents)
@@ -407,6 +388,5 @@ def summarize(root: Path, splits: list[tuple[str, ImageList]]) -> str:
 def format_counts(counts: collections.Counter) -> str:
     """Format such as "9 .gif, 3 without extension": the six most frequent kinds first."""
     kinds = sorted(counts.items(), key=lambda kind: (-kind[1], kind[0]))
-    parts = [f"{number:,} {kind}" for kind, number in kinds[:6]]
-    others = sum(number for _, number in kinds[6:])
-    return ", ".join(parts + [f"{others:,} others"] * (others > 0))
+    text = ", ".join(f"{number:,} {kind}" for kind, number in kinds[:6])
+    return text + ", ..." * (len(kinds) > 6)

@@ -11,7 +11,7 @@ import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +26,24 @@ from simsiam.data.decode import (
     UnreadableImageError,
     decode_files,
     ignore_pil_warnings,
-    imagenet_resize_size,
     read_image,
     resize_center_crop,
+    resize_size,
 )
 from simsiam.runtime import distributed
 from simsiam.views.augment import Batch, Views
 from simsiam.views.ops import Augmentation, crop_boxes
+
+
+class LoadOptions(NamedTuple):
+    """The arguments of `datasets.load_dataset` after the root."""
+
+    image_size: int | None
+    workers: int
+    bad_images: str
+    test_only: bool
+    decode: DecodeOptions
+    split_names: Sequence[str] | None
 
 
 @dataclasses.dataclass
@@ -66,19 +77,20 @@ class Data:
 
         `read` returns the images of files, and the reasons of unreadable ones by index. Where there
         are test images, `test_only` reads no training image. `class_order`: a sort key. Raises
-        ValueError for a test image of an unknown class.
+        ValueError for a test image of an unknown class or without one.
         """
         classes = sorted(set(train[1]) - {None}, key=class_order)
-        index = {name: i for i, name in enumerate(classes)} | {None: -1}
+        index = {name: i for i, name in enumerate(classes)}
         for file, name in zip(*test, strict=True) if test else ():
             if name not in index:
-                raise ValueError(f"{file}: its class {name} has no training image")
+                reason = f"its class {name} has no training image" if name else "it needs a class"
+                raise ValueError(f"{file}: is a test image, and {reason}")
         unreadable = []
 
         def read_part(files: Sequence, names: Sequence) -> "tuple[Tensor | ImageFiles, Tensor]":
             images, reasons = read(files)
             unreadable.extend(reasons.values())
-            labels = [index[name] for i, name in enumerate(names) if i not in reasons]
+            labels = [index.get(name, -1) for i, name in enumerate(names) if i not in reasons]
             return images, torch.tensor(labels, dtype=torch.int64)
 
         train_part = read_part([], []) if test_only and test else read_part(*train)
@@ -168,7 +180,7 @@ class CropDataset(torch.utils.data.Dataset):
         """Crop an image, at random unless `num_views` is 0: uint8, views x size x size x C."""
         size = self.files.size
         if not self.num_views:
-            return resize_center_crop(image, size, imagenet_resize_size(size))[None]
+            return resize_center_crop(image, size, resize_size("imagenet", size))[None]
         rng = np.random.default_rng(seed)
         scale, ratio = self.augmentation.crop_scale, self.augmentation.crop_ratio
         boxes = crop_boxes(rng, self.num_views, image.height, image.width, scale, ratio)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.data.decode import IMAGE_EXTENSIONS, DecodeOptions
+from simsiam.data.decode import IMAGE_EXTENSIONS
 from simsiam.data.loader import (
     CropDataset,
     Data,
     EpochCrops,
     ImageFiles,
+    LoadOptions,
     filter_readable,
 )
 from simsiam.views.augment import Views
@@ -133,15 +134,7 @@ class ShardStream(CropDataset, torch.utils.data.IterableDataset):
 # ---- loading ------------------------------------------------------------------------------------
 
 
-def load_shards(
-    root: str | Path,
-    image_size: int | None,
-    workers: int,
-    bad_images: str,
-    test_only: bool,
-    decode: DecodeOptions,
-    *_: object,
-) -> Data:
+def load_shards(root: str | Path, options: LoadOptions) -> Data:
     """Load tar files in webdataset's layout: `<key>.jpg` (or another image), `<key>.cls` (a label).
 
     `root` is a pattern of training shards, such as `shard-{000000..000099}.tar`, or a folder with
@@ -167,15 +160,17 @@ def load_shards(
         raise FileNotFoundError(f"--data_root {root}: no *train*.tar in it")
 
     def read(members: list[ShardMember]) -> tuple[Shards, dict[int, str]]:
-        readable, reasons = filter_readable(members, workers, bad_images, decode)
-        return Shards(readable, image_size or 224, workers, decode), reasons
+        workers, decode = options.workers, options.decode
+        readable, reasons = filter_readable(members, workers, options.bad_images, decode)
+        return Shards(readable, options.image_size or 224, workers, decode), reasons
 
     listing = list_shards(train)
     has_labels = any(label is not None for label in listing[1])
     test_listing = list_shards(test) if test and has_labels else None
     # By length first, which puts numbers in their order.
-    by_length = {"class_order": lambda name: (len(name), name)}
-    return Data.from_files(listing, test_listing, read, test_only, **by_length)
+    return Data.from_files(
+        listing, test_listing, read, options.test_only, class_order=lambda name: (len(name), name)
+    )
 
 
 def list_shards(shards: list[str]) -> tuple[list[ShardMember], list[str | None]]:

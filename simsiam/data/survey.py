@@ -96,8 +96,8 @@ def survey_images(data: Data, decode: DecodeOptions = DEFAULT_DECODE) -> Survey:
     return Survey(
         total=len(data.train_images),
         sampled=len(images),
-        sizes=[header.size for header in headers],
-        modes=Counter(header.mode for header in headers),
+        sizes=[size for size, _ in headers],
+        modes=Counter(mode for _, mode in headers),
         image_size=images.shape[-1],
         gray_count=int((colour.flatten(1).amax(1) <= GRAY_TOLERANCE).sum()),
         duplicates=len(images) - len(distinct),

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simsiam.data.datasets import resize_size
-from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preprocess
+from simsiam.data.decode import DEFAULT_DECODE, DecodeOptions, as_list, preprocess, resize_size
 from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
 from simsiam.interop.layouts import translate

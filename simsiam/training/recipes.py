@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from simsiam.data.arrays import MAX_CHANNELS
 from simsiam.data.datasets import DATASETS
-from simsiam.data.decode import BACKGROUNDS, DecodeOptions, check_decode_options
+from simsiam.data.decode import BACKGROUNDS, LEVELS, DecodeOptions, check_decode_options
 from simsiam.evaluation.knn import KNN_K, KNN_TEMPERATURE
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_library_arch
 from simsiam.models.methods import METHODS
@@ -91,7 +91,6 @@ class ViewSize(Number):
 
 COUNT, POSITIVE = Number(int, 1, 2**31), Number(float, 1e-12)
 AT_LEAST_0, IMAGE_SIZE, NAMES = Number(float, 0), Number(int, 8, 1024), Several(Text("NAME"))
-LEVELS = Several(Number(float, -1e9, 1e9), 2, metavar=("LOW", "HIGH"))
 MEAN, STD = Several(PROBABILITY), Several(Number(float, MIN_STD, 1))
 
 
