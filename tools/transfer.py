@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/transfer
 
 import utils
 from simsiam.data import folders
-from simsiam.data.datasets import DATA_NAMES, check_has_test, load_dataset
+from simsiam.data.datasets import DATASETS, check_has_test, load_dataset
 from simsiam.data.decode import ignore_pil_warnings
 from simsiam.data.loader import Data, ImageFiles, balanced_subset
 from simsiam.evaluation import metrics
@@ -271,7 +271,7 @@ def parse(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     parser = utils.Parser("tools.transfer", __doc__)
     add = parser.add_argument
     add("--model_path", required=True, help=MODEL_HELP)
-    add("--data_name", required=True, choices=DATA_NAMES, help="as of main.py")
+    add("--data_name", required=True, choices=DATASETS, help="as of main.py")
     text = "as of main.py; with several, a row for each (data)"
     add("--data_root", nargs="+", metavar="ROOT", help=text)
     add_main_options(parser, "split_names")

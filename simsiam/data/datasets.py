@@ -203,4 +203,3 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "webdataset": load_shards,
     "textures": load_textures,
 }
-DATA_NAMES = tuple(DATASETS)

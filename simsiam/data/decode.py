@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -105,22 +105,18 @@ def ignore_pil_warnings() -> None:
 
 
 @contextlib.contextmanager
-def file_errors(path: ImageFile, reason: str | None = None) -> Iterator[None]:
-    """Turn any exception into a ValueError that names the file and the reason.
-
-    `reason` replaces the messages of exceptions that say nothing to a user.
-    """
+def file_errors(path: ImageFile) -> Iterator[None]:
+    """Turn any exception into a ValueError that names the file and the reason."""
     try:
         yield
     except Exception as error:  # a decoder may raise anything on a damaged file
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
+        tiff = str(path).lower().endswith(arrays.TIFF_EXTENSIONS)
         what = {
             FileNotFoundError: "it does not exist",
             PermissionError: "no permission",
             Image.DecompressionBombError: f"too large: {error}",
-            ValueError: str(error),
-        }.get(type(error), reason or str(error))
+            UnidentifiedImageError: "not an image" + ", or not one of 1 or 3 --channels" * tiff,
+        }.get(type(error), str(error) or type(error).__name__)
         raise ValueError(f"{path}: cannot be read ({what}); repair or remove it") from error
 
 
@@ -133,19 +129,17 @@ def file_source(path: ImageFile) -> str | Path | io.BytesIO:
     return path
 
 
-def open_image(path: ImageFile, source: str | Path | io.BytesIO | None = None) -> Image.Image:
-    """Open an image without decoding it. `source`: of `file_source`, if at hand.
+def open_image(source: str | Path | io.BytesIO) -> Image.Image:
+    """Open an image without decoding it.
 
-    Raises ValueError naming the file; also for an image so large that PIL warns.
+    Raises ValueError for EPS, and DecompressionBombError for an image so large that PIL warns.
     """
-    tiff = str(path).lower().endswith(arrays.TIFF_EXTENSIONS)
-    with file_errors(path, "not an image" + ", or not one of 1 or 3 --channels" * tiff):
-        image = Image.open(file_source(path) if source is None else source)
-        if image.format == "EPS":  # PIL would run Ghostscript
-            raise ValueError("EPS is a program, not an image")
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        return image
+    image = Image.open(source)
+    if image.format == "EPS":  # PIL would run Ghostscript
+        raise ValueError("EPS is a program, not an image")
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    return image
 
 
 def read_header(
@@ -161,7 +155,7 @@ def read_header(
         if values is not None:
             height, width, channels = values.shape
             return (width, height), f"{values.dtype} x {channels}"
-        with open_image(path, source) as image:
+        with open_image(source) as image:
             return image.size, image.mode
 
 
@@ -174,7 +168,7 @@ def read_image(
         values = arrays.read_array(source, options.channels)
         if values is not None:
             return arrays.image_from_array(values, options.channels, options.levels)
-        return convert_channels(open_image(path, source), options)
+        return convert_channels(open_image(source), options)
 
 
 # ---- pixels -------------------------------------------------------------------------------------

@@ -350,7 +350,7 @@ class LoadedCheckpoint:
 
     @property
     def data_name(self) -> str:
-        """The training data, one of `datasets.DATA_NAMES`; "" if unknown.
+        """The training data, one of `datasets.DATASETS`; "" if unknown.
 
         Another project's file with ImageNet's stem is assumed to be trained on ImageNet.
         """
