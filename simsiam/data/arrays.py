@@ -89,17 +89,6 @@ def rgb_channels(channels: int) -> list[int]:
 # ---- files --------------------------------------------------------------------------------------
 
 
-def array_format(file: str | Path | io.BytesIO) -> str:
-    """Return "npy" or "tiff", by a path's extension or a stream's first bytes; otherwise ""."""
-    if isinstance(file, io.BytesIO):
-        start = bytes(file.getbuffer()[:6])
-        return "npy" if start == NUMPY_MAGIC else "tiff" if start[:4] in TIFF_MAGIC else ""
-    extension = Path(file).suffix.lower()
-    if extension in NUMPY_EXTENSIONS:
-        return "npy"
-    return "tiff" if extension in TIFF_EXTENSIONS else ""
-
-
 def read_array(
     file: str | Path | io.BytesIO, channels: int, header_only: bool = False
 ) -> np.ndarray | None:
@@ -108,13 +97,17 @@ def read_array(
     A NumPy file may be H x W, H x W x C or C x H x W. With `header_only` only shape and type of
     the result are meaningful. Raises ValueError if the file is no image with `channels` channels.
     """
-    kind = array_format(file)
-    if not kind or (kind == "tiff" and channels in PIL_CHANNELS):
-        return None
-    if kind == "tiff":
+    in_memory = isinstance(file, io.BytesIO)
+    start = bytes(file.getbuffer()[:6]) if in_memory else b""
+    extension = "" if in_memory else Path(file).suffix.lower()
+    if start[:4] in TIFF_MAGIC or extension in TIFF_EXTENSIONS:
+        if channels in PIL_CHANNELS:
+            return None
         values = read_tiff(file, header_only)
+    elif start != NUMPY_MAGIC and extension not in NUMPY_EXTENSIONS:
+        return None
     else:
-        mode = None if isinstance(file, io.BytesIO) else "r"
+        mode = None if in_memory else "r"
         values = np.load(file, mmap_mode=mode, allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.ndim not in (2, 3):
             what = f"shape {values.shape}" if isinstance(values, np.ndarray) else "several arrays"

@@ -176,9 +176,10 @@ def read_image(
 METADATA_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Rotate a loaded image as its EXIF orientation says."""
-    if not METADATA_KEYS.isdisjoint(image.info):  # most files have none, which saves time
+def load_upright(image: Image.Image, exif: bool) -> Image.Image:
+    """Decode an image and, with `exif`, rotate it as its EXIF orientation says."""
+    image.load()  # rotates a TIFF, and removes its orientation
+    if exif and not METADATA_KEYS.isdisjoint(image.info):  # most have none, which saves time
         with contextlib.suppress(Exception):  # the parser may raise anything on damaged metadata
             return ImageOps.exif_transpose(image)
     return image
@@ -190,8 +191,7 @@ def to_rgb(image: Image.Image, options: DecodeOptions = DEFAULT_DECODE) -> Image
     16 bits become the upper 8 of them, where PIL's conversion would clip. Raises ValueError for
     floats of an unknown range.
     """
-    image.load()  # rotates a TIFF, and removes its orientation
-    image = upright(image) if options.exif else image
+    image = load_upright(image, options.exif)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode != "F" and options.levels is None:  # PIL stores 16 bits in wider types, too
@@ -217,8 +217,7 @@ def convert_channels(
         return to_rgb(image, options)
     if options.channels == 1:
         return MultibandImage([to_rgb(image, options).convert("L")])
-    image.load()
-    image = upright(image) if options.exif else image
+    image = load_upright(image, options.exif)
     arrays.check_channels(len(image.getbands()), options.channels)
     return MultibandImage(arrays.apply_levels(band, options.levels) for band in image.split())
 

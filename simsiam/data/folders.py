@@ -66,7 +66,8 @@ def list_folder(folder: Path, labelled: bool) -> ImageList:
         for entry in visible_entries(place):
             if is_folder(entry):
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
-            elif not entry.is_file(follow_symlinks=False) and is_special(entry.path):
+            # A broken link counts as a file, and is reported when it is read.
+            elif not is_file(entry) and os.path.exists(entry.path):
                 skipped["pipes or devices"] += 1
             elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 files.append(Path(entry.path))
@@ -95,9 +96,9 @@ def is_folder(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def is_special(path: str) -> bool:
-    """Return True for a FIFO, a socket or a device; False for a broken link."""
-    return os.path.exists(path) and not os.path.isfile(path)
+def is_file(entry: os.DirEntry) -> bool:
+    """Return True for a file or a link to one."""
+    return entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
 
 
 def drop_excluded(images: ImageList, root: Path, patterns: Sequence[str]) -> ImageList:

@@ -1,6 +1,6 @@
 """A survey of the training images before a run: channel statistics, a summary, suggested flags."""
 
-import hashlib
+import contextlib
 import math
 from argparse import Namespace
 from collections import Counter
@@ -84,15 +84,12 @@ def survey_images(data: Data, decode: DecodeOptions = DEFAULT_DECODE) -> Survey:
     """Survey the training images in memory and the headers of their files."""
     headers, files = [], data.train_files
     for i in evenly_spaced(len(files), SURVEY_SIZE).tolist() if files else ():
-        try:
+        with contextlib.suppress(ValueError):  # loading the data set has reported it
             headers.append(read_header(files[i], decode))
-        except ValueError:  # loading the data set has reported it
-            continue
     images = data.train_images[evenly_spaced(len(data.train_images), SURVEY_SIZE)]
     colour = images.amax(1).short() - images.amin(1)  # N x H x W: spread of the channels
     labels = data.train_labels[data.train_labels >= 0]
     counts = torch.bincount(labels, minlength=len(data.classes)).tolist()
-    distinct = {hashlib.sha1(image.numpy().tobytes()).digest() for image in images}
     return Survey(
         total=len(data.train_images),
         sampled=len(images),
@@ -100,7 +97,7 @@ def survey_images(data: Data, decode: DecodeOptions = DEFAULT_DECODE) -> Survey:
         modes=Counter(mode for _, mode in headers),
         image_size=images.shape[-1],
         gray_count=int((colour.flatten(1).amax(1) <= GRAY_TOLERANCE).sum()),
-        duplicates=len(images) - len(distinct),
+        duplicates=len(images) - len(images.flatten(1).unique(dim=0)),
         pixel_std=images.float().std(0).mean().item() if len(images) > 1 else math.inf,
         class_sizes=dict(zip(data.classes, counts, strict=True)),
         mean=measure_channels(images)[0],
