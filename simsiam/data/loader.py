@@ -247,31 +247,29 @@ class ImageFiles:
     def split(self, size: int) -> Iterator[Tensor]:
         """Iterate over chunks under the test transform, as Tensor.split: uint8, n x C x H x W."""
         chunks = [chunk.split(EVAL_BATCH_SIZE) for chunk in torch.arange(len(self)).split(size)]
-        crops = EpochCrops(CropDataset(self, 0, Augmentation(), 0))(
-            0, 0, list(itertools.chain(*chunks))
-        )
+        batches = list(itertools.chain(*chunks))
+        crops = EpochCrops(CropDataset(self, 0, Augmentation(), 0))(0, 0, batches)
         for parts in chunks:
             yield torch.cat([images[:, 0] for images in itertools.islice(crops, len(parts))])
 
-    def train_crops(
+    def train_dataset(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
-    ) -> "EpochCrops":
+    ) -> CropDataset:
         """Return the random crops of a `Loader`: `rows` of each global batch on this rank.
 
         With `ordered` the images follow the loader's order, which its labels need.
         """
-        dataset = CropDataset(self, views.number, views.augmentation, seed)
-        return EpochCrops(dataset, persistent=True)
+        return CropDataset(self, views.number, views.augmentation, seed)
 
 
 class EpochCrops:
     """Batches of crops from worker processes; called with an epoch, its first step and its batches.
 
     A batch is the indices of its files. An iterable `dataset` gets the arguments of the call by
-    `set_epoch`, and chooses the files itself. `persistent` workers live on between epochs.
+    `set_epoch`, and chooses the files itself.
     """
 
-    def __init__(self, dataset: CropDataset, persistent: bool = False):
+    def __init__(self, dataset: CropDataset):
         files = dataset.files
         is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
         self.order, self.device = dataset if is_stream else BatchSampler(), files.device
@@ -283,7 +281,8 @@ class EpochCrops:
             pin_memory=torch.device(files.device).type == "cuda",
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # without it, the global generator would advance
-            persistent_workers=persistent and files.workers > 0,
+            # A stream's worker copies the dataset, with its epoch, when it starts.
+            persistent_workers=files.workers > 0 and dataset.num_views > 0 and not is_stream,
         )
         # For a child process of multiprocessing, which calls no atexit handlers.
         multiprocessing.util.Finalize(None, kill_workers, exitpriority=0)
@@ -388,7 +387,8 @@ class Loader:
             # The larger of the batches of an epoch and of the evaluation.
             crops = max(views.number * (rows.stop - rows.start), EVAL_BATCH_SIZE)
             check_shared_memory(crops * images.shape[1] * images.size**2, images.workers)
-            self.crops = images.train_crops(views, seed, batch_size, rows, labels is not None)
+            ordered = labels is not None
+            self.crops = EpochCrops(images.train_dataset(views, seed, batch_size, rows, ordered))
 
     def __len__(self) -> int:
         return self.steps

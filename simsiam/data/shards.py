@@ -18,7 +18,6 @@ from simsiam.data.decode import IMAGE_EXTENSIONS
 from simsiam.data.loader import (
     CropDataset,
     Data,
-    EpochCrops,
     ImageFiles,
     LoadOptions,
     filter_readable,
@@ -56,15 +55,15 @@ class Shards(ImageFiles):
     Test images, the kNN's bank and linear evaluation read single members, as if they were files.
     """
 
-    def train_crops(
+    def train_dataset(
         self, views: Views, seed: int, batch_size: int, rows: slice, ordered: bool
-    ) -> EpochCrops:
+    ) -> CropDataset:
         """Return random crops in the order of `ShardStream`, or of the loader if `ordered`.
 
         Raises ValueError if there are more workers than shards.
         """
         if ordered:
-            return super().train_crops(views, seed, batch_size, rows, ordered)
+            return super().train_dataset(views, seed, batch_size, rows, ordered)
         size = rows.stop - rows.start  # the same on all ranks
         stream = ShardStream(self, views, seed, size, rows.start // size, batch_size // size)
         if stream.ranks * max(1, self.workers) > len(stream.shards):
@@ -72,7 +71,7 @@ class Shards(ImageFiles):
                 f"--num_workers {self.workers}: {len(stream.shards)} shards are too few for the "
                 f"workers of {stream.ranks} ranks, which need one each: use fewer workers"
             )
-        return EpochCrops(stream)
+        return stream
 
 
 class ShardStream(CropDataset, torch.utils.data.IterableDataset):
