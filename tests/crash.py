@@ -138,8 +138,10 @@ def differences(a: Path, b: Path) -> list[str]:
         if not torch.equal(value, two["model"][key]):
             names.append(key)
     for i, state in one["optimizer"]["state"].items():
-        momentum = two["optimizer"]["state"][i]["momentum_buffer"]
-        if not torch.equal(state["momentum_buffer"], momentum):
+        other = two["optimizer"]["state"][i]  # of Muon several tensors and the number of steps
+        if any(
+            not torch.equal(torch.as_tensor(state[k]), torch.as_tensor(other[k])) for k in state
+        ):
             names.append(f"momentum {i}")
     for key, value in one["probe"].items():
         if not torch.equal(value, two["probe"][key]):

@@ -215,7 +215,7 @@ def test_saturation_and_hue_need_three_channels():
 
 
 @pytest.mark.parametrize(
-    "arch", ["resnet8", "resnet18", "resnet50", "timm:test_vit", "torchvision:mobilenet_v3_small"]
+    "arch", ["resnet8", "resnet18", "timm:test_vit", "torchvision:mobilenet_v3_small"]
 )
 def test_networks_take_other_channels(arch):
     for stem in ("imagenet",) if ":" in arch else ("cifar", "imagenet")[: 1 + (arch != "resnet8")]:
@@ -249,16 +249,20 @@ def write_folder(root, channels):
     return root
 
 
-SMALL = "--data_name folder --width 4 --feature_dim 8 --batch_size 16 --epochs 2 --lr 0.1 --k 3 "
+SMALL = "--width 4 --feature_dim 8 --batch_size 16 --epochs 2 --lr 0.1 --k 3 "
 SMALL += "--levels 0 4095 --num_workers 1 --no-pictures --recipe short"
 
 
 @pytest.fixture(scope="module", params=[1, 5])
 def run(request, tmp_path_factory):
-    """A run and a linear evaluation: the number of channels, the images, the results, the flags."""
+    """A run and a linear evaluation: the number of channels, the images, the results, the flags.
+
+    Of one channel from memory, of five by workers that crop the files.
+    """
     root, out = (tmp_path_factory.mktemp(name) for name in ("images", "results"))
     write_folder(root, request.param)
-    flags = f"{SMALL} --data_root {root} --channels {request.param} --out {out}"
+    flags = f"{SMALL} --data_root {root} --channels {request.param} --out {out} --data_name "
+    flags += "folder" if request.param == 1 else "imagenet --image_size 20"
     main.main(f"{flags} --name a".split())
     linear.main(f"--model_path {out}/a_model.pth --cached --epochs 3 --out {out}".split())
     return request.param, root, out, flags
@@ -289,9 +293,8 @@ def test_predictions_scores_and_finetuning(run, tmp_path, capsys):
     dark, usual = (LoadedCheckpoint.open(path) for path in paths)
     file = next((root / "test" / "a").glob("1.*"))
     assert dark.preprocess(file).max() < 20 < usual.preprocess(file).max()  # 12 bits of 16
-    for kind in ("--finetune", "--finetune --from_scratch"):
-        flags = f"--model_path {out}/a_model.pth {kind} --epochs 1 --out {tmp_path} --no-pictures"
-        linear.main(flags.split())
+    scratch = f"--model_path {out}/a_model.pth --finetune --from_scratch --epochs 1 --no-pictures"
+    linear.main([*scratch.split(), "--out", str(tmp_path)])
     weights = torch.load(tmp_path / "a_scratch_model.pth")["model"]
     assert weights["backbone.conv1.weight"].shape[1] == channels
 
@@ -313,13 +316,6 @@ def test_exports_tools_and_pictures(run, tmp_path):
     main.main(f"{flags} --out {tmp_path} --name seen --show_views".split())
     for name in ("s.png", "seen_views.png"):
         assert (tmp_path / name).stat().st_size > 1000
-
-
-def test_crops_of_files_have_the_channels(run, tmp_path):
-    channels, _, _, flags = run
-    flags = flags.replace("--data_name folder", "--data_name imagenet --image_size 16")
-    main.main(f"{flags} --epochs 1 --out {tmp_path} --name a".split())
-    assert len(LoadedCheckpoint.open(tmp_path / "a_model.pth").encoder["std"]) == channels
 
 
 def test_a_checkpoint_of_another_project_with_five_channels(tmp_path):
@@ -344,11 +340,7 @@ def test_a_checkpoint_of_another_project_with_five_channels(tmp_path):
         ("--data_name textures --channels 5", "--data_name textures"),
         ("--channels 0", "--channels"),
         ("--channels 5 --levels 7 7", "--levels"),
-        ("--channels 5 --levels 0 nan", "--levels"),
         ("--data_name textures --levels 0 9", "--levels"),
-        ("--channels 5 --jitter 0.4 0.4 0.4 0.1", "--jitter"),
-        ("--channels 1 --gray_p 0.2", "--gray_p"),
-        ("--channels 5 --mean 0.5 0.5 0.5", "--mean"),
         ("--channels 4", "0.npy"),
         ("", "0.tif"),
     ],

@@ -1,7 +1,6 @@
 """Configs: one declaration per setting, for the command line, checkpoints and the library."""
 
 import dataclasses
-import inspect
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 import linear
 import main
 import utils
-from simsiam.runtime.config import AMP, Config, ConfigError, default_workers
+from simsiam.runtime.config import ConfigError, default_workers
 from simsiam.training import checkpoint
 from simsiam.training.recipes import LINEAR_RECIPES, RECIPES, LinearConfig, PretrainConfig, run_of
 from simsiam.training.run import Run
@@ -90,38 +89,33 @@ def test_explicit_settings_win_over_the_recipe_and_this_over_the_defaults():
 
 def test_defaults_are_stated_once():
     """The config's defaults are the first recipe's, the views' those of Augmentation."""
-    config = PretrainConfig()
-    assert {name: getattr(config, name) for name in RECIPES["cifar"]} | {
-        "mean": "auto",
-        "std": "auto",
-    } == RECIPES["cifar"] | {"mean": "auto", "std": "auto"}
-    assert config.augmentation == Augmentation()
-    linear_config = LinearConfig()
-    sgd = LINEAR_RECIPES["sgd"]
-    assert {name: getattr(linear_config, name) for name in sgd} == sgd
+    measured = {"mean": "auto", "std": "auto"}
+    assert PretrainConfig().as_dict().items() >= (RECIPES["cifar"] | measured).items()
+    assert PretrainConfig().augmentation == Augmentation()
+    assert LinearConfig().as_dict().items() >= LINEAR_RECIPES["sgd"].items()
 
 
-@pytest.mark.parametrize(
-    ("text", "field", "value"),
-    [
-        ("--crop_scale 0.3 0.9", "crop_scale", (0.3, 0.9)),
-        ("--crop_ratio 1 2", "crop_ratio", (1.0, 2.0)),
-        ("--jitter 0.1 0.2 0.3 0", "jitter", (0.1, 0.2, 0.3, 0.0)),
-        ("--jitter_p 0.1", "jitter_p", 0.1),
-        ("--gray_p 0", "gray_p", 0.0),
-        ("--blur_p 0.25", "blur_p", 0.25),
-        ("--blur_sigma 1 1", "blur_sigma", (1.0, 1.0)),
-        ("--hflip_p 0", "hflip_p", 0.0),
-        ("--vflip_p 0.5", "vflip_p", 0.5),
-        ("--rotate90_p 1", "rotate90_p", 1.0),
-        ("--solarize_p 0.2", "solarize_p", 0.2),
-    ],
-)
-def test_a_flag_changes_its_part_of_the_augmentation_alone(text, field, value):
-    changed = read(f"--recipe imagenet {text}")[0].augmentation
-    usual = read("--recipe imagenet")[0].augmentation
-    assert usual == Augmentation(blur_p=0.5)
-    assert changed == dataclasses.replace(usual, **{field: value})
+def test_flags_change_their_part_of_the_augmentation_alone():
+    values = {
+        "crop_scale": (0.3, 0.9),
+        "crop_ratio": (1.0, 2.0),
+        "jitter": (0.1, 0.2, 0.3, 0.0),
+        "jitter_p": 0.1,
+        "gray_p": 0.0,
+        "blur_p": 0.25,
+        "blur_sigma": (1.0, 1.0),
+        "hflip_p": 0.0,
+        "vflip_p": 0.5,
+        "rotate90_p": 1.0,
+        "solarize_p": 0.2,
+    }
+    default = read("--recipe imagenet")[0].augmentation
+    assert default == Augmentation(blur_p=0.5)
+    assert {field.name for field in dataclasses.fields(Augmentation)} == set(values)
+    for field, value in values.items():
+        words = value if isinstance(value, tuple) else (value,)
+        config, _ = read(f"--recipe imagenet --{field} {' '.join(map(str, words))}")
+        assert config.augmentation == dataclasses.replace(default, **{field: value})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -136,27 +130,21 @@ def test_the_help_names_each_flag_and_each_recipe_s_default(command, capsys):
         assert "None" not in text.partition("optimization:")[2].partition("monitor:")[0]
 
 
-# ---- values that cannot be ----------------------------------------------------------------------
+# ---- invalid values -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flag", "values"),
     [
         ("crop_scale", "0.9 0.2"),
-        ("crop_scale", "0 1"),
         ("crop_scale", "0.2 1.1"),
-        ("crop_scale", "a b"),
         ("crop_ratio", "2 1"),
-        ("jitter", "0.4 -0.4 0.4 0.1"),
         ("jitter", "0.4 0.4 0.4 0.6"),
         ("jitter", "0.4 0.4 0.4 nan"),
         ("jitter_p", "1.5"),
-        ("gray_p", "-0.1"),
         ("blur_p", "x"),
         ("blur_sigma", "0 2"),
-        ("hflip_p", "2"),
         ("vflip_p", "nan"),
-        ("rotate90_p", "90"),
         ("solarize_p", "inf"),
         ("mean", "0.5 0.5"),
         ("mean", "auto auto"),
@@ -165,14 +153,12 @@ def test_the_help_names_each_flag_and_each_recipe_s_default(command, capsys):
         ("method", "byol"),
         ("num_workers", "many"),
         ("checkpoint_minutes", "-1"),
-        ("name", "a/b"),
         ("name", "x" * 181),
+        ("name", "a/b"),
         ("seed", str(2**32)),
     ],
 )
-def test_a_value_that_cannot_be_is_one_line_that_names_flag_and_value(
-    tmp_path, capsys, flag, values
-):
+def test_an_invalid_value_is_one_line_that_names_flag_and_value(tmp_path, capsys, flag, values):
     more = [f"--{flag}", *values.split(" ")]
     assert f"--{flag} {values}: " in refused(tmp_path / "out", capsys, "", *more)
     assert not list(tmp_path.iterdir())
@@ -182,7 +168,6 @@ def test_a_value_that_cannot_be_is_one_line_that_names_flag_and_value(
     ("command", "line", "flag"),
     [
         ("main.py", "--crop_scale 0.2", "--crop_scale"),
-        ("main.py", "--jitter 0.4 0.4 0.4", "--jitter"),
         ("main.py", "--init_parts all", "--init_parts"),
         ("main.py", "--cuda_graphs", "--cuda_graphs"),
         ("main.py", "--channels 5 --jitter 0.4 0.4 0.4 0", "--jitter"),
@@ -190,7 +175,6 @@ def test_a_value_that_cannot_be_is_one_line_that_names_flag_and_value(
         ("main.py", "--channels 5 --mean 0.5 0.5 0.5", "--mean"),
         ("main.py", "--exclude a", "--exclude"),
         ("main.py", "--data_root /", "--data_root"),
-        ("main.py", "--data_root=", "--data_root"),
         ("linear.py", "--cached --finetune", "--cached"),
         ("linear.py", "--optimizer lars --finetune", "--optimizer"),
         ("linear.py", "--optimizer adamw", "--optimizer"),
@@ -200,7 +184,6 @@ def test_a_value_that_cannot_be_is_one_line_that_names_flag_and_value(
         ("linear.py", "--evaluate_only --predict a", "--predict"),
         ("linear.py", "--evaluate_only --epochs 3", "--epochs"),
         ("linear.py", "--out_csv a", "--out_csv"),
-        ("linear.py", "--resume --overwrite", "--overwrite"),
     ],
 )
 def test_settings_that_exclude_one_another_are_one_line(tmp_path, capsys, command, line, flag):
@@ -239,7 +222,7 @@ def test_a_dict_from_anywhere_is_validated(change, named):
             PretrainConfig.from_dict(value)
 
 
-# ---- values that depend on the machine or on others ---------------------------------------------
+# ---- values that depend on the machine or on other settings -------------------------------------
 
 
 def test_workers_are_the_cores_per_rank(monkeypatch):
@@ -272,16 +255,6 @@ def test_the_run_at_a_path_has_its_folder_and_name():
     config = read("--resume some/where/a_model.pth --out b --name c")[0]
     assert (config.out, config.name) == ("b", "c")
     assert read("--model_path x/a_model.pth", "linear.py")[0].out == "x"
-
-
-def test_no_two_fields_share_a_meaning_by_accident():
-    """A config is a plain dataclass: fields with kinds, and no attribute beside them."""
-    for _, kind in COMMANDS.values():
-        assert issubclass(kind, Config)
-        for field in dataclasses.fields(kind):
-            assert field.metadata["help"]
-            assert not inspect.isroutine(getattr(kind, field.name, None))
-    assert "auto" in AMP
 
 
 # ---- what a run keeps ---------------------------------------------------------------------------
@@ -332,7 +305,7 @@ def test_mean_and_std_are_measured_once_and_kept(tmp_path, capsys):
     assert "--mean auto" in refused(tmp_path, capsys, "--resume --mean 0.5 0.5 0.5")
 
 
-def test_a_checkpoint_with_settings_that_cannot_be_is_one_line(tmp_path, capsys):
+def test_a_checkpoint_with_invalid_settings_is_one_line(tmp_path, capsys):
     begin(tmp_path)
     path = tmp_path / "a_model.pth"
     whole = torch.load(path)

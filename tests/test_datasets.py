@@ -180,22 +180,14 @@ def test_a_failed_download_names_what_to_put_where(tmp_path, monkeypatch, name, 
 
 
 def test_folder_with_classes(tmp_path):
-    for split, number in [("train", 3), ("val", 2)]:
-        for name, color in [("cat", (255, 0, 0)), ("dog", (0, 0, 255))]:
-            for i in range(number):
-                write_image(tmp_path / split / name / f"{i}.png", color)
-    data = load_dataset("folder", tmp_path)
-    assert data.classes == ["cat", "dog"]
-    assert data.train_images.shape == (6, 3, 12, 12)
-    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.test_labels.tolist() == [0, 0, 1, 1]
-    assert data.train_images[0, :, 0, 0].tolist() == [255, 0, 0]
-    assert data.test_images[3, :, 0, 0].tolist() == [0, 0, 255]
-    write_image(tmp_path / "elsewhere" / "1.PNG", (9, 0, 0))
+    write_image(tmp_path / "train" / "cat" / "0.png", (255, 0, 0))
+    write_image(tmp_path / "elsewhere" / "1.PNG", (0, 0, 9))
     os.symlink(tmp_path / "elsewhere", tmp_path / "train" / "eel")
+    write_image(tmp_path / "val" / "cat" / "0.png", (7, 0, 0))
     write_image(tmp_path / "test" / "eel" / "0.png", (8, 0, 0))  # test takes precedence over val
     data = load_dataset("folder", tmp_path)
-    assert data.train_images[6, 0, 0, 0] == 9
+    assert (data.classes, data.train_labels.tolist()) == (["cat", "eel"], [0, 1])
+    assert data.train_images[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 9]]
     assert data.test_images[:, 0, 0, 0].tolist() == [8]
     write_image(tmp_path / "test" / "cow" / "0.png", 0)
     with pytest.raises(ValueError, match="class cow"):
@@ -211,9 +203,6 @@ def test_flat_folder_of_mixed_sizes_and_modes(tmp_path):
     assert (data.test_images, data.classes) == (None, [])
     assert data.train_labels.tolist() == [-1, -1, -1]
     assert load_dataset("folder", tmp_path, image_size=8).train_images.shape[-1] == 8
-    (tmp_path / "b.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="b.jpg"):
-        load_dataset("folder", tmp_path)
 
 
 def test_csv_list(tmp_path):

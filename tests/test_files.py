@@ -1,11 +1,10 @@
 """Atomic files, CSV tables, and the lock of a run."""
 
 import errno
+import multiprocessing
 import os
+import signal
 import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas
 import pytest
@@ -22,7 +21,6 @@ from simsiam.runtime.files import (
     run_lock,
     write_csv,
 )
-from tests.helpers import ROOT
 
 
 def write(path, content, previous=None, error=None):
@@ -30,6 +28,13 @@ def write(path, content, previous=None, error=None):
         file.write(content)
         if error:
             raise error
+
+
+def fork(work, *args):
+    """Call `work` in a process of its own; return a function that waits for its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    return lambda: process.join() or process.exitcode
 
 
 def test_atomic_write_replaces_a_file_at_its_end(tmp_path):
@@ -82,14 +87,13 @@ def test_an_os_error_names_the_file_and_keeps_its_old_content(tmp_path, monkeypa
 def test_a_killed_process_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"old")
-    program = (
-        "import os, signal\n"
-        "from simsiam.runtime.files import atomic_write\n"
-        f"with atomic_write({str(path)!r}) as file:\n"
-        "    file.write(b'x' * 100_000)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -9
+
+    def write_half():
+        with atomic_write(path) as file:
+            file.write(b"x" * 100_000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert fork(write_half)() == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     write(path, b"new")
     assert path.read_bytes() == b"new"
@@ -206,16 +210,13 @@ def test_another_file_in_the_place_of_the_results_is_left_alone(tmp_path, conten
 
 def test_runs_that_end_at_the_same_time_all_get_their_row(tmp_path):
     path = tmp_path / "results.csv"
-    program = (
-        "import sys\n"
-        "from simsiam.runtime.files import add_result\n"
-        "for i in range(15):\n"
-        "    add_result(sys.argv[1], {'protocol': 'KNN', 'run': f'{sys.argv[2]} {i}'})\n"
-    )
-    command = [sys.executable, "-c", program, str(path)]
-    processes = [subprocess.Popen([*command, name], cwd=ROOT) for name in "ab"]
-    assert [process.wait() for process in processes] == [0, 0]
+
+    def add_results(name):
+        for i in range(15):
+            add_result(path, {"protocol": "KNN", "run": f"{name} {i}"})
+
+    assert [wait() for wait in [fork(add_results, name) for name in "ab"]] == [0, 0]
     runs = set(pandas.read_csv(path)["run"])
     assert runs == {f"{name} {i}" for name in "ab" for i in range(15)}
     assert [name for name in os.listdir(tmp_path) if not name.endswith(".lock")] == ["results.csv"]
-    assert Path(path).read_text().count("\n") == 31
+    assert path.read_text().count("\n") == 31

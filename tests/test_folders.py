@@ -292,7 +292,6 @@ def test_a_run_on_several_roots_is_resumed_and_evaluated_without_excluded_files(
     assert "17 training images, 9 test images" in capsys.readouterr().out
     textures = [*evaluate, "--data_name", "textures"]
     linear.main([*textures, "--name", "t"])  # without the encoder's --exclude
-    linear.main([*textures, "--name", "t", "--resume"])
     assert "--exclude" in refused(capsys, linear, *textures, "--exclude", "a")
     assert "--exclude" in refused(capsys, main, *flags[:-1], "two", "--exclude", "*.png")
     error = refused(capsys, main, "--data_name", "textures", *RUN.split(), "--exclude", "a")

@@ -251,15 +251,10 @@ def test_a_checkpoint_keeps_the_options_of_its_images(tmp_path, capsys):
     main.main(flags.split())
     error = refused(capsys, main, *flags.split(), "--background", "white", "--resume")
     assert "--background" in error
-    model = f"{tmp_path}/t_model.pth"
-    linear.main(f"--model_path {model} --epochs 1 --cached --no-pictures".split())
+    linear.main(f"--model_path {tmp_path}/t_model.pth --epochs 1 --cached --no-pictures".split())
     path = tmp_path / "photos" / "test" / "dog" / "1.png"
     predictor = Predictor(LoadedCheckpoint.open(tmp_path / "t_linear_cached_model.pth"))
     with Image.open(path) as image:
         stored = np.asarray(image.convert("RGB"))
     shown = np.asarray(read_image(path))  # white, but for one part in 255
     assert predictor.predict(str(path)) == predictor.predict(stored) != predictor.predict(shown)
-    flags = f"--model_path {model} --epochs 1 --cached --no-pictures --exif --background white"
-    linear.main([*flags.split(), "--name", "shown"])
-    predictor = Predictor(LoadedCheckpoint.open(tmp_path / "shown_model.pth"))
-    assert predictor.predict(str(path)) == predictor.predict(shown)

@@ -64,22 +64,6 @@ def test_a_loader_visits_every_image_once_in_a_reproducible_order():
             Loader(images, size)
 
 
-@pytest.mark.parametrize("in_files", [False, True])
-def test_a_rank_gets_its_rows_of_the_global_batch(jpegs, in_files):
-    """Three ranks, the last with two rows of four."""
-    images = ImageFiles(jpegs, 32, 0) if in_files else decode_files(jpegs, 40)[0]
-    views, labels = make_views(), torch.arange(5)
-    (whole,) = Loader(images, 4, 1, labels, views=views).epoch(2)
-    for rows in (slice(0, 1), slice(1, 2), slice(2, 4)):
-        loader = Loader(images, 4, 1, labels, views=views, local_slice=lambda n, rows=rows: rows)
-        (batch,) = loader.epoch(2)
-        assert (batch.size, batch.rows) == (4, rows)
-        assert torch.equal(batch.images, whole.images[rows])
-        assert torch.equal(batch.labels, whole.labels)  # of all ranks
-        for x, y in zip(views(batch), views(whole), strict=True):
-            assert torch.equal(x, y[rows])
-
-
 def test_a_subset_is_balanced_and_seeded():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
     subset = balanced_subset(labels, 30, seed=0)
@@ -198,14 +182,19 @@ def test_workers_ignore_signals(jpegs):
 
 
 def test_workers_end_with_their_process(jpegs):
-    """Also those of a loader that is not collected, in a child process, too."""
+    """Also those of a loader that is not collected, of a child process, and after an error.
+
+    Workers ignore SIGTERM, by which multiprocessing would end them: it would wait for ever.
+    """
     program = f"""
 import multiprocessing
 from simsiam.data.loader import ImageFiles, Loader
 from simsiam.views.augment import Views
 
+views = Views(16, (0.5,) * 3, (0.5,) * 3)
+
 def run():
-    loader = Loader(ImageFiles({jpegs}, 16, 2), 2, views=Views(16, (0.5,) * 3, (0.5,) * 3))
+    loader = Loader(ImageFiles({jpegs}, 16, 2), 2, views=views)
     loader.cycle = loader
     assert len(list(loader.epoch(0))) == 2
 
@@ -214,11 +203,14 @@ child.start()
 child.join()
 assert child.exitcode == 0
 run()
+batches = Loader(ImageFiles(20 * {jpegs}, 16, 2), 2, views=views).epoch(0)
+next(batches)
+raise SystemExit(3)
 """
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, timeout=300, capture_output=True, text=True
     )
-    assert (process.returncode, process.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (3, "")
 
 
 def test_a_checksum_depends_on_pixels_or_on_names_below_the_common_folder(jpegs, tmp_path):

@@ -186,16 +186,6 @@ def test_without_test_images_rank_and_alignment_are_measured(images, capsys):
     assert "no kNN" in capsys.readouterr().out
 
 
-def test_features_are_cached_on_request_only(images):
-    """Later features would be those of other weights."""
-    monitor = make_monitor(images)
-    monitor.measure()
-    assert monitor.knn() is not monitor.knn()
-    row = monitor.measure(keep=True)
-    assert monitor.knn() is monitor.knn()
-    assert metrics.effective_rank(monitor.knn().bank) == row["rank"]
-
-
 def test_std_is_checked_after_each_window_and_at_the_end_of_an_epoch(images, capsys):
     """Of 60 steps the last 10 collapse: their mean std is low, that of the epoch is not."""
     assert collapse.STD_WINDOW == 25
@@ -238,9 +228,8 @@ def test_collapse_by_its_thresholds(images, capsys):
     assert kind(0.99, 3.0) == kind(0.99, 1.9, 2.0) == kind(0.99, 1.1, 1.9) == "dimensional"
     assert kind(0.99, 1.4, 1.9) is None  # simple images have a low rank from the start
     flat = dataclasses.replace(images, train_images=images.train_images // 64 + 100)
-    assert (
-        kind(0.99, 1.4, 1.9, flat) == "dimensional"
-    )  # images that hardly differ are not just simple
+    # Images that hardly differ are not just simple.
+    assert kind(0.99, 1.4, 1.9, flat) == "dimensional"
 
 
 def test_evenly_spaced():

@@ -2,8 +2,6 @@
 
 import io
 import os
-import subprocess
-import sys
 import tarfile
 import zlib
 from functools import partial
@@ -24,7 +22,7 @@ from simsiam.data.textures import TEXTURE_CLASSES
 from simsiam.runtime import distributed
 from simsiam.training import checkpoint
 from simsiam.views.augment import Augmentation, Views
-from tests.helpers import ROOT, image_files, refused
+from tests.helpers import image_files, refused
 
 
 def shard_files(folder, root, each=30):
@@ -187,20 +185,3 @@ def test_features_of_files_are_sent_by_workers_in_small_parts(tmp_path, monkeypa
     monkeypatch.undo()
     one_by_one = torch.cat(list(ImageFiles(paths, 32, workers=0).split(1)))
     assert torch.equal(torch.cat(chunks), one_by_one)
-
-
-def test_workers_do_not_outlive_an_error(tmp_path):
-    """Workers ignore SIGTERM, by which multiprocessing would end them: it would wait for ever."""
-    root = image_files(tmp_path, 40)
-    script = f"""
-from simsiam.data.datasets import load_dataset
-from simsiam.data.loader import Loader
-from simsiam.views.augment import Views
-files = load_dataset("imagenet", {str(root)!r}, 32).train_images
-loader = Loader(files, 8, views=Views(32, (0,) * 3, (1,) * 3))
-batches = loader.epoch(0)
-next(batches)
-raise SystemExit(3)
-"""
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=300)
-    assert ended.returncode == 3
