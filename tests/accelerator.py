@@ -69,7 +69,7 @@ def register(folder: str) -> types.ModuleType:
 
 
 def runs(place: str, device: str) -> None:
-    """What a user does, in `place`, which has image files in `images`; in fp32."""
+    """Run the commands in fp32 in the folder `place`, which has image files in `images`."""
     on = f"--device {device} --amp off"
     out = f"{on} --out {place} --no-pictures"
     small = "--width 8 --feature_dim 32 --k 20"
@@ -96,7 +96,7 @@ def runs(place: str, device: str) -> None:
 
 
 def stop_at(due: bool) -> None:
-    """Send this process the signal that ends a run after its step."""
+    """If `due`, send this process the signal that ends a run after its step."""
     if due:
         signal.raise_signal(signal.SIGTERM)
 
@@ -105,7 +105,7 @@ def stop_at(due: bool) -> None:
 
 
 def waits(native: types.ModuleType, work: Callable[[], object]) -> dict[str, int]:
-    """What `work` lets the host wait for."""
+    """Count what the host waits for in `work`, by kind."""
     before = native.counts()
     work()
     return {name: number - before[name] for name, number in native.counts().items()}
@@ -116,7 +116,7 @@ def three_steps(
     device: torch.device,
     fault: Callable[[torch.Tensor], object] = lambda x: None,
 ) -> tuple[nn.Module, dict[str, int]]:
-    """A network after three steps, and what these waited for. `fault` gets each step's x1."""
+    """Return a network after three steps, and their waits. `fault` gets each step's first view."""
     flags = "--recipe short --train_size 96 --width 8 --feature_dim 32 --batch_size 32 --probe"
     state, config = new_state(flags, device)
     views = state.views
@@ -131,7 +131,7 @@ def three_steps(
 
 
 def steps(native: types.ModuleType) -> dict:
-    """Waits of three steps, healthy and with a fault planted in each; of features, kNN, rank."""
+    """Count the waits of three steps, without and with a planted fault; of features, kNN, rank."""
     device = torch.device("pretend", 0)
     faults = {
         "none": lambda x: None,
@@ -166,7 +166,7 @@ def steps(native: types.ModuleType) -> dict:
 
 
 def weights_of_a_rank(native: types.ModuleType, synced: bool) -> tuple[dict, float]:
-    """The network after three steps, and for how many seconds a collective waits."""
+    """Return the network after three steps, and the timeout of a collective in seconds."""
     if not synced:
         distributed.sync_batchnorm = lambda net: None
     with distributed.process_group():

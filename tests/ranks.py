@@ -133,25 +133,6 @@ def fail_at(rank: int, step: int, *flags: object) -> None:
     run_with(rank, step, fail, *flags)
 
 
-def sizes_sent(*flags: object) -> list[int]:
-    """Run main.py; return the sizes in bytes of the objects and tensors that this rank sends."""
-    sizes = []
-
-    def watch(name: str, at: int) -> None:
-        send = getattr(dist, name)
-
-        def watched(*args, **more):
-            sizes.append(len(pickle.dumps(args[at])))
-            return send(*args, **more)
-
-        setattr(dist, name, watched)
-
-    for name, at in (("broadcast_object_list", 0), ("all_gather_object", 1), ("broadcast", 0)):
-        watch(name, at)
-    run("main", *flags)
-    return sizes
-
-
 # ---- parts of a run -----------------------------------------------------------------------------
 
 
@@ -178,14 +159,14 @@ def gradients(compiled: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         return alone, backward(trained, distributed.local_slice(32))
 
 
-def epoch(with_probe: bool) -> tuple[dict, dict]:
+def epoch() -> tuple[dict, dict]:
     """Return the network and the probe after an epoch of main.py's loop on textures."""
-    flags = "--train_size 128 --width 8 --feature_dim 64 --batch_size 32 --device cpu --"
+    flags = "--train_size 128 --width 8 --feature_dim 64 --batch_size 32 --device cpu --probe"
     with distributed.process_group():
-        state, config = new_state(flags + ("probe" if with_probe else "no-probe"))
+        state, config = new_state(flags)
         for _ in main.train(state, 0, config):
             pass
-        return state.net.state_dict(), state.probe.state_dict() if with_probe else {}
+        return state.net.state_dict(), state.probe.state_dict()
 
 
 def probe() -> dict[str, torch.Tensor]:
@@ -236,18 +217,6 @@ def finetuning() -> list[torch.Tensor]:
             list(linear.train(state, feature_fn, 0, config))
             weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     return weights
-
-
-def async_max() -> list[list[int]]:
-    """Return what an `AsyncMax` answers, call by call."""
-    with distributed.process_group():
-        agree, rank = distributed.AsyncMax(), distributed.rank()
-        answers = [agree(7 * (rank == 2), 10 + rank), agree(0, 0), agree(0, 0)]
-        answers += [agree(5 * (rank == 1), 0, wait=True), agree(0, 0)]
-        answers += [agree(0, 3 * (rank == 2)), agree(4 * (rank == 1), 0, wait=True), agree(0, 0)]
-        agree(9 * (rank == 0), 9)
-        agree.forget()
-        return [*answers, agree(0, 0), agree(0, 0)]
 
 
 def rank0_first(folder: Path) -> tuple[str, str]:

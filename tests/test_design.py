@@ -58,19 +58,19 @@ def test_the_documents_flags_exist():
         for line in path.read_text().splitlines()
         if not line.startswith("#SBATCH")
     )
-    known = set(torch.distributed.run.get_args_parser()._option_string_actions) | {"--help"}
+    existing = set(torch.distributed.run.get_args_parser()._option_string_actions) | {"--help"}
     sources = [
         *ROOT.glob("tools/*.py"),
         *ROOT.glob("studies/*.py"),
         ROOT / "model.py",
         *ROOT.glob("tests/*.py"),
     ]
-    known |= set(re.findall(r'"(--\w+)"', "".join(path.read_text() for path in sources)))
+    existing |= set(re.findall(r'"(--\w+)"', "".join(path.read_text() for path in sources)))
     for config in (PretrainConfig, LinearConfig):
-        known |= set(utils.ConfigParser("", "", config)._option_string_actions)
+        existing |= set(utils.ConfigParser("", "", config)._option_string_actions)
     words = {word.strip("`,.();:") for word in text.split() if word.startswith(("--", "`--"))}
     assert len(words) > 30
-    unknown = {word.split("=")[0] for word in words} - known
+    unknown = {word.split("=")[0] for word in words} - existing
     assert not {word for word in unknown if re.match(r"--\w", word)}
 
 
@@ -90,24 +90,23 @@ def test_the_documents_links_lead_somewhere():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="stdlib differs")
-def test_the_kept_requirements_are_the_ones_imported():
-    """No dependency that nothing imports, none imported that is not required."""
+def test_the_requirements_are_what_is_imported():
 
     def required(name: str) -> set[str]:
         lines = (ROOT / name).read_text().splitlines()
         return {line.split(">=")[0].strip() for line in lines if line and line[0] not in "#-"}
 
     def imported(*paths: Path) -> set[str]:
-        found = {name.split(".")[0] for path in paths for name in imports(path)}
-        third = found - set(sys.stdlib_module_names) - {*COMMANDS, "evaluation", "tools", "studies"}
+        modules = {name.split(".")[0] for path in paths for name in imports(path)}
+        third = modules - set(sys.stdlib_module_names) - {*COMMANDS, "tools", "studies"}
         names = {"PIL": "Pillow", "sklearn": "scikit-learn"}
         return {names.get(name, name) for name in third - {"simsiam"}}
 
-    kept, others = required("requirements.txt"), required("requirements-dev.txt")
+    product, development = required("requirements.txt"), required("requirements-dev.txt")
     # These are optional: imported where they are used.
     optional = {"webdataset", "safetensors", "tifffile"}
-    assert imported(*ROOT.glob("*.py"), *ROOT.glob("simsiam/**/*.py")) - optional == kept
-    assert imported(*ROOT.glob("tools/*.py"), *ROOT.glob("studies/*.py")) <= kept | others
+    assert imported(*ROOT.glob("*.py"), *ROOT.glob("simsiam/**/*.py")) - optional == product
+    assert imported(*ROOT.glob("tools/*.py"), *ROOT.glob("studies/*.py")) <= product | development
 
 
 def test_pip_installs_the_package_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""Folders and CSV lists: which images are found, their classes, and the summary line."""
+"""Folders and CSV lists: the images in them, their classes, and the summary line."""
 
 import os
 import socket

@@ -38,7 +38,7 @@ def equal(a, b):
 
 
 class Reference:
-    """The probe made of PyTorch's BatchNorm1d, Linear, CrossEntropyLoss and SGD."""
+    """The probe by PyTorch's BatchNorm1d, Linear, CrossEntropyLoss and SGD."""
 
     def __init__(self, features, classes, batch_size, epochs):
         self.bn = nn.BatchNorm1d(features, eps=1e-5 / features, affine=False)

@@ -72,8 +72,8 @@ def test_an_epoch_of_shards_has_each_image_once(shards):
     assert one != other
 
 
-def test_which_images_of_shards_an_epoch_has(shards, monkeypatch):
-    """Those of a subset alone; and neighbours in time are not neighbours in a shard."""
+def test_an_epoch_mixes_shards_and_keeps_to_its_subset(shards, monkeypatch):
+    """The images of a subset alone; neighbours in time are not neighbours in a shard."""
     files = (shards.parent / "images" / "train").rglob("*.jpg")
     numbers = {zlib.crc32(path.read_bytes()): int(path.stem) for path in files}
     assert len(numbers) == 240
@@ -154,14 +154,14 @@ def test_a_run_on_shards(shards, tmp_path, capsys):
 
 def test_too_little_shared_memory_is_refused_before_the_run(tmp_path, capsys, monkeypatch):
     root = image_files(tmp_path / "images", 64)
-    there = SimpleNamespace(f_bavail=64, f_frsize=2**20)  # what docker gives
-    monkeypatch.setattr(os, "statvfs", lambda path: there)
+    shm = SimpleNamespace(f_bavail=64, f_frsize=2**20)  # what docker gives
+    monkeypatch.setattr(os, "statvfs", lambda path: shm)
     flags = ["--data_name", "imagenet", "--data_root", root, "--out", tmp_path, "--batch_size", 64]
     line = refused(capsys, main, *flags, "--num_workers", 2, "--arch", "resnet18")
     assert "--num_workers 2" in line
     assert "77 MB" in line  # 2 workers x 2 batches x 64 x 2 crops x 3 x 224 x 224
     # Of a batch of 2 the crops would fit, but not the 64 images at a time that the kNN looks at.
-    there.f_bavail = 18
+    shm.f_bavail = 18
     flags[-1] = 2
     line = refused(capsys, main, *flags, "--num_workers", 1, "--arch", "resnet18")
     assert "19 MB" in line  # 1 worker x 2 batches x 64 x 3 x 224 x 224
