@@ -31,23 +31,12 @@ from tests import crash, helpers
 TINY = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --batch_size 32"
 
 
-class Stop(Exception):
-    """Ends a run as a power cut would: nothing is written after it."""
+def tiny(tmp_path, flags):
+    return [*TINY.split(), "--no-pictures", "--out", str(tmp_path), *flags.split()]
 
 
-def run(tmp_path, flags, on_step=None):
-    main.main([*TINY.split(), "--no-pictures", "--out", str(tmp_path), *flags.split()], on_step)
-
-
-def run_until(epoch, step, begin):
-    """Call `begin(on_step)` with a hook that ends the run before this step is counted."""
-
-    def stop(*now):
-        if now == (epoch, step):
-            raise Stop
-
-    with pytest.raises(Stop):
-        begin(stop)
+def run(tmp_path, flags):
+    main.main(tiny(tmp_path, flags))
 
 
 def config_of(flags):
@@ -129,7 +118,7 @@ def test_a_run_cut_within_an_epoch_ends_at_the_same_bits(tmp_path, capsys, flags
     """Weights, momenta, probe, loss scale and statistics."""
     run(tmp_path, f"{flags} --epochs 2 --name whole")
     cut = f"{flags} --epochs 2 --name cut --checkpoint_minutes 0"
-    run_until(1, 2, lambda hook: run(tmp_path, cut, hook))
+    helpers.interrupt(main, tiny(tmp_path, cut), 1, 2)
     before = checkpoint_of(tmp_path, "cut")
     assert (before["epoch"], before["step"]) == (1, 2)
     torch.manual_seed(123)
@@ -140,7 +129,7 @@ def test_a_run_cut_within_an_epoch_ends_at_the_same_bits(tmp_path, capsys, flags
     whole, cut = (checkpoint_of(tmp_path, name) for name in ("whole", "cut"))
     assert whole["scaler"] == cut["scaler"]
     assert bool(whole["scaler"]) == ("fp16" in flags)
-    assert any(not torch.equal(value, before["probe"][key]) for key, value in cut["probe"].items())
+    assert not helpers.same_bits(before["probe"], cut["probe"])
 
 
 def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
@@ -185,7 +174,7 @@ def test_seeds_differ_and_repeat():
     a, b, c = (
         main.initial_network(config_of(f"{TINY} --seed {seed}")).state_dict() for seed in "112"
     )
-    assert all(torch.equal(value, b[key]) for key, value in a.items())
+    assert helpers.same_bits(a, b)
     assert not torch.equal(a["backbone.conv1.weight"], c["backbone.conv1.weight"])
 
 
@@ -218,7 +207,7 @@ def test_seconds_are_of_an_epoch_s_own_steps(tmp_path, monkeypatch):
         def on_step(*step):
             now[0] += 1
             if step == stop:
-                raise Stop
+                raise helpers.Interrupted
 
         config, overrides = parser.read([*argv, "--out", str(tmp_path), *flags])
         clock = lambda: now[0]  # noqa: E731
@@ -228,7 +217,7 @@ def test_seconds_are_of_an_epoch_s_own_steps(tmp_path, monkeypatch):
                 entered.resume(state)
             main.pretrain(entered, state, monitor, result, on_step)
 
-    with pytest.raises(Stop):
+    with pytest.raises(helpers.Interrupted):
         train(stop=(1, 3))  # with the third of six steps saved
     now[0] = 1e6
     train("--resume")
@@ -371,7 +360,7 @@ def test_imagenet_from_files(tmp_path, capsys, monkeypatch):
     main.main([*flags, "--name", "whole", "--pictures", "--resume"])  # finished: draws again
     assert len(opened) == 60 + 61 + pictures
     cut = [*flags, "--name", "cut", "--checkpoint_minutes", "0", "--no-pictures"]
-    run_until(1, 2, lambda hook: main.main(cut, hook))
+    helpers.interrupt(main, cut, 1, 2)
     main.main([*cut, "--resume", "--num_workers", "1"])
     assert "and step 2 of 3" in capsys.readouterr().out
     assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []

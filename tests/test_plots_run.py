@@ -179,7 +179,7 @@ def test_tensorboard_gets_every_epoch_once_pictures_and_features(tmp_path, capsy
     root = helpers.image_files(tmp_path / "images", 96)
     flags = "--data_name imagenet --recipe short --image_size 32 --width 4 --feature_dim 16 --k 5 "
     flags += f"--batch_size 32 --epochs 2 --name a --data_root {root} --out {tmp_path} --pictures"
-    helpers.cut_in_epoch(main, 1, [*flags.split(), "--checkpoint_minutes", "0"])
+    helpers.interrupt(main, [*flags.split(), "--checkpoint_minutes", "0"], 1)
     assert not (tmp_path / "a_tensorboard").exists()
     for _ in range(2):
         main.main([*flags.split(), "--resume", "--tensorboard"])

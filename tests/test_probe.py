@@ -30,10 +30,6 @@ def load(out, name):
     return torch.load(out / f"{name}_model.pth", weights_only=True)
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -105,7 +101,7 @@ def test_a_state_that_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match="probe"):
             probe.load_state_dict(bad)
-        assert equal(probe.state_dict(), state)
+        assert helpers.same_bits(probe.state_dict(), state)
 
 
 # ---- in a run -----------------------------------------------------------------------------------
@@ -117,9 +113,9 @@ def test_the_encoder_has_the_same_bits_without_a_probe(tmp_path, capsys):
         run(tmp_path, f"--epochs 1 --{name} --name {name} --target mean --num_views 3 --amp bf16")
     assert "probe " not in capsys.readouterr().out
     a, b = (load(tmp_path, name) for name in ("probe", "no-probe"))
-    assert equal(a["model"], b["model"])
+    assert helpers.same_bits(a["model"], b["model"])
     momenta = (state["optimizer"]["state"].values() for state in (a, b))
-    assert all(equal(*pair) for pair in zip(*momenta, strict=True))
+    assert all(helpers.same_bits(*pair) for pair in zip(*momenta, strict=True))
     for row in (*a["history"], *b["history"]):
         for name in ("probe_acc@1", "seconds", "images_per_sec"):
             row.pop(name, None)
