@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def accelerator(tmp_path_factory):
-    """A function that runs a mode of tests/accelerator.py and returns its JSON."""
+    """Function that runs a mode of tests/accelerator.py and returns its JSON."""
     folder = tmp_path_factory.mktemp("accelerator")
 
     def run(*words):
@@ -59,7 +59,7 @@ def test_no_step_waits_and_each_planted_fault_is_seen(accelerator):
 
 
 def test_the_commands_give_the_same_bits_as_on_the_cpu(accelerator, tmp_path):
-    """Training, resumed, from files too; linear.py's ways; predictions and features."""
+    """Of training in memory, from files and resumed, linear.py, predictions and features."""
     for device in ("pretend", "cpu"):
         image_files(tmp_path / device / "images", number=80)
         accelerator("runs", tmp_path / device, device)

@@ -255,9 +255,9 @@ SMALL += "--levels 0 4095 --num_workers 1 --no-pictures --recipe short"
 
 @pytest.fixture(scope="module", params=[1, 5])
 def run(request, tmp_path_factory):
-    """A run and a linear evaluation: the number of channels, the images, the results, the flags.
+    """Channels, images, results and flags of a run with its linear evaluation.
 
-    Of one channel from memory, of five by workers that crop the files.
+    Images of one channel are in memory; those of five are cropped by workers.
     """
     root, out = (tmp_path_factory.mktemp(name) for name in ("images", "results"))
     write_folder(root, request.param)

@@ -21,7 +21,7 @@ ROW = {"epoch": 0, "raw_acc@1": 10.0, "test_acc@1": 10.0}
 
 
 def read(text, command="main.py"):
-    """The config of a command line, and the settings that it gives."""
+    """Return the config of a command line, and the settings given on it."""
     return utils.ConfigParser(command, "", COMMANDS[command][1]).read(text.split())
 
 
@@ -261,7 +261,7 @@ def test_the_run_at_a_path_has_its_folder_and_name():
 
 
 def begin(tmp_path, text=""):
-    """The views of a run that is begun or resumed, without a step; and its checkpoint."""
+    """Start or resume a run without a step; return its views and its checkpoint."""
     parser = utils.ConfigParser("main.py", "", PretrainConfig)
     argv = [*TINY.split(), "--name", "a", "--out", str(tmp_path), *text.split()]
     with Run("main.py", *parser.read(argv), main.STATISTICS) as run:

@@ -26,7 +26,7 @@ DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, with all of their dots."""
+    """Return the full names of the modules that a file imports."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -122,7 +122,7 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_written(tmp_pa
 
 
 class Watch(TorchDispatchMode):
-    """Notes the copies between devices that the host waits for."""
+    """Record the copies between devices that the host waits for."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result, aten = func(*args, **(kwargs or {})), torch.ops.aten
@@ -135,7 +135,7 @@ class Watch(TorchDispatchMode):
 
 
 def move(net):
-    """Give the network fakes on cuda:0 in the place of its tensors."""
+    """Replace the tensors of a network by fakes on cuda:0."""
     for name, x in [*net.named_parameters(), *net.named_buffers()]:
         module, _, attribute = name.rpartition(".")
         fake = torch.empty_like(x, device=CUDA)
@@ -145,7 +145,7 @@ def move(net):
 
 @pytest.fixture
 def optimizers(monkeypatch):
-    """The optimizers that took a step. Fakes are not differentiated, pinned or updated."""
+    """Optimizers that took a step. Fakes are not differentiated, pinned or updated."""
     stepped = []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
@@ -161,7 +161,7 @@ def bf16():
 
 
 def waits_of_training(flags):
-    """Three steps of main.py's loop and features of its images: the copies waited for."""
+    """Run three steps of main.py's loop, extract features; return the copies waited for."""
     parser = utils.ConfigParser("main.py", main.__doc__, PretrainConfig)
     flags = f"--data_name textures --train_size 12 --arch resnet18 --batch_size 4 --probe {flags}"
     config, _ = parser.read([*flags.split(), "--amp", "off"])
@@ -220,7 +220,7 @@ def test_linear_evaluation_on_cuda_mixes_no_devices_and_never_waits(cached, opti
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_loss_that_is_not_finite_moves_no_weight(fused):
-    """Neither in PyTorch's fused step nor in the plain one, which devices such as mps take."""
+    """In PyTorch's fused step and in the plain one, which devices such as mps take."""
     state, config = new_state(f"{SMALL} --lr 0.01")
     assert state.optimizer.defaults["fused"]
     if not fused:
@@ -262,7 +262,7 @@ def test_large_networks_train_in_bf16_on_cpus_that_have_it(
 
 
 def train_in_fp16(scale):
-    """Three steps from a loss scale: the weights after each, and the scale in the end."""
+    """Train three steps from a loss scale; return the weights after each, and the last scale."""
     state, config = new_state(f"{SMALL} --amp fp16")
     state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     weight = state.net.backbone.conv1.weight

@@ -44,9 +44,7 @@ def names(images, root):
 # ---- splits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("train", "test"), [("Train", "Test"), ("training", "valid"), ("TRAINING", "Validation")]
-)
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("TRAINING", "Validation")])
 def test_splits_by_their_usual_names(tmp_path, train, test):
     write(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/dog/3.png", "x/4.png")
     data = load_dataset("folder", tmp_path)

@@ -5,7 +5,6 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms.v2 import functional as T
 
@@ -194,10 +193,8 @@ def test_unreadable_files_are_skipped_on_request(tmp_path):
     with pytest.raises(ValueError, match="2.png: .*--bad_images skip"):
         decode_files(files, 8)
     images, reasons = decode_files(files, 8, bad_images="skip")
-    assert (images.shape, images.dtype) == ((3, 3, 8, 8), torch.uint8)
     assert images[:, 0, 0, 0].tolist() == [0, 1, 3]
-    assert list(reasons) == [2]
-    assert "2.png" in reasons[2]
+    assert (list(reasons), "2.png" in reasons[2]) == ([2], True)
     with pytest.raises(ValueError, match="2.png"):  # none is left
         decode_files(files[2:3], 8, bad_images="skip")
     images, reasons = decode_files(files[2:3], 8, bad_images="skip", allow_empty=True)

@@ -182,7 +182,7 @@ def test_workers_ignore_signals(jpegs):
 
 
 def test_workers_end_with_their_process(jpegs):
-    """Also those of a loader that is not collected, of a child process, and after an error.
+    """Also workers of a loader that is not collected, of a child process, and after an error.
 
     Workers ignore SIGTERM, by which multiprocessing would end them: it would wait for ever.
     """

@@ -40,7 +40,7 @@ def run(tmp_path, flags):
 
 
 def config_of(flags):
-    """The config of a command line of main.py."""
+    """Return the config of a command line of main.py."""
     return utils.ConfigParser("main.py", "", PretrainConfig).read(flags.split())[0]
 
 
@@ -111,11 +111,11 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         "--target mean --num_views 3 --covariance 0.04",
         "--recipe fast",  # whose views grow from the first epoch to the second
         "--optimizer muon --lr 0.08 --no-bn_decay",
-        "--amp fp16",
+        "--amp fp16 --train_size 96 --knn_every 2",
     ],
 )
 def test_a_run_cut_within_an_epoch_ends_at_the_same_bits(tmp_path, capsys, flags):
-    """Weights, momenta, probe, loss scale and statistics."""
+    """Weights, momenta, probe, loss scale and statistics are those of an uncut run."""
     run(tmp_path, f"{flags} --epochs 2 --name whole")
     cut = f"{flags} --epochs 2 --name cut --checkpoint_minutes 0"
     helpers.interrupt(main, tiny(tmp_path, cut), 1, 2)
@@ -163,7 +163,7 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
 
 
 def test_larger_views_to_come_count_in_the_announced_duration(tmp_path, capsys, monkeypatch):
-    """By a clock that goes on by 36 minutes whenever it is read."""
+    """The clock advances by 36 minutes whenever it is read."""
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2160).__next__)
     for sizes, is_long in (("8 8", False), ("8 32", True)):  # the second epoch: 16 times the pixels
         run(tmp_path, f"--epochs 2 --view_sizes {sizes} --name {is_long}")
@@ -191,7 +191,7 @@ def test_an_existing_run_is_refused_and_overwritten_on_demand(tmp_path, capsys):
 
 
 def test_seconds_are_of_an_epoch_s_own_steps(tmp_path, monkeypatch):
-    """The seconds before training do not count; those of all steps do, across restarts."""
+    """An epoch counts the seconds of its steps, across restarts, and none before training."""
     now = [0.0]
     eigvalsh = torch.linalg.eigvalsh
 
@@ -268,7 +268,7 @@ def test_bn_and_biases_have_no_decay_on_request():
 
 
 def test_muon_orthogonalises_matrices_and_moves_the_rest_as_nadamw():
-    """A first step: of a matrix all singular values move alike, of a vector all numbers."""
+    """The first step moves all singular values of a matrix alike, and all numbers of a vector."""
     torch.manual_seed(0)
     net = SimSiam("resnet8", feature_dim=16, width=4)
     flags = "--optimizer muon --lr 0.5 --batch_size 64 --weight_decay 0.2 --no-bn_decay"
@@ -332,9 +332,9 @@ def test_unlabelled_folder_and_the_imagenet_recipe(tmp_path, capsys):
 
 
 def test_imagenet_from_files(tmp_path, capsys, monkeypatch):
-    """Whole, and cut within an epoch and resumed with workers: the same bits.
+    """A run that is cut and resumed with other workers has the same bits.
 
-    Files are opened by the steps, the kNNs, and of the pictures for those that are shown.
+    Steps and kNNs open files, and pictures only those of the images that they show.
     """
     root = helpers.image_files(tmp_path / "images", 120)  # and 61 test images
     opened, usual = [], Image.open
@@ -392,7 +392,7 @@ def test_an_unreadable_image_late_in_a_run_is_one_line(tmp_path, capsys, monkeyp
 
 
 def test_a_collapse_is_said_once_and_ends_a_run_on_request(tmp_path, capsys):
-    """The run that ended goes on, on request, to the bits of the one that did not."""
+    """A run that stopped at its collapse can be resumed, and ends at the same bits."""
     flags = "--epochs 1 --train_size 1000 --stop_grad off --bn hidden --lr 2"  # 31 steps
     run(tmp_path, f"{flags} --name whole")
     out = capsys.readouterr().out

@@ -156,7 +156,7 @@ def make_monitor(images, warned=False, **settings):
 
 
 def expected_scores(images, size, k=20):
-    """Rank of the bank, and kNN top-1 and top-5, for the means of size x size patches."""
+    """Return the rank of the bank and kNN top-1 and top-5 of the means of size x size patches."""
     bank, queries = (
         F.normalize(F.adaptive_avg_pool2d(VIEWS.eval_transform(part), size).flatten(1))
         for part in (images.train_images, images.test_images)
@@ -187,7 +187,7 @@ def test_without_test_images_rank_and_alignment_are_measured(images, capsys):
 
 
 def test_std_is_checked_after_each_window_and_at_the_end_of_an_epoch(images, capsys):
-    """Of 60 steps the last 10 collapse: their mean std is low, that of the epoch is not."""
+    """The last 10 of 60 steps collapse: their mean std is low, the epoch's is not."""
     assert collapse.STD_WINDOW == 25
     monitor, meters, warnings = make_monitor(images), TrainMeters(CPU), []
     collapsed = torch.ones(64, 8)

@@ -34,7 +34,7 @@ def config_of(flags):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved, by the names of their files."""
+    """Figures that are saved, by the last part of their files' names."""
     figures = {}
     save = matplotlib.figure.Figure.savefig
 
@@ -48,7 +48,7 @@ def drawn(monkeypatch):
 
 
 def tiles_in(figure, columns):
-    """The images in a figure, 32 pixels wide: rows x columns x 3 x 32 x 32 of uint8."""
+    """Return the images of a figure, 32 pixels wide: rows x columns x 3 x 32 x 32, uint8."""
     canvas = torch.from_numpy(figure.axes[0].images[0].get_array().data.copy())
     pitch = (canvas.shape[1] - 32) // (columns - 1)
     return canvas.unfold(0, 32, pitch).unfold(1, 32, pitch)
@@ -122,7 +122,7 @@ def test_neighbours_embedding_and_confusion_of_test_or_training_images(tmp_path,
         return F.normalize(net.backbone(views.eval_transform(part)), dim=1)
 
     def check_tiles(queries, cosines):
-        """Compare tiles and cosines with those of the nearest by brute force; return these."""
+        """Compare tiles and cosines with brute force; return the nearest images' indices."""
         axes, tiles = drawn["neighbours"].axes[0], tiles_in(drawn["neighbours"], columns=9)
         best, nearest = cosines.sort(1, descending=True)
         numbers = torch.tensor([float(text.get_text()) for text in axes.texts]).view(8, 8)
@@ -175,7 +175,7 @@ def test_neighbours_embedding_and_confusion_of_test_or_training_images(tmp_path,
 
 
 def test_tensorboard_gets_every_epoch_once_pictures_and_features(tmp_path, capsys, monkeypatch):
-    """Begun without TensorBoard, cut, resumed with it, and resumed once more when finished."""
+    """A run is started without TensorBoard, cut, and resumed with it twice, then finished."""
     root = helpers.image_files(tmp_path / "images", 96)
     flags = "--data_name imagenet --recipe short --image_size 32 --width 4 --feature_dim 16 --k 5 "
     flags += f"--batch_size 32 --epochs 2 --name a --data_root {root} --out {tmp_path} --pictures"

@@ -28,7 +28,7 @@ from tests.helpers import ROOT, image_files, refused, texture_folder
 
 
 def on_ranks(world_size, work, *args, code=0):
-    """The outcome of `work` on ranks that must all end with an exit code."""
+    """Run `work` on ranks that must all end with an exit code; return the outcome."""
     outcome = ranks.launch(world_size, work, *args)
     assert outcome.codes == [code] * world_size, outcome.output
     return outcome
@@ -142,7 +142,7 @@ def test_sync_batchnorm_keeps_the_activation_within_timm_s_bn(monkeypatch):
 
 
 def test_a_rank_forks_when_its_other_threads_sleep(monkeypatch):
-    """Before Python 3.12 a worker could otherwise be born with a lock that nobody opens again."""
+    """Before Python 3.12 a worker could inherit a lock that nobody releases."""
     content = bytes(300_000_000)
     thread = threading.Thread(target=hashlib.sha256, args=[content])  # works without the GIL
     thread.start()
@@ -271,7 +271,7 @@ def test_a_killed_rank_costs_no_bit(tiny, tmp_path):
 
 @pytest.mark.parametrize(("step", "last"), [(3, 4), (6, 6)])
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tiny, tmp_path, capsys, step, last):
-    """A step later; in the same step where that is the last of its epoch. One process goes on."""
+    """One step later, but in the same step if it is the epoch's last. One process resumes."""
     flags = [*tiny, "--out", str(tmp_path), "--name", "a"]
     work = (ranks.signal_at, 1, step, signal.SIGTERM, "--ddp", *flags)
     output = on_ranks(2, *work, code=128 + signal.SIGTERM).output

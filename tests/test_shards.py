@@ -26,7 +26,7 @@ from tests.helpers import image_files, refused
 
 
 def shard_files(folder, root, each=30):
-    """The images of the folder `root` in tar files."""
+    """Write the images of the folder `root` into tar files of `each` images."""
     folder.mkdir()
     for split in ("train", "val"):
         files = sorted(Path(root, split).rglob("*.jpg"), key=lambda path: int(path.stem))
@@ -48,7 +48,7 @@ def shards(tmp_path_factory):
 
 
 def streams(shards, ranks, workers, epoch, start=0, whole=False, size=None):
-    """Each rank's batches of an epoch, as bytes of the single images."""
+    """Return the batches of an epoch by rank: lists of images as bytes."""
     images = load_dataset("webdataset", shards, 32, workers)
     images = images.subset(size, 0) if size else images
     augmentation = Augmentation(crop_scale=(1.0, 1.0) if whole else (0.2, 1.0))
@@ -105,7 +105,7 @@ def test_shards_resume_after_any_step(shards):
 
 
 def test_shards_are_evaluated_like_files(shards):
-    """Their labels and pixels, each by its own name, are those of the files in them."""
+    """Labels and pixels are those of the files of the same name."""
     tars = load_dataset("webdataset", shards, 32, 0)
     files = load_dataset("imagenet", shards.parent / "images", 32, 0)
     assert len(tars.train_images) == 240
