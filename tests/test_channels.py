@@ -302,9 +302,10 @@ def test_predictions_scores_and_finetuning(run, tmp_path, capsys):
 def test_exports_tools_and_pictures(run, tmp_path):
     channels, root, out, flags = run
     source = LoadedCheckpoint.open(out / "a_model.pth")
-    convert.command([f"{out}/a_model.pth", f"{tmp_path}/a.onnx", "--to", "onnx"])
-    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
-    assert session.get_inputs()[0].shape[1] == channels
+    if channels == 5:  # an export takes seconds
+        convert.command([f"{out}/a_model.pth", f"{tmp_path}/a.onnx", "--to", "onnx"])
+        session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+        assert session.get_inputs()[0].shape[1] == channels
     files = sorted((root / "test" / "a").iterdir())
     tool = f"--model_path {out}/a_model.pth --data_root {root}/test"
     features.command(f"{tool} --out {tmp_path}/f.csv".split())
@@ -362,7 +363,8 @@ def test_a_file_with_other_channels_is_named(run, tmp_path, capsys):
     root = write_folder(tmp_path / "images", channels)
     file = root / "train" / "a" / "7.npy"
     np.save(file, noise(20, 24, 4))
-    error = helpers.refused(capsys, main, *flags.split(), "--data_root", root, "--name", "b")
+    flags = [*flags.split(), "--data_name", "folder", "--data_root", root, "--name", "b"]
+    error = helpers.refused(capsys, main, *flags)
     assert "train/a/7.npy" in error
     model = f"--model_path {out}/a_linear_cached_model.pth --predict"
     error = helpers.refused(capsys, linear, *model.split(), file)

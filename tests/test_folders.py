@@ -305,13 +305,14 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
         (root / split / "dog").rename(root / split / LATIN)
     (root / "train" / LATIN / f"{LATIN}.png").write_bytes(b"no image")
     flags = ["--data_name", "folder", "--data_root", root, *RUN.split(), "--bad_images", "skip"]
-    flags += ["--out", tmp_path / "out", "--name", "t", "--pictures"]
+    flags += ["--out", tmp_path / "out", "--name", "t"]
     main.main(list(map(str, flags)))
     assert "Gr\\xf6\\xdfe: 2 classes, 17 training" in capsys.readouterr().out
     bad_images = (tmp_path / "out" / "t_bad_images.txt").read_bytes()
     assert os.fsencode(root / "train" / LATIN / f"{LATIN}.png") in bad_images
-    linear.main(f"--model_path {tmp_path}/out/t_model.pth --epochs 1 --bad_images skip".split())
-    model, table = f"{tmp_path}/out/t_linear_model.pth", tmp_path / "predicted.csv"
+    fit = f"--model_path {tmp_path}/out/t_model.pth --epochs 1 --cached --no-pictures"
+    linear.main([*fit.split(), "--bad_images", "skip"])
+    model, table = f"{tmp_path}/out/t_linear_cached_model.pth", tmp_path / "predicted.csv"
     predict = ["--model_path", model, "--predict", str(root / "test"), "--out_csv", str(table)]
     linear.main(predict)
     assert "Gr\\xf6\\xdfe" in table.read_text(encoding="utf-8")
