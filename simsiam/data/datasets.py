@@ -16,6 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
 from simsiam.data import folders
 from simsiam.data.decode import (
     DEFAULT_DECODE,
+    FOLDER_DATA,
     IMAGE_EXTENSIONS,
     USER_DATA,
     DecodeOptions,
@@ -55,7 +56,7 @@ def load_dataset(
             f"--data_name {name}: its images have 3 channels, but --channels is {decode.channels}: "
             f"choose {' or '.join(USER_DATA)}, or an encoder for 3"
         )
-    if split_names and (name not in ("folder", "imagenet") or not Path(root).is_dir()):
+    if split_names and (name not in FOLDER_DATA or not Path(root).is_dir()):
         raise ValueError(
             f"--split_names {' '.join(split_names)}: needs a folder as --data_root, and "
             "--data_name folder or imagenet"
