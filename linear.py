@@ -243,9 +243,8 @@ def prepare(
         protocol += f", {100 * config.label_fraction:g}% of labels"
     run.list_bad_images(images.unreadable)
     title = f"{run.path}: {protocol}, {arch}"
-    result = utils.print_summary(title, net, counts, images, config.data_name, size, device, amp)
-    label = utils.data_label(config.data_name, config.data_root)
-    result |= {"protocol": protocol, "data": label, "arch": arch}
+    result = utils.print_summary(title, net, counts, images, source.encoder, config, device)
+    result["protocol"] = protocol
     net.to(device, memory_format=torch.channels_last)
     images = images.to(device)
     views = Views(size, source.views.mean, source.views.std, AUGMENTATION, 1, config.seed)

@@ -31,7 +31,7 @@ from simsiam.training.meters import TrainMeters
 from simsiam.training.optim import lr_at, make_optimizer
 from simsiam.training.probe import Probe, resolve_probe
 from simsiam.training.progress import Progress
-from simsiam.training.recipes import RECIPES, PretrainConfig, absolute_root
+from simsiam.training.recipes import PretrainConfig, absolute_root
 from simsiam.training.run import Run
 from simsiam.training.state import TrainState
 from simsiam.views.augment import Views
@@ -112,21 +112,11 @@ def encoder_config(config: PretrainConfig, images: Data) -> dict:
 
 def make_views(config: PretrainConfig, encoder: dict, number: int) -> Views:
     """Return the augmentation of a run, with `number` views per image."""
-    side, epochs = encoder["image_size"], config.epochs
+    side, epochs, mean, std = encoder["image_size"], config.epochs, encoder["mean"], encoder["std"]
     sizes = [max(8, round(s * side)) if s <= 1 else int(s) for s in config.view_sizes or ()]
-    size_schedule = (
-        [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)] if sizes else ()
-    )
-    return Views(
-        side,
-        encoder["mean"],
-        encoder["std"],
-        config.augmentation,
-        number,
-        config.seed,
-        config.compile,
-        size_schedule,
-    )
+    schedule = [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)] if sizes else ()
+    settings = config.augmentation, number, config.seed, config.compile, schedule
+    return Views(side, mean, std, *settings)
 
 
 def make_state(
@@ -141,15 +131,14 @@ def make_state(
     labels = images.train_labels if config.probe else None
     loader = Loader(images.train_images, config.batch_size, config.seed, labels, views=views)
     net.to(device, memory_format=torch.channels_last)
+    size, compiled, cuda_graphs = encoder["image_size"], config.compile, config.cuda_graphs
     return TrainState(
         net=net,
         optimizer=make_optimizer(net, config),
         loader=loader,
         meters=TrainMeters(device),
         lr_at=functools.partial(lr_at, config),
-        model=distributed.prepare_for_training(
-            net, encoder["image_size"], config.compile, config.cuda_graphs
-        ),
+        model=distributed.prepare_for_training(net, size, compiled, cuda_graphs),
         views=views,
         autocast=devices.autocast(device, config.amp),
         scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
@@ -165,27 +154,30 @@ def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, Monitor, dict]:
 
     Raises ValueError and OSError for what the user is to mend.
     """
-    saved = run.checkpoint
-    per_rank = distributed.batch_size_per_rank(run.config.batch_size)
+    saved, config = run.checkpoint, run.config
+    ranks = distributed.world_size()
+    if config.batch_size % ranks or config.batch_size < 2 * ranks:
+        raise ValueError(
+            f"--batch_size {config.batch_size}: must be a multiple of the world size ({ranks}), "
+            "with at least two images per rank"
+        )
     with parser.bad_input():  # one rank alone may lack its device
-        device, amp = devices.setup_device(run.config)
-    net = None if saved else initial_network(run.config)
-    images = load_images(run.config)
+        device, amp = devices.setup_device(config)
+    net = None if saved else initial_network(config)
+    images = load_images(config)
     if saved:
         encoder = saved["encoder"]
         with error_prefix(run.checkpoint_path):
             net = checkpoint.network(saved)
     else:
-        encoder = encoder_config(run.config, images)
+        encoder = encoder_config(config, images)
     counts = params_and_flops(net, encoder["image_size"])
-    amp = devices.training_precision(device, run.config.amp, amp, counts[1])
+    root = config.data_root
     run.set_config(
-        amp=amp,
+        amp=devices.training_precision(device, config.amp, amp, counts[1]),
         image_size=encoder["image_size"],
-        probe=resolve_probe(run.config.probe, images),
-        data_root=absolute_root(run.config.data_root)
-        if run.config.data_name != "textures"
-        else run.config.data_root,
+        probe=resolve_probe(config.probe, images),
+        data_root=root if config.data_name == "textures" else absolute_root(root),
     )
     config = run.config
     run.check_unchanged(
@@ -193,34 +185,29 @@ def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, Monitor, dict]:
         classes=images.classes,
         encoder=encoder,
     )
-    has_baselines = {"raw_acc@1", "test_acc@1"} <= (run.history[0].keys() if saved else set())
+    has_baselines = saved and {"raw_acc@1", "test_acc@1"} <= run.history[0].keys()
     if saved and images.test_images is not None and not has_baselines:
         raise ValueError(
-            f"--data_root {config.data_root}: has test images, and {run.checkpoint_path} began "
-            "without"
+            f"--data_root {root}: has test images, and {run.checkpoint_path} began without"
         )
     run.list_bad_images(images.unreadable)
     title = f"{run.path}: SimSiam {config.arch}, d = {config.feature_dim}"
-    result = utils.print_summary(
-        title, net, counts, images, config.data_name, encoder["image_size"], device, amp
-    )
+    result = utils.print_summary(title, net, counts, images, encoder, config, device)
+    result |= {"feature_dim": config.feature_dim, "k": config.k, "protocol": "KNN"}
     if not saved:
         survey.print_survey(config, images)
     if config.ddp:
         distributed.log(
-            f"world size {distributed.world_size()}: {per_rank} images per rank and step; whatever "
+            f"world size {ranks}: {config.batch_size // ranks} images per rank and step; whatever "
             f"the world size, lr is {config.lr:g} x {config.batch_size} / 256 = "
             f"{lr_at(config, config.warmup_epochs):g}"
         )
-    result |= {"data": utils.data_label(config.data_name, config.data_root), "arch": config.arch}
-    result |= {"feature_dim": config.feature_dim, "k": config.k, "protocol": "KNN"}
     images = images.to(device)
     state = make_state(config, net, images, encoder, device)
     if config.bank_size is not None:
         images = images.subset(config.bank_size, config.seed, "--bank_size")
         result["protocol"] += f", bank of {config.bank_size}"
-    usual_lr, warned = RECIPES[config.recipe]["lr"], "collapse" in run.extra
-    monitor = Monitor(net, state.views, images, config, usual_lr, state.autocast, warned)
+    monitor = Monitor(net, state.views, images, config, state.autocast, "collapse" in run.extra)
     return state, monitor, result
 
 

@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from simsiam.data.decode import UnreadableImageError, ignore_pil_warnings
 from simsiam.data.folders import split_roots
 from simsiam.data.loader import Data
-from simsiam.models.classifier import Classifier
-from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import distributed
-from simsiam.runtime.config import (
-    Config,
-    Kind,
-    Number,
-    RunConfig,
-    add_option,
-    add_options,
-)
+from simsiam.runtime.config import Config, Kind, Number, RunConfig, add_option, add_options
 from simsiam.runtime.files import RunError
-from simsiam.training.recipes import SOURCE_OPTIONS
+from simsiam.training.recipes import SOURCE_OPTIONS, LinearConfig
 
 # ---- parsers, and errors in one line ------------------------------------------------------------
 
@@ -52,8 +44,8 @@ class Parser(argparse.ArgumentParser):
     def bad_input(self) -> Iterator[None]:
         """Enclose the set-up of a run: a ValueError or OSError is one line, and exit code 2.
 
-        A bug shows in another exception, or in the loop, and keeps its traceback. An error on one
-        rank, even on that one alone, ends all ranks, and the first such rank prints it.
+        Other exceptions are bugs, and keep their traceback. An error on one rank ends all ranks;
+        the first rank that has one prints its line.
         """
         message = None
         try:
@@ -62,7 +54,7 @@ class Parser(argparse.ArgumentParser):
             message = " ".join(str(error).split())
         for rank, error in enumerate(distributed.all_gather_objects(message)):
             if error is not None:
-                line = f"{self.prog}: {distributed.rank_prefix(rank)}{error}\n"
+                line = f"{self.prog}: {distributed.rank_prefix()}{error}\n"
                 self.exit(2, line if rank == distributed.rank() else None)
 
 
@@ -89,11 +81,9 @@ def argument(kind: Kind) -> Callable[[str], object]:
 
     def parse(text: str) -> object:
         try:
-            value = kind.parse_words(text)
-            kind.check(value)
+            return kind.read(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-        return value
 
     return parse
 
@@ -104,10 +94,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
 
 def add_source_options(parser: Parser) -> None:
-    """Add the flags of a tool that say what another project's file does not tell."""
+    """Add the flags that describe an encoder whose file, of another project, does not."""
     group = parser.add_argument_group("another project's encoder")
-    for name, (kind, text) in SOURCE_OPTIONS.items():
-        add_option(group, name, kind, text)
+    for name in SOURCE_OPTIONS:
+        add_option(group, name, **LinearConfig.__dataclass_fields__[name].metadata)
     parser.set_defaults(**dict.fromkeys(SOURCE_OPTIONS))
 
 
@@ -126,37 +116,31 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except RunError as error:
-        if distributed.rank() == 0:  # all ranks meet it alike, or rank 0 alone does
+        if distributed.rank() == 0:  # raised on all ranks, or on rank 0 alone
             print(f"{command}: {error}", file=sys.stderr)
         sys.exit(1)
     except UnreadableImageError as error:
-        prefix = distributed.rank_prefix(distributed.rank())
-        print(f"{command}: {prefix}{error}", file=sys.stderr)
+        print(f"{command}: {distributed.rank_prefix()}{error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        prefix = distributed.rank_prefix(distributed.rank())
-        if is_out_of_memory(error):
+        if (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "DefaultCPUAllocator" in str(error)  # a RuntimeError of no type of its own
+        ):
             print(
-                f"{command}: {prefix}too little memory for this run: give a smaller --batch_size "
-                "or --bank_size, or --amp bf16; an existing checkpoint is intact",
+                f"{command}: {distributed.rank_prefix()}too little memory for this run: give "
+                "a smaller --batch_size or --bank_size, or --amp bf16; an existing checkpoint is "
+                "intact",
                 file=sys.stderr,
             )
         elif distributed.is_peer_failure(error):
-            print(f"{prefix}another rank is gone", file=sys.stderr)
+            print(f"{distributed.rank_prefix()}another rank is gone", file=sys.stderr)
         else:
             raise
         sys.exit(1)
     except KeyboardInterrupt:  # outside of the steps, where `Run` handles it
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a device or the machine had too little memory."""
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "DefaultCPUAllocator" in str(error)  # a RuntimeError of no type of its own
-    )
 
 
 @contextlib.contextmanager
@@ -198,32 +182,30 @@ def data_label(name: str, root: str) -> str:
 
 def print_summary(
     title: str,
-    net: SimSiam | Classifier,
+    net: nn.Module,
     counts: tuple[int, int],
     images: Data,
-    data_name: str,
-    image_size: int,
+    encoder: dict,
+    config: RunConfig,
     device: torch.device,
-    amp: str,
 ) -> dict:
-    """Log what a run trains and on what; return the columns of results.csv for these.
+    """Log what a run trains and on what; return its columns of results.csv.
 
-    `counts`: the network's `params_and_flops`.
+    `counts`: the network's `params_and_flops`. `encoder`: as in a checkpoint. `config`: with the
+    resolved data_name, data_root and amp.
     """
-    where = f"{device}, {amp}" if amp != "off" else device
     params, flops = counts
+    where = f"{device}, {config.amp}" if config.amp != "off" else device
     summary = f"{images.summary}\n" if images.summary else ""
     tests = 0 if images.test_images is None else len(images.test_images)
     distributed.log(
         f"{title}: {params / 1e6:.2f}M parameters, {flops / 1e6:.2f}M multiply-adds per image "
-        f"(thop's FLOPs), on {where}\n{summary}{data_name}: {len(images.train_images)} training "
-        f"images, {tests} test images, {len(images.classes)} classes, {image_size} pixels"
+        f"(thop's FLOPs), on {where}\n{summary}{config.data_name}: {len(images.train_images)} "
+        f"training images, {tests} test images, {len(images.classes)} classes, "
+        f"{encoder['image_size']} pixels"
     )
-    columns = {"train_size": len(images.train_images)}
+    columns = {"data": data_label(config.data_name, config.data_root), "arch": encoder["arch"]}
+    columns |= {"train_size": len(images.train_images), "device": device.type}
     if hasattr(net.backbone, "conv1"):
         columns["width"] = net.backbone.conv1.out_channels
-    return columns | {
-        "params_m": params / 1e6,
-        "flops_g": flops / 1e9,
-        "device": device.type,
-    }
+    return columns | {"params_m": params / 1e6, "flops_g": flops / 1e9}

@@ -45,7 +45,7 @@ from simsiam.evaluation.metrics import (
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import devices
-from simsiam.runtime.config import Text, file_path
+from simsiam.runtime.config import Text, check_path
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import RunError, error_prefix, printable, read_csv, write_csv
 from simsiam.views.augment import Views
@@ -308,7 +308,7 @@ def command(argv: list[str] | None = None) -> None:
     add("runs", nargs="+", metavar="RUN_model.pth", help="checkpoints of main.py")
     add(
         "--out",
-        type=utils.argument(Text(valid=file_path)),
+        type=utils.argument(Text(check_text=check_path)),
         default="scores.csv",
         help="the table (scores.csv)",
     )

@@ -77,7 +77,7 @@ def test_explicit_settings_win_over_the_recipe_and_this_over_the_defaults():
     assert read("")[0].name == "2048_200_512_800"
     for recipe, values in RECIPES.items():
         config = read(f"--recipe {recipe}")[0]
-        assert {name: getattr(config, name) for name in values} == values
+        assert config.as_dict() | {"recipe": None, "name": None} == values
     for recipe, values in LINEAR_RECIPES.items():
         *finetune, optimizer = recipe.split()
         config = read(f"--optimizer {optimizer}" + " --finetune" * len(finetune), "linear.py")[0]
@@ -88,9 +88,6 @@ def test_explicit_settings_win_over_the_recipe_and_this_over_the_defaults():
 
 
 def test_defaults_are_stated_once():
-    """The config's defaults are the first recipe's, the views' those of Augmentation."""
-    measured = {"mean": "auto", "std": "auto"}
-    assert PretrainConfig().as_dict().items() >= (RECIPES["cifar"] | measured).items()
     assert PretrainConfig().augmentation == Augmentation()
     assert LinearConfig().as_dict().items() >= LINEAR_RECIPES["sgd"].items()
 

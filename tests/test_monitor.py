@@ -106,11 +106,11 @@ def test_the_threshold_lies_between_a_collapsed_and_a_healthy_batch(batch_size):
 
 
 BASE = {"batch_size": 64, "lr": 1.0, "stop_grad": "on", "predictor": "mlp", "bn": "default"}
-BASE |= {"covariance": 0.01, "k": 20, "temperature": 0.1, "seed": 0}
+BASE |= {"covariance": 0.01, "k": 20, "temperature": 0.1, "seed": 0, "recipe": "short"}
 
 
 def causes_of(pixel_std=70.0, **settings):
-    return likely_causes(argparse.Namespace(**BASE | settings), 1.0, pixel_std)
+    return likely_causes(argparse.Namespace(**BASE | settings), pixel_std)
 
 
 def test_likely_causes_are_those_of_the_run():
@@ -152,7 +152,7 @@ def images():
 
 def make_monitor(images, warned=False, **settings):
     config, off = argparse.Namespace(**BASE | settings), torch.autocast("cpu", enabled=False)
-    return Monitor(Pixels(), VIEWS, images, config, 1.0, off, warned)
+    return Monitor(Pixels(), VIEWS, images, config, off, warned)
 
 
 def expected_scores(images, size, k=20):

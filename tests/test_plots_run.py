@@ -113,7 +113,7 @@ def test_neighbours_embedding_and_confusion_of_test_or_training_images(tmp_path,
 
     def draw(name):
         drawn.clear()
-        monitor = Monitor(net, views, images, config, 1.0, torch.autocast("cpu", enabled=False))
+        monitor = Monitor(net, views, images, config, torch.autocast("cpu", enabled=False))
         draw_run(str(tmp_path / name), name, history, monitor)
         return monitor
 

@@ -15,6 +15,7 @@ from simsiam.models.flops import params_and_flops
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime.config import RunConfig
 from simsiam.runtime.files import RunError
+from simsiam.training.recipes import PretrainConfig
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, PermissionError])
@@ -75,12 +76,13 @@ def test_summary_of_a_run(capsys):
     net = SimSiam("resnet8", feature_dim=64)
     images, labels = make_textures(30, seed=1)
     data = Data(images, labels, images[:7], labels[:7], list("abcdefghij"))
-    columns = utils.print_summary(
-        "a run", net, params_and_flops(net, 32), data, "folder:x", 32, torch.device("cpu"), "off"
-    )
+    config = PretrainConfig(data_name="folder", data_root="/some/birds", amp="off")
+    encoder, counts = {"arch": "resnet8", "image_size": 32}, params_and_flops(net, 32)
+    columns = utils.print_summary("a run", net, counts, data, encoder, config, torch.device("cpu"))
     params = sum(p.numel() for p in net.parameters()) / 1e6
-    expected = {"train_size": 30, "width": 16, "device": "cpu", "params_m": params}
+    expected = {"data": "folder:birds", "arch": "resnet8", "params_m": params}
+    expected |= {"train_size": 30, "width": 16, "device": "cpu"}
     assert columns == expected | {"flops_g": pytest.approx(0.0126, abs=0.0005)}
     out = capsys.readouterr().out
-    for text in (f"{params:.2f}M parameters", "folder:x: 30 training", "7 test", "10 classes"):
+    for text in (f"{params:.2f}M parameters", "folder: 30 training", "7 test", "10 classes"):
         assert text in out

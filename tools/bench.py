@@ -148,7 +148,7 @@ def bench_epoch(epochs: int = 3, seeds: int = 3) -> Iterator[Row]:
         # lr 0.06, as in lightly's example
         flags = f"--data_name textures --arch resnet20 --epochs {epochs} --seed {seed} --lr 0.24"
         config, state = training_state(f"{flags} --no-fix_pred_lr --device cpu", images)
-        monitor = Monitor(state.net, state.views, images, config, config.lr, state.autocast)
+        monitor = Monitor(state.net, state.views, images, config, state.autocast)
         with Peer(peers.lightly_training, images, config) as lightly:
             for epoch in range(epochs):
                 start = time.perf_counter()

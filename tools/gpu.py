@@ -84,7 +84,7 @@ def bench_epoch(flags: str, images: Tensor, labels: Tensor) -> Iterator[Row]:
     device, test = images.device, slice(len(images) // 5)
     data = Data(images, labels, images[test], labels[test], [str(i) for i in range(10)])
     config, state = training_state(flags, data)
-    monitor = Monitor(state.net, state.views, data, config, 1.0, state.autocast)
+    monitor = Monitor(state.net, state.views, data, config, state.autocast)
 
     def extract() -> Tensor:
         transform = state.views.eval_transform

@@ -55,7 +55,7 @@ def draw_one(run: str, data_root: str | None, device_name: str, overwrite: bool)
     if config.bank_size is not None:
         images = images.subset(config.bank_size, config.seed, "--bank_size")
     net, amp = source.to(device).net, devices.autocast(device, config.amp)
-    monitor = Monitor(net, source.views, images.to(device), config, config.lr, amp)
+    monitor = Monitor(net, source.views, images.to(device), config, amp)
     draw_run(run, name, history, monitor)
     distributed.log(f"wrote the pictures of {run}")
 

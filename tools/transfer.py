@@ -38,7 +38,7 @@ from simsiam.evaluation import metrics
 from simsiam.evaluation.knn import knn
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.runtime import devices, distributed
-from simsiam.runtime.config import Text, file_path
+from simsiam.runtime.config import Text, check_path
 from simsiam.runtime.files import error_prefix, printable, write_csv
 from simsiam.training.recipes import TEXTURES_HAVE_NO_ROOT
 from tools.common import MODEL_HELP, add_encoder_options, add_main_options, open_source
@@ -279,7 +279,7 @@ def parse(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     add("--train_size", type=utils.number(int, 1), help=text)
     text = "also evaluate raw pixels, the baseline (yes)"
     add("--pixels", action=BooleanOptionalAction, default=True, help=text)
-    path = utils.argument(Text(valid=file_path))
+    path = utils.argument(Text(check_text=check_path))
     add("--out", type=path, default="transfer.csv", help="the table (transfer.csv)")
     add("--overwrite", action="store_true", help="replace an existing table")
     text = "seed of the subsets (0)"

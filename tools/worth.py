@@ -35,9 +35,9 @@ from simsiam.evaluation.knn import KNN_K, knn
 from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots.curves import plot_worth
 from simsiam.runtime import devices
+from simsiam.runtime.config import words_of
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import atomic_write, error_prefix, read_csv, write_csv
-from simsiam.training.recipes import SOURCE_OPTIONS
 from tools.common import MODEL_HELP, add_encoder_options, add_main_options, run_script
 from tools.transfer import Problem, load_labelled, logistic, pixel_problem
 
@@ -135,7 +135,7 @@ class Study:
         flags += ["--device", args.device, "--amp", args.amp]
         for name, value in utils.source_settings(args).items():
             if value is not None:
-                flags += [f"--{name}", *SOURCE_OPTIONS[name][0].words(value)]
+                flags += [f"--{name}", *words_of(value)]
         if not row["epochs"]:
             options = ["--fractions", row["fraction"], "--seeds", row["seed"]]
             options += ["--against", args.against] if row["encoder"] == args.against else []

@@ -107,7 +107,7 @@ def parse_own(value: object) -> tuple[dict, list[str]]:
     except (AttributeError, KeyError, TypeError, ValueError):
         is_valid = False
     if not is_valid:
-        raise checkpoint.NotOursError(checkpoint.NOT_OURS)
+        raise checkpoint.NotOursError()
     return state, [f"version {version} of the format: its weights are used; no run resumes from it"]
 
 

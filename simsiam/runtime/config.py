@@ -13,36 +13,31 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 # ---- kinds of values ----------------------------------------------------------------------------
 
 
 class Kind:
-    """The values that a setting takes. A subclass parses one word and checks a parsed value.
-
-    `nargs`: the number of words on the command line, as of argparse (None: one).
-    """
+    """The values that a setting takes. `nargs`, `metavar`: of its flag, as in argparse."""
 
     nargs: int | str | None = None
     metavar: str | tuple[str, ...] | None = None
 
-    def parse(self, text: str) -> object:
-        """Return the value of a word of the command line. Raises ValueError."""
-        return text
-
-    def parse_words(self, words: str | list[str]) -> object:
-        """Return the value of all words of a flag. Raises ValueError."""
-        return self.parse(words)
+    def parse(self, words: str | list[str]) -> object:
+        """Return the value of a flag's word or words, not checked yet. Raises ValueError."""
+        return words
 
     def check(self, value: object) -> None:
         """Raise ValueError, which says what is expected, for a value that is not of this kind."""
         raise NotImplementedError
 
-    def words(self, value: object) -> list[str]:
-        """Return a value as words of a command line."""
-        return [str(value)]
+    def read(self, words: str | list[str]) -> object:
+        """Parse the word or words of a flag and check the value. Raises ValueError."""
+        value = self.parse(words)
+        self.check(value)
+        return value
 
 
 class Number(Kind):
@@ -59,73 +54,47 @@ class Number(Kind):
             return noun if self.low == -math.inf else f"{noun} of at least {self.low:g}"
         return f"{noun} from {self.low:g} to {self.high:g}"
 
-    def parse(self, text: str) -> float:
+    def parse(self, words: str) -> float:
         try:
-            return self.kind(text)
+            return self.kind(words)
         except ValueError:
             raise ValueError(f"must be {self.expected()}") from None
 
     def check(self, value: object) -> None:
-        kinds = (int,) if self.kind is int else (int, float)
-        if type(value) not in kinds or not (
-            self.low <= value <= self.high and abs(value) < math.inf
-        ):
+        is_number = type(value) in (self.kind, int)
+        if not is_number or not (self.low <= value <= self.high and abs(value) < math.inf):
             raise ValueError(f"must be {self.expected()}")
-
-    def words(self, value: object) -> list[str]:
-        return [repr(value)]
 
 
 class Choice(Kind):
-    """One of a few words."""
+    """One of some words, or a key of a registry, which may grow after this kind is made."""
 
-    def __init__(self, *choices: str):
+    def __init__(self, choices: Collection[str]):
         self.choices = choices
-        self.metavar = "{" + ",".join(choices) + "}"
 
-    def parse(self, text: str) -> str:
-        self.check(text)
-        return text
+    @property
+    def metavar(self) -> str:
+        return "{" + ",".join(self.choices) + "}"
 
     def check(self, value: object) -> None:
         if not isinstance(value, str) or value not in self.choices:
             raise ValueError(f"choose one of {', '.join(self.choices)}")
 
 
-class Entry(Kind):
-    """A name in a registry, which may grow after this kind is made."""
-
-    def __init__(self, registry: Mapping[str, object]):
-        self.registry = registry
-
-    @property
-    def metavar(self) -> str:
-        return "{" + ",".join(self.registry) + "}"
-
-    def check(self, value: object) -> None:
-        if not isinstance(value, str) or value not in self.registry:
-            raise ValueError(f"choose one of {', '.join(self.registry)}")
-
-
 class Text(Kind):
-    """A string; `valid` raises ValueError for one that is not accepted, or returns a better one."""
+    """A string; `check_text` raises ValueError for one that is not accepted."""
 
-    def __init__(self, metavar: str = "TEXT", valid: Callable[[str], str] = str):
-        self.metavar, self.valid = metavar, valid
-
-    def parse(self, text: str) -> str:
-        return self.valid(text)
+    def __init__(self, metavar: str = "TEXT", check_text: Callable[[str], object] = str):
+        self.metavar, self.check_text = metavar, check_text
 
     def check(self, value: object) -> None:
         if not isinstance(value, str):
             raise ValueError("must be text")
-        self.valid(value)
+        self.check_text(value)
 
 
 class Flag(Kind):
     """A boolean: --name and --no-name."""
-
-    nargs = 0
 
     def check(self, value: object) -> None:
         if type(value) is not bool:
@@ -145,7 +114,7 @@ class Several(Kind):
         self.kind, self.count, self.increasing = kind, count, increasing
         self.nargs, self.metavar = count or "+", metavar or kind.metavar
 
-    def parse_words(self, words: str | list[str]) -> tuple:
+    def parse(self, words: list[str]) -> tuple:
         return tuple(map(self.kind.parse, words))
 
     def check(self, value: object) -> None:
@@ -156,34 +125,20 @@ class Several(Kind):
         if self.increasing and any(a > b for a, b in itertools.pairwise(value)):
             raise ValueError("must not fall")
 
-    def words(self, value: object) -> list[str]:
-        return [word for one in value for word in self.kind.words(one)]
-
 
 class Auto(Kind):
-    """The word `auto`, or a value of another kind. `resolve` replaces `auto` when it is parsed."""
+    """The word `auto`, or a value of another kind. `resolve`, if given, replaces `auto` at once."""
 
-    def __init__(self, kind: Kind, resolve: Callable[[], object] | None = None):
+    def __init__(self, kind: Kind, resolve: Callable[[], object] = lambda: "auto"):
         self.kind, self.resolve = kind, resolve
         self.nargs, self.metavar = kind.nargs, kind.metavar
 
-    def parse_words(self, words: str | list[str]) -> object:
-        if words in ("auto", ["auto"]):
-            return self.resolve() if self.resolve else "auto"
-        try:
-            return self.kind.parse_words(words)
-        except ValueError as error:
-            raise ValueError(f"{error}, or auto") from None
+    def parse(self, words: str | list[str]) -> object:
+        return self.resolve() if words in ("auto", ["auto"]) else self.kind.parse(words)
 
     def check(self, value: object) -> None:
-        if value != "auto" or self.resolve:
-            try:
-                self.kind.check(value)
-            except ValueError as error:
-                raise ValueError(f"{error}, or auto") from None
-
-    def words(self, value: object) -> list[str]:
-        return ["auto"] if value == "auto" else self.kind.words(value)
+        if not isinstance(value, str) or value != self.resolve():
+            self.kind.check(value)
 
 
 class FlagOrPath(Kind):
@@ -209,30 +164,33 @@ class ConfigError(ValueError):
     """A setting with a value that it cannot have; the message names its flag."""
 
 
+def words_of(value: object) -> list[str]:
+    """Return a value as the words of a command line."""
+    return list(map(str, value)) if isinstance(value, tuple) else [str(value)]
+
+
 def shown(value: object) -> str:
     """Return a value as it is typed on a command line."""
-    return " ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(words_of(value))
 
 
 @dataclasses.dataclass
 class Config:
-    """The base of a command's settings. `recipes`: named sets of defaults for some of its fields.
+    """The base of a command's settings.
 
     `resolve` builds a config from explicit settings, a recipe and the defaults; `from_dict` one
-    from a checkpoint. Both validate. `selectors`: the settings on which others' defaults depend.
+    from a checkpoint. Both validate.
+
+    `recipes`: named sets of defaults. `selectors`: the settings on which others' defaults depend.
     `groups`: titles of the help's groups by their first field; fields before them are in `run`.
     """
 
-    groups: ClassVar[dict[str, str]] = {}
+    recipes: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     selectors: ClassVar[tuple[str, ...]] = ()
+    groups: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         self.validate()
-
-    @classmethod
-    def recipes(cls) -> Mapping[str, Mapping[str, object]]:
-        """Return the recipes by name: defaults of some of the fields."""
-        return {}
 
     @classmethod
     def resolve(cls, overrides: Mapping[str, object]) -> "Config":
@@ -279,27 +237,20 @@ class Config:
 
     def as_dict(self) -> dict[str, object]:
         """Return the field values by name, as a checkpoint stores them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dict(vars(self))
 
     def command_line(self, leave_out: Iterable[str] = ()) -> list[str]:
         """Return the flags that resolve to these settings, without those that are defaults."""
-        values = {k: v for k, v in self.as_dict().items() if v is not None}
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        chosen = {k: values[k] for k in self.selectors if values.get(k) != fields[k].default}
-        while True:
-            usual = self.resolve(chosen).as_dict()
-            more = {k: v for k, v in values.items() if k not in chosen and v != usual[k]}
-            if not more:
-                break
-            chosen |= more
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        chosen = {k: values[k] for k in self.selectors if values.get(k) != getattr(type(self), k)}
+        usual = vars(self.resolve(chosen))
+        chosen |= {name: value for name, value in values.items() if value != usual[name]}
         words = []
-        for name, value in chosen.items():
-            if name in leave_out:
-                continue
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
+        for name in [name for name in chosen if name not in leave_out]:
+            if isinstance(chosen[name], bool):
+                words.append(f"--{name}" if chosen[name] else f"--no-{name}")
             else:
-                words += [f"--{name}", *fields[name].metadata["kind"].words(value)]
+                words += [f"--{name}", *words_of(chosen[name])]
         return words
 
 
@@ -309,31 +260,11 @@ class Config:
 class StoreOption(argparse.Action):
     """Parse and check the words of a flag by the kind of its field."""
 
-    def __init__(
-        self,
-        option_strings: Sequence[str],
-        dest: str,
-        kind: Kind,
-        help: str,
-        default: object = argparse.SUPPRESS,
-    ):
-        super().__init__(
-            option_strings,
-            dest,
-            nargs=kind.nargs,
-            const=True if kind.nargs == "?" else None,
-            default=default,
-            help=help,
-            metavar=self.metavar_of(kind),
-        )
+    def __init__(self, option_strings: Sequence[str], dest: str, kind: Kind, **settings: object):
+        const = True if kind.nargs == "?" else None
+        settings |= {"nargs": kind.nargs, "const": const, "metavar": kind.metavar}
+        super().__init__(option_strings, dest, **settings)
         self.kind = kind
-
-    @staticmethod
-    def metavar_of(kind: Kind) -> str | tuple[str, ...] | None:
-        """argparse wants a metavar for each word of a fixed number, else one for all."""
-        if isinstance(kind.nargs, int) and isinstance(kind.metavar, str):
-            return (kind.metavar,) * kind.nargs
-        return kind.metavar
 
     def __call__(
         self,
@@ -343,12 +274,10 @@ class StoreOption(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         try:
-            value = True if words is True else self.kind.parse_words(words)
-            self.kind.check(value)
+            setattr(namespace, self.dest, self.kind.read(words))
         except ValueError as error:
             text = " ".join(words) if isinstance(words, list) else words
             parser.error(f"--{self.dest} {text}: {error}")
-        setattr(namespace, self.dest, value)
 
 
 def add_option(
@@ -367,26 +296,20 @@ def add_options(parser: argparse.ArgumentParser, config: type[Config]) -> None:
     The groups come in the order of `config.groups`, `run` last if it is not among them. The parser
     should suppress defaults: what it returns are the settings that the command line gives.
     """
-    fields, title = dataclasses.fields(config), "run"
-    title_of = {f.name: (title := config.groups.get(f.name, title)) for f in fields}
-    titles = list(dict.fromkeys([*config.groups.values(), "run"]))
+    titles = dict.fromkeys([*config.groups.values(), "run"])
     groups = {title: parser.add_argument_group(title) for title in titles}
-    for field in sorted(fields, key=lambda field: titles.index(title_of[field.name])):
-        text, default = field.metadata["help"], field.default
-        values = {
-            name: shown(recipe[field.name])
-            for name, recipe in config.recipes().items()
-            if recipe.get(field.name) is not None
-        }
-        recipes = sum(field.name in recipe for recipe in config.recipes().values())
-        if len(set(values.values())) > 1 or 0 < len(values) < recipes:
-            listed = ", ".join(f"{name} {value}" for name, value in values.items())
-            text += f" (by recipe: {listed})"
-        elif values or (default is not None and default is not False):
-            value = next(iter(values.values()), shown(default))
-            text += f" ({ {'True': 'yes', 'False': 'no'}.get(value, value) })"
+    title = "run"
+    for field in dataclasses.fields(config):
+        title = config.groups.get(field.name, title)
+        values = {name: recipe.get(field.name) for name, recipe in config.recipes.items()}
+        text = field.metadata["help"]
+        if len(set(values.values())) > 1:
+            listed = [f"{name} {shown(x)}" for name, x in values.items() if x is not None]
+            text += f" (by recipe: {', '.join(listed)})"
+        elif field.default is not None and field.default is not False:
+            text += " (yes)" if field.default is True else f" ({shown(field.default)})"
         text = text.replace("%", "%%")
-        add_option(groups[title_of[field.name]], field.name, field.metadata["kind"], text)
+        add_option(groups[title], field.name, field.metadata["kind"], text)
 
 
 # ---- settings that every training run has -------------------------------------------------------
@@ -404,24 +327,21 @@ def default_workers() -> int:
     return min(max(1, len(usable) // local_world_size), 16)
 
 
-def run_name(text: str) -> str:
-    """Return the name of a run, with which its files' names begin. Raises ValueError."""
+def check_run_name(text: str) -> None:
+    """Raise ValueError for a name of a run with which no file's name can begin."""
     if len(os.fsencode(text)) > 180:  # of the 255 that most file systems allow
         raise ValueError("is too long: 180 bytes at most")
     if text != os.path.basename(text) or text in ("", ".", ".."):
         raise ValueError("must be a file name without a folder (see --out)")
-    return text
 
 
-def file_path(text: str) -> str:
-    """Return the path of a file. Raises ValueError for an empty one, which would mean no file."""
+def check_path(text: str) -> None:
+    """Raise ValueError for an empty path, which would mean no file."""
     if not text:
         raise ValueError("must be the path of a file")
-    return text
 
 
-WORKERS, PATH = Auto(Number(int, 0, 256), default_workers), Text("PATH", file_path)
-BAD_IMAGES = Choice("error", "skip")
+WORKERS, PATH = Auto(Number(int, 0, 256), default_workers), Text("PATH", check_path)
 
 
 @dataclasses.dataclass
@@ -430,7 +350,7 @@ class RunConfig(Config):
 
     seed: int = option(Number(int, 0, 2**32 - 1), 0, "seed of every random choice")
     device: str = option(Text("DEVICE"), "auto", "auto (cuda, mps, else cpu), or a device's name")
-    amp: str = option(Choice(*AMP), "auto", "autocast dtype; auto: bf16 where that is faster")
+    amp: str = option(Choice(AMP), "auto", "autocast dtype; auto: bf16 where that is faster")
     ddp: bool = option(Flag(), False, "train on the ranks that torchrun starts")
     compile: bool = option(Flag(), False, "torch.compile the network")
     deterministic: bool = option(Flag(), False, "the same bits in each run, also on cuda (slower)")
@@ -438,13 +358,15 @@ class RunConfig(Config):
         WORKERS, default_workers(), "threads or processes that decode files; auto: cores per rank"
     )
     bad_images: str = option(
-        BAD_IMAGES, "error", "on files that are no images: stop, or leave them out and list them"
+        Choice(("error", "skip")),
+        "error",
+        "on files that are no images: stop, or leave them out and list them",
     )
     checkpoint_minutes: float = option(
         Number(float, 0), 10.0, "minutes between checkpoints at most; 0: one per step"
     )
     pictures: bool = option(Flag(), True, "draw pictures at the end")
     out: str = option(Text("FOLDER"), "results", "folder of the run's files")
-    name: str | None = option(Text("NAME", run_name), None, "name of the run")
+    name: str | None = option(Text("NAME", check_run_name), None, "name of the run")
     resume: bool | str = option(FlagOrPath(), False, "resume this run, or the one of a checkpoint")
     overwrite: bool = option(Flag(), False, "replace this run's files")

@@ -89,14 +89,11 @@ def training_precision(device: torch.device, flag: str, amp: str, multiply_adds:
 
     `flag`: the value of --amp; only `auto` is changed. `multiply_adds`: of the network, per image.
     """
-    large = multiply_adds >= BF16_MIN_FLOPS
-    return "bf16" if flag == "auto" and device.type == "cpu" and large and has_bf16_units() else amp
-
-
-def has_bf16_units() -> bool:
-    """Return True if this CPU multiplies bf16 in hardware that oneDNN uses."""
+    if flag != "auto" or device.type != "cpu" or multiply_adds < BF16_MIN_FLOPS:
+        return amp
     units = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.10
-    return any(units.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    has_bf16 = any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return "bf16" if has_bf16 else amp
 
 
 def keep_freed_memory() -> None:

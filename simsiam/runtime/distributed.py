@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# How long a rank waits for the others: in a collective of an accelerator, and where one of them may
-# first have to download a data set or look through all of its files.
+# How long a rank waits for the others: in a collective of an accelerator, and where another rank
+# may first download a data set or look through all files.
 COLLECTIVE_TIMEOUT, SETUP_TIMEOUT = datetime.timedelta(minutes=10), datetime.timedelta(hours=2)
-# The process group that objects are sent by; it waits for SETUP_TIMEOUT.
+# The process group that sends Python objects; it waits for SETUP_TIMEOUT.
 object_group: dist.ProcessGroup | None = None
 
 
@@ -45,9 +45,9 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def rank_prefix(rank: int) -> str:
-    """Return the start of a line that `rank` prints; empty where there is one process."""
-    return f"rank {rank}: " if world_size() > 1 else ""
+def rank_prefix() -> str:
+    """Return the start of a line that this rank prints; empty where there is one process."""
+    return f"rank {rank()}: " if world_size() > 1 else ""
 
 
 def log(text: str) -> None:
@@ -61,11 +61,6 @@ def log(text: str) -> None:
             sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def restart_count() -> int:
-    """Return how many times torchrun has restarted the ranks after losing one."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if is_distributed() else 0
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
@@ -185,22 +180,6 @@ def all_reduce(x: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(x)
     return x
-
-
-def all_reduce_mean(x: Tensor) -> Tensor:
-    """Average a tensor over the ranks, in place; return it."""
-    return all_reduce(x).div_(world_size()) if is_distributed() else x
-
-
-def batch_size_per_rank(batch_size: int) -> int:
-    """Return the images per step and rank. Raises ValueError for a batch that cannot be divided."""
-    each, rest = divmod(batch_size, world_size())
-    if rest or each < 2:
-        raise ValueError(
-            f"--batch_size {batch_size}: must be a multiple of the world size ({world_size()}), "
-            "with at least two images per rank"
-        )
-    return each
 
 
 def broadcast_from_rank0(fn: Callable[[], object]) -> object:

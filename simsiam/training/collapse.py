@@ -17,7 +17,7 @@ from simsiam.runtime import distributed
 from simsiam.runtime.files import RunError
 from simsiam.training.meters import TrainMeters
 from simsiam.training.probe import Probe
-from simsiam.training.recipes import PretrainConfig
+from simsiam.training.recipes import RECIPES, PretrainConfig
 from simsiam.views.augment import Views
 
 # Steps over which std is averaged before it is checked: the device is read once per window.
@@ -39,7 +39,7 @@ SMALL_BATCH = 16
 
 
 def collapse_threshold(bn: str, batch_size: int) -> float:
-    """Threshold on std below which a run counts as collapsed.
+    """Return the threshold on std below which a run counts as collapsed.
 
     `bn`: as in `SimSiam`; `batch_size`: images per rank. BN at the projector's output centres z, so
     that std cannot reach 0: all images but one get the same output and that one the opposite, which
@@ -48,13 +48,12 @@ def collapse_threshold(bn: str, batch_size: int) -> float:
     return (2 / batch_size**0.5) ** 0.5 if bn in ("default", "all") else MIN_STD
 
 
-def likely_causes(config: PretrainConfig, usual_lr: float, pixel_std: float) -> list[str]:
-    """Likely causes of a collapse, with fixes.
+def likely_causes(config: PretrainConfig, pixel_std: float) -> list[str]:
+    """Return the likely causes of a collapse, with fixes.
 
-    `config`: of pre-training. `usual_lr`: the recipe's. `pixel_std`: std of a pixel over the
-    training images, averaged over all pixels, from 0 to 255.
+    `pixel_std`: std of a pixel over the training images, averaged over all pixels, from 0 to 255.
     """
-    ranks, lr = distributed.world_size(), config.lr
+    ranks, lr, usual_lr = distributed.world_size(), config.lr, RECIPES[config.recipe]["lr"]
     batch_size = config.batch_size // ranks
     causes = {
         "--stop_grad off, the paper's own way to collapse (sec. 4.1): leave it on": (
@@ -82,7 +81,7 @@ def likely_causes(config: PretrainConfig, usual_lr: float, pixel_std: float) -> 
 
 
 class KnnResult(NamedTuple):
-    """Features, and the kNN's ranking of the test images; without test images, alignment."""
+    """Features with the kNN's ranking of the test images or, without test images, alignment."""
 
     bank: Tensor  # L2-normalised features of the training images, N x d
     queries: Tensor | None  # L2-normalised features of the test images, M x d
@@ -93,8 +92,8 @@ class KnnResult(NamedTuple):
 class Monitor:
     """Monitor of a pre-training run: measures its features and warns once of a collapse.
 
-    `images`: the kNN's bank (the training images or a subset) and the test images. `config`: of
-    pre-training. `usual_lr`: the recipe's. `warned`: a resumed run was already warned.
+    `images`: the kNN's bank (the training images or a subset) and the test images. `warned`: the
+    run, which is resumed, was warned before.
     """
 
     def __init__(
@@ -103,14 +102,13 @@ class Monitor:
         views: Views,
         images: Data,
         config: PretrainConfig,
-        usual_lr: float,
         amp: torch.autocast,
         warned: bool = False,
     ):
         self.net, self.views, self.images, self.config = net, views, images, config
-        self.usual_lr, self.amp, self.warned = usual_lr, amp, warned
-        ranks = distributed.world_size()
-        self.threshold = collapse_threshold(config.bn, config.batch_size // ranks)
+        self.amp, self.warned = amp, warned
+        batch_size = config.batch_size // distributed.world_size()
+        self.threshold = collapse_threshold(config.bn, batch_size)
         self.cached: KnnResult | None = None
 
     @functools.cached_property
@@ -123,8 +121,8 @@ class Monitor:
     def knn(self) -> KnnResult:
         """Extract the features and classify the test images by kNN.
 
-        Returns the result of `measure(keep=True)` if that was the last measurement. Raises
-        FloatingPointError for features that are not finite.
+        After `measure(keep=True)` its result is returned again. Raises FloatingPointError for
+        features that are not finite.
         """
         if self.cached is not None:
             return self.cached
@@ -242,7 +240,7 @@ class Monitor:
         if self.warned:
             return False
         self.warned = True
-        causes = likely_causes(self.config, self.usual_lr, self.pixel_std)
+        causes = likely_causes(self.config, self.pixel_std)
         if causes:
             advice = f"Likely: {'; '.join(causes)}"
         where = f"epoch {epoch + 1}, step {steps}"

@@ -10,9 +10,9 @@ from simsiam.runtime import distributed
 
 
 class Meters:
-    """Sums over an epoch's steps by name: "loss", "finite" and the `names` given.
+    """Sums over an epoch's steps by name: "loss", "finite" and `names`.
 
-    The sums stay on the device, so that adding a step never waits for it. "finite" counts the steps
+    The sums stay on the device, so that `add` never waits for the device. "finite" counts the steps
     before the first loss that was not finite.
     """
 
@@ -26,8 +26,8 @@ class Meters:
     def add(self, **values: Tensor) -> Tensor:
         """Add one step's scalars, among them its `loss`.
 
-        Returns a scalar on the device: 1 if this loss or an earlier one of the epoch was not
-        finite, else 0. It is the fused optimizer's `found_inf`, which makes it skip the step.
+        Returns a fused optimizer's `found_inf`, a scalar on the device: 1, which makes the
+        optimizer skip the step, if a loss of the epoch up to this one was not finite; else 0.
         """
         for name, value in values.items():
             self[name].add_(value)
@@ -73,9 +73,8 @@ class TrainMeters(Meters):
 
         Returns the optimizer's `found_inf`, as `Meters.add` does.
         """
-        loss, std = distributed.all_reduce_mean(
-            torch.stack([loss.detach(), metrics.collapse_std(z)])
-        )
+        values = torch.stack([loss.detach(), metrics.collapse_std(z)])
+        loss, std = distributed.all_reduce(values) / distributed.world_size()
         return super().add(loss=loss, std=std, window=std)
 
     def pop_window(self, steps: int) -> float:

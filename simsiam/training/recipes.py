@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from simsiam.data.arrays import MAX_CHANNELS
 from simsiam.data.datasets import DATASETS
@@ -20,7 +20,6 @@ from simsiam.runtime.config import (
     Auto,
     Choice,
     ConfigError,
-    Entry,
     Flag,
     Kind,
     Number,
@@ -51,7 +50,7 @@ class Roots(Kind):
     nargs = "+"
     metavar = "ROOT"
 
-    def parse_words(self, words: str | list[str]) -> str:
+    def parse(self, words: list[str]) -> str:
         if not all(words):
             raise ValueError("must be a folder or a list of images")
         roots = []
@@ -79,8 +78,8 @@ class ViewSize(Number):
     def expected(self) -> str:
         return "pixels, 8 or more, or a part of the side from 0.1 to 1"
 
-    def parse(self, text: str) -> float:
-        value = super().parse(text)
+    def parse(self, words: str) -> float:
+        value = super().parse(words)
         return int(value) if value > 1 and value.is_integer() else value
 
     def check(self, value: object) -> None:
@@ -106,11 +105,11 @@ class PretrainConfig(RunConfig, Augmentation):
     Raises ConfigError for settings that are invalid, or that do not go together.
     """
 
-    data_name: str = option(Entry(DATASETS), "cifar10", "the data set")
+    data_name: str = option(Choice(DATASETS), "cifar10", "the data set")
     data_root: str = option(Roots(), "data", "folder of downloads, or folders or lists of images")
     split_names: tuple | None = option(NAMES, None, "folders or lists there: training, then test")
     exif: bool = option(Flag(), True, "turn images as EXIF says")
-    background: str = option(Choice(*BACKGROUNDS), "white", "colour behind transparent pixels")
+    background: str = option(Choice(BACKGROUNDS), "white", "colour behind transparent pixels")
     exclude: tuple | None = option(NAMES, None, "names or paths in --data_root to leave out (*, ?)")
     channels: int = option(Number(int, 1, MAX_CHANNELS), 3, "of an image; not 1 or 3: TIFF, .npy")
     levels: tuple | None = option(LEVELS, None, "values in files that become 0 and 255")
@@ -127,13 +126,13 @@ class PretrainConfig(RunConfig, Augmentation):
     )
     std: tuple | str = option(Auto(STD), "auto", "as --mean, the std")
 
-    method: str = option(Entry(METHODS), "simsiam", "the method: network and loss")
+    method: str = option(Choice(METHODS), "simsiam", "the method: network and loss")
     arch: str = option(
         Text("NAME"),
         "resnet18",
         f"{', '.join(IMAGENET_ARCHS)}; resnet8, resnet14, ... (6n+2); timm:NAME, torchvision:NAME",
     )
-    stem: str = option(Choice(*STEMS), "cifar", "first layers of resnet18 to resnet152")
+    stem: str = option(Choice(STEMS), "cifar", "first layers of resnet18 to resnet152")
     width: int | None = option(
         Number(int, 1, 1024), None, "of the first stage of resnet8, resnet14, ... (16)"
     )
@@ -142,31 +141,31 @@ class PretrainConfig(RunConfig, Augmentation):
     projector_affine: bool = option(Flag(), False, "make the projector's last BN affine")
     init: str | None = option(PATH, None, "start from the weights of any checkpoint")
     init_parts: str = option(
-        Choice(*INIT_PARTS), "fitting", "--init takes: backbone and fitting heads, backbone, or all"
+        Choice(INIT_PARTS), "fitting", "--init takes: backbone and fitting heads, backbone, or all"
     )
 
-    stop_grad: str = option(Choice("on", "off"), "on", "stop the gradient through z (sec. 4.1)")
+    stop_grad: str = option(Choice(("on", "off")), "on", "stop the gradient through z (sec. 4.1)")
     predictor: str = option(
-        Choice(*PREDICTORS), "mlp", "none: p = z; fixed: random weights (sec. 4.2)"
+        Choice(PREDICTORS), "mlp", "none: p = z; fixed: random weights (sec. 4.2)"
     )
-    bn: str = option(Choice(*BN), "default", "BN in the heads: no, hidden or all layers (sec. 4.4)")
-    similarity: str = option(Entry(CRITERIA), "cosine", "criterion of p and z (sec. 4.5)")
+    bn: str = option(Choice(BN), "default", "BN in the heads: no, hidden or all layers (sec. 4.4)")
+    similarity: str = option(Choice(CRITERIA), "cosine", "criterion of p and z (sec. 4.5)")
     loss: str = option(
-        Choice(*LOSSES), "symmetric", "pairs of views: both ways, one; 2x: two pairs (sec. 4.6)"
+        Choice(LOSSES), "symmetric", "pairs of views: both ways, one; 2x: two pairs (sec. 4.6)"
     )
 
     target: str = option(
-        Choice(*TARGETS), "other", "z that p predicts; mean: of all other views (FastSiam)"
+        Choice(TARGETS), "other", "z that p predicts; mean: of all other views (FastSiam)"
     )
     num_views: int = option(Number(int, 2, 16), 2, "views per image, with --target mean")
     covariance: float = option(AT_LEAST_0, 0.0, "weight of VICReg's covariance term on z")
 
     recipe: str | None = option(
-        Choice("cifar", "imagenet", "short", "fast"),
+        Choice(("cifar", "imagenet", "short", "fast")),
         None,
         "defaults (textures: short; imagenet, webdataset: imagenet; else cifar)",
     )
-    optimizer: str = option(Choice(*OPTIMIZERS), "sgd", "muon: orthogonal updates, by timm")
+    optimizer: str = option(Choice(OPTIMIZERS), "sgd", "muon: orthogonal updates, by timm")
     batch_size: int = option(Number(int, 2, 2**31), 512, "images per step, of all ranks together")
     epochs: int = option(COUNT, 800, "passes over the training set")
     lr: float = option(POSITIVE, 0.03, "base lr: lr = base * batch_size / 256")
@@ -201,27 +200,24 @@ class PretrainConfig(RunConfig, Augmentation):
     selectors: ClassVar[tuple[str, ...]] = ("data_name", "recipe", "arch", "channels")
 
     @classmethod
-    def recipes(cls) -> Mapping[str, Mapping[str, object]]:
-        return RECIPES
-
-    @classmethod
     def resolve(cls, overrides: Mapping[str, object]) -> "PretrainConfig":
         data_name = overrides.get("data_name", cls.data_name)
         recipe = overrides.get("recipe") or USUAL_RECIPE.get(data_name, "cifar")
-        values = RECIPES[recipe] | overrides | {"recipe": recipe}
+        place = place_of_run(overrides.get("resume"))
+        values = RECIPES[recipe] | place | overrides | {"recipe": recipe}
         if data_name == "textures" and "data_root" in overrides:
             raise ConfigError(TEXTURES_HAVE_NO_ROOT)
         if is_library_arch(values["arch"]):
             values["stem"] = overrides.get("stem", "imagenet")
         if values["view_sizes"] and "view_sizes" not in overrides:
             values["view_sizes"] = values["view_sizes"][-values["epochs"] :]
-        if values.get("channels", 3) != 3:
+        if values["channels"] != 3:
             defaults = {"mean": "auto", "std": "auto", "gray_p": 0.0}
             defaults["jitter"] = (*values["jitter"][:2], 0.0, 0.0)
             values |= {name: overrides.get(name, value) for name, value in defaults.items()}
-        config = cls(**place_of_run(values, overrides))
+        config = cls(**values)
         if config.name is None:
-            config.name = "{feature_dim}_{k}_{batch_size}_{epochs}".format(**config.as_dict())
+            config.name = "{feature_dim}_{k}_{batch_size}_{epochs}".format(**values)
             if (config.data_name, config.arch) != ("cifar10", "resnet18"):
                 config.name = f"{config.data_name}_{config.arch}_{config.name}"
         return config
@@ -264,45 +260,27 @@ class PretrainConfig(RunConfig, Augmentation):
 # ---- recipes ------------------------------------------------------------------------------------
 
 
-def view_settings(augmentation: Augmentation, normalisation: str) -> dict:
-    """Return the settings of a recipe's views: the augmentation, and the images' mean and std."""
-    mean, std = NORMALISATION[normalisation]
-    return vars(augmentation) | {"mean": mean, "std": std}
+def normalisation(name: str) -> dict[str, tuple]:
+    """Return the mean and std of a data set's images as settings."""
+    return dict(zip(("mean", "std"), NORMALISATION[name], strict=True))
 
 
-CIFAR = view_settings(Augmentation(), "cifar") | {  # paper, App. D
-    "arch": "resnet18",
-    "stem": "cifar",
-    "image_size": None,  # the data set's own
-    "view_sizes": None,  # image_size throughout
-    "feature_dim": 2048,
-    "projector_layers": 2,
-    "covariance": 0.0,
-    "optimizer": "sgd",
-    "batch_size": 512,
-    "epochs": 800,
-    "lr": 0.03,
-    "momentum": 0.9,
-    "weight_decay": 5e-4,
-    "bn_decay": True,
-    "warmup_epochs": 0.0,
-    "fix_pred_lr": False,
-}
+# Paper, App. D: the defaults of all settings.
+CIFAR = {field.name: field.default for field in dataclasses.fields(PretrainConfig)}
+CIFAR |= normalisation("cifar")
 # Paper, sec. 3 and App. A; the constant lr of the predictor is the authors' command's.
-IMAGENET = (
-    CIFAR
-    | view_settings(Augmentation(blur_p=0.5), "imagenet")
-    | {
-        "arch": "resnet50",
-        "stem": "imagenet",
-        "image_size": 224,
-        "projector_layers": 3,
-        "epochs": 100,
-        "lr": 0.05,
-        "weight_decay": 1e-4,
-        "fix_pred_lr": True,
-    }
-)
+IMAGENET = CIFAR | {
+    **normalisation("imagenet"),
+    "blur_p": 0.5,
+    "arch": "resnet50",
+    "stem": "imagenet",
+    "image_size": 224,
+    "projector_layers": 3,
+    "epochs": 100,
+    "lr": 0.05,
+    "weight_decay": 1e-4,
+    "fix_pred_lr": True,
+}
 SHORT = CIFAR | {  # this project's, for minutes to hours on a CPU: see docs/results.md
     "arch": "resnet8",
     "feature_dim": 512,
@@ -324,6 +302,7 @@ FAST = SHORT | {  # this project's: the best accuracy per minute of docs/results
     "fix_pred_lr": False,
 }
 RECIPES = {"cifar": CIFAR, "imagenet": IMAGENET, "short": SHORT, "fast": FAST}
+PretrainConfig.recipes = RECIPES
 USUAL_RECIPE = {"textures": "short", "imagenet": "imagenet", "webdataset": "imagenet"}
 
 # ---- linear evaluation and fine-tuning ----------------------------------------------------------
@@ -344,19 +323,8 @@ MODES = {
     + "data_name data_root split_names out name ddp pictures".split(),
     "predict": [*MODE_SETTINGS, "out_csv"],
 }
-# What the file of another project does not tell of its encoder; flags of linear.py and the tools.
-SOURCE_OPTIONS = {
-    "stem": (Choice(*STEMS), "first layers (what the file's layout suggests)"),
-    "image_size": (IMAGE_SIZE, "side of the encoder's images in pixels (32 or 224)"),
-    "mean": (MEAN, "of the images' channels, from 0 to 1 (the project's)"),
-    "std": (STD, "as --mean, the std"),
-}
-
-
-def source_option(name: str) -> Any:
-    """Declare a field for one of SOURCE_OPTIONS."""
-    kind, text = SOURCE_OPTIONS[name]
-    return option(kind, None, text)
+# Settings of an encoder that the file of another project does not have.
+SOURCE_OPTIONS = ("stem", "image_size", "mean", "std")
 
 
 @dataclasses.dataclass
@@ -379,16 +347,16 @@ class LinearConfig(RunConfig):
     )
     out_csv: str | None = option(PATH, None, "write the predictions to this file too")
 
-    stem: str | None = source_option("stem")
-    image_size: int | None = source_option("image_size")
-    mean: tuple | None = source_option("mean")
-    std: tuple | None = source_option("std")
+    stem: str | None = option(Choice(STEMS), None, "first layers (what the file's layout suggests)")
+    image_size: int | None = option(IMAGE_SIZE, None, "of the encoder, in pixels (32 or 224)")
+    mean: tuple | None = option(MEAN, None, "of the channels, from 0 to 1 (the project's)")
+    std: tuple | None = option(STD, None, "as --mean, the std")
 
-    data_name: str | None = option(Entry(DATASETS), None, "evaluate on another data set")
+    data_name: str | None = option(Choice(DATASETS), None, "evaluate on another data set")
     data_root: str | None = option(Roots(), None, "where the data set is (another one: data)")
     split_names: tuple | None = option(NAMES, None, "folders or lists there: training, then test")
     exif: bool | None = option(Flag(), None, "turn images as EXIF says")
-    background: str | None = option(Choice(*BACKGROUNDS), None, "behind transparent pixels")
+    background: str | None = option(Choice(BACKGROUNDS), None, "behind transparent pixels")
     exclude: tuple | None = option(NAMES, None, "names or paths in --data_root to leave out")
     levels: tuple | None = option(LEVELS, None, "values in files that become 0 and 255")
     label_fraction: float = option(
@@ -397,7 +365,7 @@ class LinearConfig(RunConfig):
 
     cached: bool = option(Flag(), False, "extract the features once, without augmentation")
     optimizer: str = option(
-        Choice("sgd", "lars", "adamw"), "sgd", "lars: for heads; adamw: with --finetune"
+        Choice(("sgd", "lars", "adamw")), "sgd", "lars: for heads; adamw: with --finetune"
     )
     batch_size: int = option(COUNT, 256, "images per step, of all ranks together")
     epochs: int = option(COUNT, 90, "passes over the training set")
@@ -414,6 +382,7 @@ class LinearConfig(RunConfig):
     encoder_lr: float | None = option(POSITIVE, None, "base lr of the encoder (that of --lr)")
     mixup: float = option(Number(float, 0, 100), 0.0, "alpha of mixup in training; 0: none")
 
+    recipes: ClassVar[Mapping[str, Mapping[str, object]]] = LINEAR_RECIPES
     groups: ClassVar[dict[str, str]] = {
         "model_path": "what",
         "stem": "another project's encoder",
@@ -422,10 +391,6 @@ class LinearConfig(RunConfig):
         "finetune": "the whole network",
     }
     selectors: ClassVar[tuple[str, ...]] = ("model_path", "finetune", "optimizer")
-
-    @classmethod
-    def recipes(cls) -> Mapping[str, Mapping[str, object]]:
-        return LINEAR_RECIPES
 
     @classmethod
     def resolve(cls, overrides: Mapping[str, object]) -> "LinearConfig":
@@ -437,9 +402,9 @@ class LinearConfig(RunConfig):
             for name in overrides.keys() - {mode, *settings} if overrides.get(mode) else ():
                 raise ConfigError(f"--{name}: cannot be combined with --{mode}")
         recipe = "finetune " * bool(overrides.get("finetune")) + overrides.get("optimizer", "sgd")
-        values = dict(LINEAR_RECIPES.get(recipe, {}))
-        values["out"] = os.path.dirname(overrides.get("model_path", cls.model_path)) or "."
-        return cls(**place_of_run(values | overrides, overrides))
+        values = {"out": os.path.dirname(overrides.get("model_path", cls.model_path)) or "."}
+        values |= LINEAR_RECIPES.get(recipe, {}) | place_of_run(overrides.get("resume"))
+        return cls(**values | overrides)
 
     def validate(self) -> None:
         super().validate()
@@ -466,12 +431,12 @@ class LinearConfig(RunConfig):
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def place_of_run(values: dict, overrides: Mapping[str, object]) -> dict:
-    """Return `values` with the folder and name of the run at --resume PATH, unless overridden."""
-    if not isinstance(values.get("resume"), str):
-        return values
-    folder, name = run_of(values["resume"])
-    return values | {"out": overrides.get("out", folder), "name": overrides.get("name", name)}
+def place_of_run(resume: bool | str | None) -> dict[str, str]:
+    """Return the settings `out` and `name` of the run at --resume PATH; empty without a path."""
+    if not isinstance(resume, str):
+        return {}
+    folder, name = run_of(resume)
+    return {"out": folder, "name": name}
 
 
 def run_of(path: str) -> tuple[str, str]:

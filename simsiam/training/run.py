@@ -42,16 +42,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Run:
-    """A run of main.py or linear.py, from its lock to its last file, while the context lasts.
+    """A run of main.py or linear.py, from its lock to its last file: a context manager.
 
-    Entered, it holds the lock, and `config` is the command's or, with --resume, that of
-    `checkpoint` (None for a new run) with what the command line may change. The order of calls:
+    On entry it takes the lock, loads the `checkpoint` to resume (None for a new run), and takes the
+    checkpoint's config with the changes of the command line. The order of calls is
     `check_unchanged`; `start` or `resume`; `epochs`, with `after_step` and `after_epoch`;
     `finalize`. `history`: rows of the statistics. `extra`: numbers that a checkpoint stores too.
 
     `command`: main.py or linear.py. `overrides`: the settings that the command line gives.
     `columns`: of the statistics. `clock`: seconds. Entering raises ValueError or OSError for what
-    the user is to mend; later RunError ends the run, its last checkpoint intact.
+    the user is to mend; later a RunError ends the run and leaves its last checkpoint intact.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class Run:
         self.history: list[dict] = []
         self.extra: dict[str, float] = {}
         self.unchanged: dict[str, object] = {}
-        self.has_valid_checkpoint = False  # whether the newest one is fit to be kept as previous
+        self.has_valid_checkpoint = False  # `<run>_model.pth` may become the previous one
         self.signal: int | None = None
         self.previous_handlers: dict = {}
         self.agree = distributed.AsyncMax()
         self.epoch_start = self.last_checkpoint = self.last_table = self.clock()
         self.stack = contextlib.ExitStack()
 
-    # ---- the lock, and the checkpoint that is there
+    # ---- the lock, and the existing checkpoint
 
     def __enter__(self) -> "Run":
         try:
             distributed.broadcast_from_rank0(self._lock)
-            earlier = distributed.broadcast_from_rank0(self._find_checkpoint)
-            if earlier:
-                self._take_config(*earlier)
+            existing = distributed.broadcast_from_rank0(self._find_checkpoint)
+            if existing:
+                self._take_config(*existing)
         except BaseException:
             self.stack.close()
             raise
@@ -96,22 +96,22 @@ class Run:
         self.stack.close()
 
     def _lock(self) -> None:
-        """Refuse a second process at the same run; remove what a dead one left half-written."""
+        """Lock the run against other processes; remove the half-written files of a killed one."""
         self.stack.enter_context(run_lock(self.path))
         for suffix in OUTPUTS:
-            name = f".{self.config.name}_{suffix}.part"
-            Path(self.config.out, name).unlink(missing_ok=True)
+            Path(self.config.out, f".{self.config.name}_{suffix}.part").unlink(missing_ok=True)
 
     def _find_checkpoint(self) -> tuple[str, dict] | None:
-        """Return the checkpoint to resume, if any; refuse to replace a run unasked.
+        """Return the path and content of the checkpoint to resume, or None for a new run.
 
-        If the newest is missing or damaged, the one before it. If torchrun has restarted the
-        ranks, what they have written is resumed unasked.
+        If the newest is missing or damaged, it is the previous one. A run that torchrun restarts
+        resumes by itself. Raises ValueError if a new run would replace another one's files.
         """
         newest, previous = f"{self.path}_model.pth", f"{self.path}_model.prev.pth"
         path = newest if self.config.resume is True else self.config.resume
-        restarts = distributed.restart_count()
-        if restarts and (os.path.exists(newest) or os.path.exists(previous)):
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        is_restart = distributed.is_distributed() and restarts != "0"
+        if is_restart and (os.path.exists(newest) or os.path.exists(previous)):
             distributed.log(f"restarted by torchrun (restart {restarts})")
             path = newest
         for file in (newest, previous):
@@ -138,13 +138,13 @@ class Run:
 
     def _load(self, path: str) -> dict:
         state = checkpoint.load(path)
-        if state["command"] != self.command:
-            command = state["command"]
+        command = state["command"]
+        if command != self.command:
             raise ValueError(f"--resume: {path} is a run of {command}: give --resume to {command}")
         return state
 
     def _take_config(self, path: str, state: dict) -> None:
-        """Take a checkpoint's config with what the command line may change, which is logged."""
+        """Replace the config by a checkpoint's, with the command's changes, which are logged."""
         saved = state["config"]
         changes = {name: getattr(self.config, name) for name in OF_COMMAND} | {"overwrite": False}
         # Up to the end of the warm-up a run is the same for any --epochs.
@@ -152,8 +152,8 @@ class Run:
         is_warming = is_warming and not getattr(saved, "view_sizes", None)
         for name, value in self.overrides.items():
             before = getattr(saved, name)
-            stays_open = value == "auto" and name not in ("mean", "std")  # these are measured
-            if value == before or stays_open or name in OF_COMMAND:
+            is_resolved = value == "auto" and name not in ("mean", "std")  # these are measured
+            if value == before or is_resolved or name in OF_COMMAND:
                 continue
             if name not in MAY_CHANGE and not (name == "epochs" and is_warming):
                 reason = "; the cosine schedule depends on it" if name == "epochs" else ""
@@ -168,16 +168,16 @@ class Run:
         self.has_valid_checkpoint = path == f"{self.path}_model.pth"
         self.history, self.extra = state["history"], state["extra"]
 
-    # ---- what a checkpoint holds
+    # ---- the content of a checkpoint
 
     def set_config(self, **resolved: object) -> None:
-        """Record what `auto` and other open settings resolved to: a resume keeps to it."""
+        """Store what `auto` and other unset settings resolved to, for a resumed run to use."""
         self.config = dataclasses.replace(self.config, **resolved)
 
     def check_unchanged(self, **values: object) -> None:
-        """Check values that a resumed run must match, and store them in its checkpoints.
+        """Store values in the checkpoints; raise ValueError if a resumed run has other ones.
 
-        `images_checksum`, `classes`: of the training images; `encoder`. Raises ValueError.
+        `values`: `images_checksum`, `classes` and `encoder`, as in `checkpoint.FORMAT`.
         """
         self.unchanged |= values
         for name, value in values.items() if self.checkpoint else ():
@@ -234,14 +234,13 @@ class Run:
         """Seconds of this epoch, across restarts."""
         return self.clock() - self.epoch_start
 
-    # ---- the way through the epochs
+    # ---- epochs and steps
 
     def epochs(self) -> Iterator[int]:
-        """Yield the epochs that are left, from 0 on; the first may be finished up to `step`.
+        """Yield the epochs that are left, from 0 on; the first may be finished up to a step.
 
-        While they last SIGTERM and SIGINT let the current step end, and then the process, with a
-        checkpoint. A second signal ends the process at once; but not on several ranks, which get
-        a signal from torchrun and one from SLURM.
+        Meanwhile SIGTERM and SIGINT end the process after the current step, with a checkpoint. A
+        second signal ends it at once, except on several ranks: both torchrun and SLURM send one.
         """
         self._handle_signals(True)
         yield from range(self.state.epoch, self.config.epochs)
@@ -263,55 +262,47 @@ class Run:
         self.signal = number
 
     def after_step(self, step: int, was_read: bool = False, due: bool = False) -> None:
-        """Count a step; save if it is `due`, every --checkpoint_minutes, and after a signal.
+        """Count a step; save if `due`, every --checkpoint_minutes, and after a signal, then exit.
 
-        After a signal the process ends. `was_read`: the meters were just read from the device, so
-        that checking them is free. Raises RunError for a loss that was not finite.
+        `was_read`: the meters were just read from the device, so that checking them is free.
+        Raises RunError for a loss that was not finite.
         """
         state = self.state
         state.step = step + 1
         is_last = state.step == len(state.loader)
         minutes = self.config.checkpoint_minutes
-        is_late = distributed.rank() == 0 and self._checkpoint_age() >= 60 * minutes
+        is_late = distributed.rank() == 0 and self.clock() - self.last_checkpoint >= 60 * minutes
         is_bad = was_read and state.meters.first_bad_step() is not None
         is_late, number, is_bad = self.agree(is_late, self.signal or 0, is_bad, wait=is_last)
-        due = due or bool(is_late) or bool(number)
-        if is_bad or due or is_last:
-            self._check_finite()
+        due = due or is_late or number
+        bad = state.meters.first_bad_step() if is_bad or due or is_last else None
+        if bad is not None:
+            lr = state.lr_at(state.epoch + bad / len(state.loader))
+            raise RunError(
+                f"the loss is not finite in epoch {state.epoch + 1}, step {bad + 1}, at lr "
+                f"{lr:.3g}; {self.path}_model.pth is from before. {checkpoint.DIVERGED}"
+            )
         if due:
             self.save()
         if number:
             self._exit(number)
 
-    def _checkpoint_age(self) -> float:
-        """Seconds since the last checkpoint."""
-        return self.clock() - self.last_checkpoint
-
     def _exit(self, number: int) -> None:
-        # Wait for rank 0 to have saved: a rank that exits before it would end it too.
+        # Wait until rank 0 has saved: torchrun ends all ranks as soon as one exits.
         distributed.broadcast_from_rank0(lambda: None)
         distributed.log("stopped; the same command and --resume continue after this step")
         sys.exit(128 + number)
 
-    def _check_finite(self) -> None:
-        bad = self.state.meters.first_bad_step()
-        if bad is not None:
-            lr = self.state.lr_at(self.state.epoch + bad / len(self.state.loader))
-            raise RunError(
-                f"the loss is not finite in epoch {self.state.epoch + 1}, step {bad + 1}, at lr "
-                f"{lr:.3g}; {self.path}_model.pth is from before. {checkpoint.DIVERGED}"
-            )
-
     @contextlib.contextmanager
     def evaluation_phase(self) -> Iterator[None]:
-        """Enclose work between an epoch's last step and its row that changes nothing of the run.
+        """Enclose an evaluation between an epoch's last step and its row.
 
-        A signal ends the process at once: the checkpoint from before holds the epoch's steps
-        (unless it would be written sooner than CHECKPOINT_SECONDS after another). Raises RunError
-        for features that are not finite.
+        It changes nothing of the run, so that a signal ends the process at once: the epoch's steps
+        are saved before, unless the last checkpoint is younger than CHECKPOINT_SECONDS. Raises
+        RunError for features that are not finite.
         """
         self._handle_signals(False)
-        if self.signal is not None or self._checkpoint_age() >= CHECKPOINT_SECONDS:
+        if self.signal is not None or self.clock() - self.last_checkpoint >= CHECKPOINT_SECONDS:
             self.save()
         if self.signal is not None:
             self._exit(self.signal)
@@ -347,7 +338,7 @@ class Run:
                     f"warning: {error.filename}: could not be written ({error.strerror}); the next "
                     "epoch tries again"
                 )
-        if is_last or self._checkpoint_age() >= min(CHECKPOINT_SECONDS, often):
+        if is_last or self.clock() - self.last_checkpoint >= min(CHECKPOINT_SECONDS, often):
             self.save()
         return row
 
@@ -377,7 +368,7 @@ class Run:
     def write_result(self, **columns: object) -> float:
         """Write the run's row of `results.csv`; return the best top-1 of its epochs.
 
-        `columns`: what only the command knows of the row.
+        `columns`: those that do not follow from the config and the history.
         """
         rows = [row for row in self.history if row["epoch"]]
         best = max(row.get("test_acc@1", 0.0) for row in rows)
@@ -389,12 +380,11 @@ class Run:
         return best
 
     def list_bad_images(self, bad: list[str]) -> None:
-        """Log and list what --bad_images skip left out."""
-        if bad:
-            path = f"{self.path}_bad_images.txt"
-            with atomic_write(path) as file:
-                lines = "".join(f"{line}\n" for line in bad)
-                file.write(lines.encode("utf-8", "surrogateescape"))  # names as they are on disk
-            distributed.log(
-                f"{len(bad)} files could not be read and were left out: {path} lists them"
-            )
+        """Write the files that --bad_images skip left out to `<run>_bad_images.txt`, if any."""
+        if not bad:
+            return
+        path = f"{self.path}_bad_images.txt"
+        with atomic_write(path) as file:
+            lines = "".join(f"{line}\n" for line in bad)
+            file.write(lines.encode("utf-8", "surrogateescape"))  # names as they are on disk
+        distributed.log(f"{len(bad)} files could not be read and were left out: {path} lists them")
