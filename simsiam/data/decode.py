@@ -48,8 +48,7 @@ ImageFile = str | Path | StoredFile
 # ---- options ------------------------------------------------------------------------------------
 
 BACKGROUNDS = ("white", "black", "none")
-
-
+NAMES = Several(Text("NAME"))
 LEVELS = Several(Number(float, -1e9, 1e9), 2, metavar=("LOW", "HIGH"))
 
 
@@ -57,39 +56,33 @@ LEVELS = Several(Number(float, -1e9, 1e9), 2, metavar=("LOW", "HIGH"))
 class DecodeOptions(Config):
     """How image files are read. Raises ConfigError naming the flag for an invalid value.
 
-    `background` "none" keeps the colours of transparent pixels. `exclude`: shell patterns. 3
-    `channels` give RGB and 1 gray from any image; for other numbers a file must have as many.
-    `levels`: None: see `arrays.to_uint8`.
+    `background` "none" keeps the colours stored behind transparent pixels. `exclude`: shell
+    patterns of files and folders. `channels`: 3 gives RGB and 1 gray from any image; for other
+    numbers a file must have as many channels. `levels` None: see `arrays.to_uint8`.
     """
 
     exif: bool = option(Flag(), True, "turn images as EXIF says")
-    background: str = option(Choice(*BACKGROUNDS), "white", "colour behind transparent pixels")
-    exclude: tuple[str, ...] | None = option(Several(Text()), None, "names or paths to leave out")
-    channels: int = option(Number(int, 1, arrays.MAX_CHANNELS), 3, "of an image")
-    levels: tuple[float, float] | None = option(LEVELS, None, "values that become 0 and 255")
+    background: str = option(Choice(BACKGROUNDS), "white", "colour behind transparent pixels")
+    exclude: tuple | None = option(NAMES, None, "names or paths in --data_root to leave out (*, ?)")
+    channels: int = option(
+        Number(int, 1, arrays.MAX_CHANNELS), 3, "of an image; not 1 or 3: TIFF, .npy"
+    )
+    levels: tuple | None = option(LEVELS, None, "values in files that become 0 and 255")
 
     def validate(self) -> None:
         super().validate()
-        falling = self.levels and self.levels[0] >= self.levels[1]
-        self.refuse("levels", falling, "must be two rising numbers")
-
-    @classmethod
-    def from_args(cls, args: Mapping) -> "DecodeOptions":
-        """Build the options from flags of main.py; a missing flag or None means the default."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        values = {name: args[name] for name in names if args.get(name) is not None}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        is_empty = self.levels is not None and self.levels[0] >= self.levels[1]
+        self.refuse("levels", is_empty, "the first must be below the second")
 
 
 DEFAULT_DECODE = DecodeOptions()
 
 
 def check_decode_options(flags: Mapping, data_name: str) -> None:
-    """Raise ConfigError for invalid flags of `DecodeOptions`, or flags `data_name` does not use."""
+    """Raise ConfigError for flags of `DecodeOptions` that the data set `data_name` does not use."""
     for flag, names in (("exclude", FOLDER_DATA), ("levels", USER_DATA)):
         if flags[flag] and data_name not in names:
             raise ConfigError(f"--{flag}: needs --data_name {' or '.join(names)}")
-    DecodeOptions.from_args(flags)
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -201,6 +201,12 @@ class Config:
         return cls(**overrides)
 
     @classmethod
+    def from_args(cls, args: Mapping[str, object]) -> "Config":
+        """Return the config of those of `args` that are fields; None means the default."""
+        names = {field.name for field in dataclasses.fields(cls)} & args.keys()
+        return cls(**{name: args[name] for name in names if args[name] is not None})
+
+    @classmethod
     def from_dict(cls, values: object) -> "Config":
         """Return the config with exactly these field values, which may come from any file.
 

@@ -8,9 +8,14 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from simsiam.data.arrays import MAX_CHANNELS
 from simsiam.data.datasets import DATASETS
-from simsiam.data.decode import BACKGROUNDS, LEVELS, DecodeOptions, check_decode_options
+from simsiam.data.decode import (
+    BACKGROUNDS,
+    LEVELS,
+    NAMES,
+    DecodeOptions,
+    check_decode_options,
+)
 from simsiam.evaluation.knn import KNN_K, KNN_TEMPERATURE
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_library_arch
 from simsiam.models.methods import METHODS
@@ -89,7 +94,7 @@ class ViewSize(Number):
 
 
 COUNT, POSITIVE = Number(int, 1, 2**31), Number(float, 1e-12)
-AT_LEAST_0, IMAGE_SIZE, NAMES = Number(float, 0), Number(int, 8, 1024), Several(Text("NAME"))
+AT_LEAST_0, IMAGE_SIZE = Number(float, 0), Number(int, 8, 1024)
 MEAN, STD = Several(PROBABILITY), Several(Number(float, MIN_STD, 1))
 
 
@@ -97,22 +102,16 @@ MEAN, STD = Several(PROBABILITY), Several(Number(float, MIN_STD, 1))
 
 
 @dataclasses.dataclass
-class PretrainConfig(RunConfig, Augmentation):
-    """The settings of a pre-training run and of its views.
+class PretrainConfig(RunConfig, Augmentation, DecodeOptions):
+    """The settings of a pre-training run, of its images and of its views.
 
-    Where a recipe has a default, it wins over the one here.
-
-    Raises ConfigError for settings that are invalid, or that do not go together.
+    A recipe replaces some of the defaults. Raises ConfigError for settings that are invalid, or
+    that do not go together.
     """
 
     data_name: str = option(Choice(DATASETS), "cifar10", "the data set")
     data_root: str = option(Roots(), "data", "folder of downloads, or folders or lists of images")
     split_names: tuple | None = option(NAMES, None, "folders or lists there: training, then test")
-    exif: bool = option(Flag(), True, "turn images as EXIF says")
-    background: str = option(Choice(BACKGROUNDS), "white", "colour behind transparent pixels")
-    exclude: tuple | None = option(NAMES, None, "names or paths in --data_root to leave out (*, ?)")
-    channels: int = option(Number(int, 1, MAX_CHANNELS), 3, "of an image; not 1 or 3: TIFF, .npy")
-    levels: tuple | None = option(LEVELS, None, "values in files that become 0 and 255")
     train_size: int | None = option(COUNT, None, "train on a class-balanced, seeded subset")
     image_size: int | None = option(IMAGE_SIZE, None, "side of the views, instead of the images'")
     view_sizes: tuple | None = option(
@@ -188,6 +187,7 @@ class PretrainConfig(RunConfig, Augmentation):
     # Titles of the help's groups, by their first field.
     groups: ClassVar[dict[str, str]] = {
         "data_name": "data",
+        "exif": "image files",  # from DecodeOptions
         "crop_scale": "views",  # from Augmentation
         "mean": "views",
         "method": "network",
@@ -248,8 +248,7 @@ class PretrainConfig(RunConfig, Augmentation):
     @property
     def augmentation(self) -> Augmentation:
         """The augmentation hyperparameters."""
-        names = [field.name for field in dataclasses.fields(Augmentation)]
-        return Augmentation(**{name: getattr(self, name) for name in names})
+        return Augmentation.from_args(vars(self))
 
     @property
     def decode_options(self) -> DecodeOptions:
@@ -331,7 +330,7 @@ SOURCE_OPTIONS = ("stem", "image_size", "mean", "std")
 class LinearConfig(RunConfig):
     """The settings of a linear evaluation, of fine-tuning, or of a mode that trains nothing.
 
-    Those of the data are the pre-training's by default. Raises ConfigError for settings that are
+    The data's settings default to those of pre-training. Raises ConfigError for settings that are
     invalid, or that do not go together.
     """
 
@@ -394,9 +393,9 @@ class LinearConfig(RunConfig):
 
     @classmethod
     def resolve(cls, overrides: Mapping[str, object]) -> "LinearConfig":
-        """Return the config of explicit settings; without --out, files go beside --model_path.
+        """Return the config of explicit settings; --out defaults to the folder of --model_path.
 
-        The name of a run that trains stays None: it depends on the checkpoint.
+        The default name of a run stays None, since it depends on the checkpoint.
         """
         for mode, settings in MODES.items():
             for name in overrides.keys() - {mode, *settings} if overrides.get(mode) else ():
