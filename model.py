@@ -3,36 +3,36 @@
 python model.py --arch resnet50 --stem imagenet --projector_layers 3 --image_size 224
 """
 
+import argparse
+
 from torch import nn
 
 import utils
-from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_library_arch
+from simsiam.models.backbones import IMAGENET_ARCHS, is_library_arch
 from simsiam.models.classifier import Classifier
 from simsiam.models.flops import params_and_flops
-from simsiam.models.simsiam import SimSiam
+from simsiam.models.methods import build_model
+from simsiam.runtime.config import add_option
+from simsiam.training.recipes import RECIPES, PretrainConfig
+
+OPTIONS = ("arch", "stem", "feature_dim", "projector_layers", "width", "image_size")
 
 
 def command(argv: list[str] | None = None) -> None:
     """Run the command line; `argv` defaults to the process's arguments."""
-    parser = utils.Parser("model.py", __doc__)
-    add = parser.add_argument
-    add("--arch", default="resnet18", help="as in main.py (resnet18)")
-    add("--stem", choices=STEMS, help="as in main.py (cifar; from resnet50 on: imagenet)")
-    dim = utils.number(int, 4, 16384)
-    add("--feature_dim", type=dim, default=2048, help="d, the width of z (2048)")
-    layers = utils.number(int, 1, 8)
-    add("--projector_layers", type=layers, help="(cifar stem: 2; imagenet: 3)")
-    add("--width", type=utils.number(int, 1, 1024), help="of resnet8, resnet14, ... (16)")
-    size = utils.number(int, 8, 1024)
-    add("--image_size", type=size, help="pixels (cifar stem: 32; imagenet: 224)")
-    args = parser.parse_args(argv)
-    large = args.arch in IMAGENET_ARCHS[2:] or is_library_arch(args.arch)
-    stem = args.stem or ("imagenet" if large else "cifar")
-    layers = args.projector_layers or (3 if stem == "imagenet" else 2)
-    size = args.image_size or (224 if stem == "imagenet" else 32)
+    parser = utils.Parser("model.py", __doc__, argument_default=argparse.SUPPRESS)
+    for name in OPTIONS:
+        add_option(parser, name, **PretrainConfig.__dataclass_fields__[name].metadata)
+    overrides = vars(parser.parse_args(argv))
+    arch = overrides.get("arch", PretrainConfig.arch)
+    is_large = arch in IMAGENET_ARCHS[2:] or is_library_arch(arch)
+    stem = overrides.get("stem", "imagenet" if is_large else "cifar")
+    recipe = RECIPES["imagenet" if stem == "imagenet" else "cifar"]
+    config = recipe | overrides | {"arch": arch, "stem": stem}
+    size = config["image_size"] or 32
     with parser.bad_input():
-        net = SimSiam(args.arch, stem, args.feature_dim, layers, args.width)
-    print(f"SimSiam, {args.arch}, stem {stem}, d = {args.feature_dim}, {size} pixels")
+        net = build_model(config)
+    print(f"SimSiam, {arch}, stem {stem}, d = {config['feature_dim']}, {size} pixels")
     print(f"{'part':12} {'Params':>12} {'FLOPs (multiply-adds, by thop)':>32}")
     for name, part in (
         ("backbone", nn.ModuleDict({"backbone": net.backbone})),

@@ -1,4 +1,4 @@
-"""Checkpoints: what `<run>_model.pth` holds, how it is written, and how it is read and checked."""
+"""Checkpoints: the entries of `<run>_model.pth`, writing, and reading with validation."""
 
 import io
 import math
@@ -14,6 +14,7 @@ from simsiam.models.classifier import Classifier
 from simsiam.models.methods import build_model
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime import distributed, reader
+from simsiam.runtime.config import Number, Several
 from simsiam.runtime.files import RunError, atomic_write, error_prefix
 from simsiam.training.recipes import LinearConfig, PretrainConfig
 
@@ -36,8 +37,11 @@ FORMAT = {
     "step": (int, "finished steps of the current epoch"),
     "seconds": (float, "seconds spent on the current epoch"),
     "history": (list, "a dict per row of the statistics"),
-    "extra": (dict, "numbers that the run must not forget: the step of a collapse, a chosen lr"),
-    "environment": (dict, "device, threads, versions: what the last bits of a run depend on"),
+    "extra": (
+        dict,
+        "numbers that a resumed run needs: the step of a collapse, a chosen lr",
+    ),
+    "environment": (dict, "device, threads and versions, on which the last bits of a run depend"),
 }
 CONFIGS = {"main.py": PretrainConfig, "linear.py": LinearConfig}
 ENCODER = ("arch", "stem", "width", "image_size", "mean", "std")
@@ -202,15 +206,12 @@ def check_encoder(encoder: dict) -> dict:
     if encoder.keys() != set(ENCODER):
         raise ValueError("its encoder is not one of this program")
     size, mean, std = encoder["image_size"], encoder["mean"], encoder["std"]
-    fits = all(
-        isinstance(values, list | tuple)
-        and 1 <= len(values) <= MAX_CHANNELS
-        and all(type(one) is float and math.isfinite(one) for one in values)
-        for values in (mean, std)
-    )
-    fits = fits and len(mean) == len(std) and min(std) > 0
-    if type(size) is not int or not 1 <= size <= 1024 or not fits:
-        raise ValueError("its image size or normalisation is not one of this program")
+    with error_prefix("its image size or normalisation"):
+        Number(int, 1, 1024).check(size)
+        Several(Number(float)).check(tuple(mean) if isinstance(mean, list) else mean)
+        Several(Number(float, 1e-12)).check(tuple(std) if isinstance(std, list) else std)
+        if not len(mean) == len(std) <= MAX_CHANNELS:
+            raise ValueError(f"must be of 1 to {MAX_CHANNELS} channels")
     return encoder
 
 

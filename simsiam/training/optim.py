@@ -1,29 +1,24 @@
 """Optimizer of pre-training: SGD or Muon, parameter groups, and the learning-rate schedule."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from simsiam.models.simsiam import SimSiam
 from simsiam.runtime.schedule import cosine_schedule
+from simsiam.training.recipes import PretrainConfig
 
-if TYPE_CHECKING:  # recipes imports this module
-    from simsiam.training.recipes import PretrainConfig
-
-OPTIMIZERS = ("sgd", "muon")
 # Devices whose fused step heeds `found_inf`; on mps it does not.
 FUSED = ("cpu", "cuda")
 # Learning rate of NAdamW, which updates vectors, as a part of Muon's.
 NADAMW_LR_SCALE = 0.25
 
 
-def lr_at(config: "PretrainConfig", progress: float) -> float:
+def lr_at(config: PretrainConfig, progress: float) -> float:
     """Return the learning rate `progress` epochs into the run."""
     peak = config.lr * config.batch_size / 256
     return peak * cosine_schedule(progress, config.epochs, config.warmup_epochs)
 
 
-def make_optimizer(net: SimSiam, config: "PretrainConfig") -> torch.optim.Optimizer:
+def make_optimizer(net: SimSiam, config: PretrainConfig) -> torch.optim.Optimizer:
     """Create SGD or Muon with one parameter group for the encoder and one for the predictor.
 
     Groups with "fix_lr" keep their learning rate (`fix_pred_lr`). Without `bn_decay`, vectors (BN

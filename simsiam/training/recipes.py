@@ -33,7 +33,6 @@ from simsiam.runtime.config import (
     Text,
     option,
 )
-from simsiam.training.optim import OPTIMIZERS
 from simsiam.views.augment import MIN_STD, NORMALISATION
 from simsiam.views.ops import PROBABILITY, Augmentation
 
@@ -47,10 +46,7 @@ TEXTURES_HAVE_NO_ROOT = (
 
 
 class Roots(Kind):
-    """One place of images or several, each a path or a pattern with *, ? or []: one data set.
-
-    Several are joined as in PATH.
-    """
+    """Paths of one data set, or patterns with *, ? or []; joined as in the PATH of a shell."""
 
     nargs = "+"
     metavar = "ROOT"
@@ -75,17 +71,13 @@ def absolute_root(root: str) -> str:
 
 
 class ViewSize(Number):
-    """The side of a view: pixels (a whole number from 8) or a part of the image's side (to 1)."""
+    """The side of a view: whole pixels from 8 on, or at most 1 as a part of the image's side."""
 
     def __init__(self):
         super().__init__(float, 0.1, 1024)
 
     def expected(self) -> str:
         return "pixels, 8 or more, or a part of the side from 0.1 to 1"
-
-    def parse(self, words: str) -> float:
-        value = super().parse(words)
-        return int(value) if value > 1 and value.is_integer() else value
 
     def check(self, value: object) -> None:
         super().check(value)
@@ -164,7 +156,7 @@ class PretrainConfig(RunConfig, Augmentation, DecodeOptions):
         None,
         "defaults (textures: short; imagenet, webdataset: imagenet; else cifar)",
     )
-    optimizer: str = option(Choice(OPTIMIZERS), "sgd", "muon: orthogonal updates, by timm")
+    optimizer: str = option(Choice(("sgd", "muon")), "sgd", "muon: orthogonal updates, by timm")
     batch_size: int = option(Number(int, 2, 2**31), 512, "images per step, of all ranks together")
     epochs: int = option(COUNT, 800, "passes over the training set")
     lr: float = option(POSITIVE, 0.03, "base lr: lr = base * batch_size / 256")

@@ -1,4 +1,4 @@
-"""TrainState: what a training run changes, step by step, with a state_dict of all of it."""
+"""TrainState: the objects that a training run changes in each step, with one state_dict."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,9 +21,9 @@ ADAMW = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
 class TrainState:
     """The objects of a training run.
 
-    `net`: the network, whose weights a checkpoint holds. `model`: the same parameters as the loop
-    calls them, compiled or distributed. `lr_at`: the learning rate after so many epochs.
-    `epoch`, `step`: finished epochs, and finished steps of the epoch after them.
+    `net`: the network, whose weights a checkpoint stores. `model`: `net` as the loop calls it,
+    compiled or distributed. `lr_at`: the learning rate after a number of epochs. `epoch`, `step`:
+    finished epochs, and finished steps of the current one.
     """
 
     net: nn.Module
@@ -40,7 +40,7 @@ class TrainState:
     step: int = 0
 
     def state_dict(self) -> dict[str, object]:
-        """Return what a checkpoint needs to continue at the same bits."""
+        """Return the entries of a checkpoint with which a run resumes at the same bits."""
         return {
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -69,8 +69,8 @@ class TrainState:
         here = checkpoint.environment(self.net)
         if state["environment"] != here:
             distributed.log(
-                f"note: made on {state['environment']}, now {here}: the last bits may differ from "
-                "here on"
+                f"note: the checkpoint is of {state['environment']}, and this is {here}: from here "
+                "on the last bits may differ"
             )
 
 
@@ -91,7 +91,9 @@ def load_optimizer(optimizer: Optimizer, saved: dict) -> None:
 
 def fits_parameter(optimizer: Optimizer, entries: object, parameter: Tensor) -> bool:
     """Return whether `entries` can be the optimizer's state of a parameter."""
-    names, entries = {"momentum_buffer"}, dict(entries) if isinstance(entries, dict) else {}
+    if not isinstance(entries, dict):
+        return False
+    entries, names = dict(entries), {"momentum_buffer"}
     is_muon = "fallback_lr_scale" in optimizer.defaults  # timm's, with NAdamW for vectors
     if is_muon:
         uses_muon = entries.pop("use_muon", None)
@@ -100,17 +102,13 @@ def fits_parameter(optimizer: Optimizer, entries: object, parameter: Tensor) -> 
         names = names if uses_muon else ADAMW
     elif isinstance(optimizer, torch.optim.AdamW):
         names = ADAMW
-    step = entries.get("step")
-    if "step" in names and not (isinstance(step, Tensor) and step.numel() == 1):
-        return False
-    shapes = dict.fromkeys(names, parameter) | {"step": step}
+    elif entries == {"momentum_buffer": None}:  # before the first step
+        return True
     return entries.keys() == names and all(
-        (value is None and name == "momentum_buffer" and not is_muon)  # before the first step
-        or (
-            isinstance(value, Tensor)
-            and (value.shape, value.dtype) == (shapes[name].shape, shapes[name].dtype)
-            and bool(value.isfinite().all())
-        )
+        isinstance(value, Tensor)
+        and (value.numel() == 1 if name == "step" else value.shape == parameter.shape)
+        and (name == "step" or value.dtype == parameter.dtype)
+        and bool(value.isfinite().all())
         for name, value in entries.items()
     )
 
