@@ -10,21 +10,14 @@ from simsiam.plots.style import (
     BLUE,
     COLOURS,
     GREEN,
-    LINES,
-    MARKERS,
     SKY_BLUE,
     VERMILION,
     add_grid,
     fit_text,
     legend_label,
+    line_style,
     new_figure,
 )
-
-
-def line_style(i: int) -> dict:
-    """Return the colour, marker and line style of the i-th line."""
-    style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-    return style | {"linestyle": LINES[i % len(LINES)]}
 
 
 def plot_ablation_curves(

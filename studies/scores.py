@@ -23,7 +23,8 @@ import numpy as np
 import pandas
 import torch
 import torch.nn.functional as F
-from scipy.stats import bootstrap, rankdata, spearmanr
+from scipy.linalg import eigh
+from scipy.stats import bootstrap, spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -51,18 +52,10 @@ from simsiam.runtime.files import RunError, error_prefix, printable, read_csv, w
 from simsiam.views.augment import Views
 from tools.common import add_run_options, images_of_run
 
-# By column of the table: the score as a number that is better when larger.
-ORIENTED = {
-    "loss": lambda row: -row["loss"],
-    "std": lambda row: row["std"],
-    "rankme": lambda row: row["rankme"],
-    "rankme_z": lambda row: row["rankme_z"],
-    "lidar": lambda row: row["lidar"],
-    "alpha_req": lambda row: -abs(row["alpha_req"] - 1),  # best near 1
-    "uniformity": lambda row: -row["uniformity"],
-    "alignment": lambda row: -row["alignment"],
-}
-COLUMNS = ("run", "data", "epochs", "warned", *ORIENTED, "knn")
+# Scores, and whether a larger one is better (1) or a lower one (-1); alpha-ReQ is best near 1.
+SIGNS = {"loss": -1, "std": 1, "rankme": 1, "rankme_z": 1, "lidar": 1, "alpha_req": -1}
+SIGNS |= {"uniformity": -1, "alignment": -1}
+COLUMNS = ("run", "data", "epochs", "warned", *SIGNS, "knn")
 RHO_COLUMNS = ("data", "runs", "score", "number", "rho", "low", "high")
 MIN_RUNS = 5  # of a data set for a rho
 RESAMPLES = 2_000
@@ -91,14 +84,9 @@ def lidar(features: Tensor, delta: float = DELTA) -> float:
     the paper's epsilon added to each. In fp64.
 
     After a total collapse the score is that of rounding errors (see `metrics.collapse_std`); nan
-    where all means are equal. Raises ValueError for fewer than two images or views, and for a
-    `delta` that is not positive.
+    where all means are equal.
     """
     n, q = features.shape[:2]
-    if n < 2 or q < 2:
-        raise ValueError(f"LiDAR of {n} images in {q} views: needs two images and two views")
-    if not delta > 0:
-        raise ValueError(f"LiDAR with a delta of {delta}: must be positive")
     features = with_fp64(features)
     means = features.mean(1, dtype=torch.float64)
     between = gram_matrix(means - means.mean(0)) / n
@@ -107,11 +95,9 @@ def lidar(features: Tensor, delta: float = DELTA) -> float:
         for views, mean in zip(features.split(256), means.split(256), strict=True)
     ) / (n * q)
     within.diagonal().add_(delta)
-    # With Sw = L L^T, L^-1 Sb L^-T has the eigenvalues of Sw^-1 Sb, as Sw^-1/2 Sb Sw^-1/2 has.
-    root = torch.linalg.cholesky(within)
-    half = torch.linalg.solve_triangular(root, between, upper=False)
-    ratio = torch.linalg.solve_triangular(root, half.T, upper=False)
-    return entropy_rank(torch.linalg.eigvalsh(ratio).clamp(min=0), EPSILON)
+    # The eigenvalues of Sw^-1 Sb are those of Sw^-1/2 Sb Sw^-1/2.
+    spectrum = eigh(between.cpu().numpy(), within.cpu().numpy(), eigvals_only=True)
+    return entropy_rank(torch.from_numpy(spectrum).clamp(min=0), EPSILON)
 
 
 def alpha_req(features: Tensor) -> float:
@@ -132,32 +118,20 @@ def alpha_req(features: Tensor) -> float:
     fitted = spectrum[:last][spectrum[:last] > ROUNDING * spectrum[0]][first - 1 :]
     if len(fitted) < 2:
         return math.nan
-    i = torch.arange(first, first + len(fitted), dtype=torch.float64, device=fitted.device)
-    weights = 1 / i
-    x = i.log() - (weights * i.log()).sum() / weights.sum()
-    return -((weights * x * fitted.log()).sum() / (weights * x * x).sum()).item()
+    i = np.arange(first, first + len(fitted))
+    slope, _ = np.polyfit(np.log(i), fitted.log().cpu().numpy(), 1, w=i**-0.5)  # w is squared
+    return -slope
 
 
-def uniformity(features: Tensor, t: float = 2.0, tile: int = 1024) -> float:
+def uniformity(features: Tensor, t: float = 2.0) -> float:
     """Return uniformity (Wang & Isola 2020, arXiv 2005.10242, sec. 4): N x d -> about -2t to 0.
 
     The log of the mean of exp(-t |xi - xj|^2) over pairs i < j of L2-normalised features; lower is
     better. Features after a ReLU have no negative cosine, so their score is at least -2t. In fp64,
-    `tile` x `tile` pairs at a time. Raises ValueError for fewer than two rows.
+    with memory for N^2 / 2 numbers.
     """
-    n = len(features)
-    if n < 2:
-        raise ValueError(f"uniformity of {n} features: needs two")
-    parts = F.normalize(with_fp64(features).double(), dim=1).split(tile)
-    sums = []
-    for i, rows in enumerate(parts):
-        for j, columns in enumerate(parts[i:], i):
-            exponents = 2 * t * (rows @ columns.T - 1)  # of unit vectors, |a - b|^2 = 2 - 2 a.b
-            if i == j:
-                is_pair = torch.ones_like(exponents, dtype=torch.bool).triu(1)
-                exponents = exponents.masked_fill(~is_pair, -math.inf)
-            sums.append(exponents.flatten().logsumexp(0))  # exp of a large t alone would be 0
-    return torch.stack(sums).logsumexp(0).item() - math.log(n * (n - 1) / 2)
+    distances = F.pdist(F.normalize(with_fp64(features).double(), dim=1))
+    return (-t * distances**2).logsumexp(0).item() - math.log(len(distances))
 
 
 def unlabelled_scores(
@@ -176,8 +150,7 @@ def unlabelled_scores(
     (as the column `rank` of the statistics), `rankme_z` of z, `alpha_req`. Of up to `viewed` images
     in `q` random views each: `lidar`, `uniformity` of their first views, `alignment` of each view
     and the next. `viewed` should exceed the number of channels, and LiDAR is comparable for equal
-    numbers of images only. Raises FloatingPointError for non-finite features, and ValueError as
-    `lidar` does.
+    numbers of images only. Raises FloatingPointError for non-finite features.
     """
     plain, augmented = (random_subset(images, size, seed) for size in (number, viewed))
     bank = extract_features(net.backbone, views.eval_transform, plain, amp, normalise=False)
@@ -255,32 +228,23 @@ def correlations(rows: list[dict], seed: int = 0) -> list[dict]:
     collapse, over the others. A missing score counts as the worst; rho is nan for a score that is
     the same in all runs. Runs with the same numbers are one run made twice, and count once.
     """
-    table = []
-    scored = [row for row in rows if not math.isnan(row.get("knn", math.nan))]
-    names = ("data", *ORIENTED, "knn")
-    scored = list({tuple(str(row.get(name)) for name in names): row for row in scored}.values())
-    for data in dict.fromkeys(row["data"] for row in scored):
-        of_data = [row for row in scored if row["data"] == data]
-        healthy = [row for row in of_data if not row["warned"]]
-        groups = {"all": of_data} | ({"no warning": healthy} if len(healthy) < len(of_data) else {})
-        for runs, group in groups.items():
+    table, names = [], list(SIGNS)
+    runs = pandas.DataFrame(rows, columns=["data", "warned", *names, "knn"]).dropna(subset="knn")
+    runs = runs.drop_duplicates(["data", *names, "knn"])
+    runs["alpha_req"] = (runs["alpha_req"].astype(float) - 1).abs()
+    # alpha-ReQ is blank for features of a rank below 5, the loss for a diverged run.
+    runs[names] = (runs[names].astype(float) * pandas.Series(SIGNS)).fillna(-np.inf)
+    for data, of_data in runs.groupby("data", sort=False):
+        warned = of_data["warned"].astype(bool)
+        groups = {"all": of_data} | ({"no warning": of_data[~warned]} if warned.any() else {})
+        for name, group in groups.items():
             if len(group) < MIN_RUNS:
                 continue
-            knn = np.array([row["knn"] for row in group])
-            # alpha-ReQ is blank for features of a rank below 5, the loss for a diverged run.
-            complete = [dict.fromkeys(ORIENTED, math.nan) | row for row in group]
-            values = {
-                name: np.nan_to_num([score(row) for row in complete], nan=-np.inf)
-                for name, score in ORIENTED.items()
-            }
-            with_loss = {
-                f"loss, {name}": rankdata(values["loss"]) + rankdata(value)
-                for name, value in values.items()
-                if name != "loss"
-            }
-            for score, value in (values | with_loss).items():
-                line = {"data": data, "runs": runs, "score": score, "number": len(group)}
-                table.append(line | rho_interval(value, knn, seed))
+            values, ranks = group[names], group[names].rank()
+            with_loss = ranks.drop(columns="loss").add(ranks["loss"], axis=0).add_prefix("loss, ")
+            for score, value in values.join(with_loss).items():
+                line = {"data": data, "runs": name, "score": score, "number": len(group)}
+                table.append(line | rho_interval(value.to_numpy(), group["knn"].to_numpy(), seed))
     return table
 
 

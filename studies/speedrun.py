@@ -167,7 +167,7 @@ class Contender:
         number = 4 if self.text == "lightly:FastSiam" else net.num_views
         encoder = {"image_size": config.image_size or self.images.train_images.shape[-1]}
         views = main.make_views(config, encoder | {"mean": (), "std": ()}, number)
-        sizes = [size for epoch in range(epochs) for size in views.sizes_in(epoch)]
+        sizes = number * [views.size_in(epoch) for epoch in range(epochs)]
         return sum(params_and_flops(net, size)[1] * sizes.count(size) for size in set(sizes))
 
 

@@ -9,12 +9,10 @@ import matplotlib.text
 import numpy as np
 import pytest
 import torch
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from matplotlib.font_manager import fontManager
 from matplotlib.legend import Legend
 from PIL import Image
 
+from simsiam.plots import style
 from simsiam.plots.curves import plot_confusion, plot_curves, plot_embedding, plot_worth
 from simsiam.plots.run import Board
 from simsiam.plots.sheets import plot_captions, plot_neighbours, plot_views
@@ -95,7 +93,7 @@ def history(epochs, labelled=True):
 # ---- curves -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("epochs", "labelled"), [(1, True), (20, False), (800, True)])
+@pytest.mark.parametrize(("epochs", "labelled"), [(20, False), (800, True)])
 def test_curves(draw, epochs, labelled):
     rows = history(epochs, labelled)
     figure = draw(plot_curves, {"a $strange$ name": rows})
@@ -121,7 +119,7 @@ def test_curves_of_several_runs(draw):
 # ---- embedding, confusion, worth ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [2, 40, 41, None])
+@pytest.mark.parametrize("classes", [2, 40, None])
 def test_embedding(draw, classes):
     rng = np.random.default_rng(0)
     names = [f"class number {i}" for i in range(classes or 3)]
@@ -146,12 +144,12 @@ def test_embedding(draw, classes):
         assert len(looks) == 40
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 5])
 def test_embedding_of_few_or_equal_images(draw, number):
     draw(plot_embedding, np.ones((number, 4), np.float32), None, [], "collapsed")
 
 
-@pytest.mark.parametrize("classes", [2, 10, 40, 100])
+@pytest.mark.parametrize("classes", [10, 41])
 def test_confusion(draw, classes):
     matrix = np.full((classes, classes), 1) + 98 * np.eye(classes, dtype=int)
     names = [f"class number {i}" for i in range(classes)]
@@ -267,36 +265,13 @@ def test_learning(draw):
 # ---- names --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cjk_font(tmp_path, monkeypatch):
-    """Install a font that has two Chinese characters, each a square, under a usual name."""
-    builder = FontBuilder(1000, isTTF=True)
-    pen = TTGlyphPen(None)
-    for i, point in enumerate([(0, 0), (0, 800), (800, 800), (800, 0)]):
-        (pen.lineTo if i else pen.moveTo)(point)
-    pen.closePath()
-    glyphs = [".notdef", "cat", "dog"]
-    builder.setupGlyphOrder(glyphs)
-    builder.setupCharacterMap({ord("猫"): "cat", ord("狗"): "dog"})
-    builder.setupGlyf(dict.fromkeys(glyphs, pen.glyph()))
-    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (900, 0)))
-    builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Noto Sans CJK JP", "styleName": "Regular"})
-    builder.setupOS2()
-    builder.setupPost()
-    builder.save(tmp_path / "cjk.ttf")
-    dejavu = [font for font in fontManager.ttflist if font.name == "DejaVu Sans"]
-    monkeypatch.setattr(fontManager, "ttflist", dejavu)
-    return lambda: fontManager.addfont(tmp_path / "cjk.ttf")
-
-
-def test_an_installed_font_draws_what_the_default_font_lacks(draw, cjk_font):
-    """Without one a character is a box, and nothing warns."""
-    boxes, latin = (draw(plot_curves, {name: history(5)}).pixels for name in ("猫", "cat"))
-    cjk_font()
-    squares = draw(plot_curves, {"猫": history(5)}).pixels
-    assert (squares != boxes).any()
-    assert (draw(plot_curves, {"cat": history(5)}).pixels == latin).all()
+def test_an_installed_font_draws_what_the_default_font_lacks(draw, monkeypatch):
+    """Without one a character is a box, and nothing warns. matplotlib ships STIXGeneral."""
+    monkeypatch.setattr(style, "FALLBACK_FONTS", ())
+    box, latin = (draw(plot_curves, {name: history(1)}).pixels for name in ("ℊ", "cat"))
+    monkeypatch.setattr(style, "FALLBACK_FONTS", ("not installed", "STIXGeneral"))
+    assert (draw(plot_curves, {"ℊ": history(1)}).pixels != box).any()
+    assert (draw(plot_curves, {"cat": history(1)}).pixels == latin).all()
 
 
 CLASSES = ["猫", "a\nb", "bytes \udcff", "_hidden", "$5$", "long_" * 20 + "a", "long_" * 20 + "b"]
@@ -315,9 +290,8 @@ def test_names_of_any_script_and_length(draw):
     legend = texts_of(figure.legends[0].get_texts())
     assert [text.strip().replace(r"\$", "$") for text in legend] == TEXTS
     draw(plot_neighbours, random_tiles(8, 9), np.ones((8, 8)), None, CLASSES[1:], title)
-    draw(plot_curves, {title: history(5)})
     draw(plot_curves, {name: history(5) for name in ("_a", *CLASSES)})
-    draw(plot_curves, {name: history(5, labelled=False) for name in ("x" * 240, "y" * 240)})
+    draw(plot_curves, {name: history(5, labelled=False) for name in (title, "y" * 240)})
 
 
 def test_tensorboard_gets_a_line_per_name(tmp_path):

@@ -153,7 +153,7 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
     for size, sizes in ((32, [16, 16, 20, 20, 24]), (64, [32, 32, 40, 40, 48])):
         config = config_of("--recipe fast --epochs 5" + " --image_size 32" * (size == 32))
         views = main.make_views(config, main.encoder_config(config, images), 2)
-        assert [views.sizes_in(epoch) for epoch in range(5)] == [[size] * 2 for size in sizes]
+        assert [views.size_in(epoch) for epoch in range(5)] == sizes
     for wrong in ("0.05", "7", "20.5", "2000"):
         assert "--view_sizes" in refused(capsys, "--view_sizes", wrong)
     err = refused(capsys, *TINY.split(), "--epochs", "2", *"--view_sizes 8 16 32".split())

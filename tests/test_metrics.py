@@ -14,7 +14,7 @@ from torch import nn
 
 from simsiam.data.loader import ImageFiles
 from simsiam.evaluation import metrics
-from simsiam.evaluation.knn import KNN_TILE, grouped_topk, knn, similarities
+from simsiam.evaluation.knn import KNN_TILE, grouped_topk, knn
 from simsiam.views.augment import Augmentation, Views
 from tests.helpers import Large
 
@@ -68,7 +68,7 @@ def test_at_a_low_temperature_the_nearest_neighbor_decides():
         assert (top1 == nearest).float().mean() > share
 
 
-@pytest.mark.parametrize("k", [1, 20, 200])
+@pytest.mark.parametrize("k", [1, 200])
 def test_knn_with_a_bank_and_queries_larger_than_a_tile(k):
     """The bank's last tile has 30 images, fewer than 200; the queries have two tiles."""
     rows, columns = KNN_TILE
@@ -86,18 +86,6 @@ def test_knn_with_a_bank_and_queries_larger_than_a_tile(k):
     assert torch.equal(ranking[some, :top], expected[:, :top])
 
 
-@pytest.mark.parametrize("tile", [0, 1, 2])
-def test_knn_finds_the_nearest_in_every_tile(tile):
-    """Three images of one tile are of class 1, and get class 1 as queries."""
-    columns = KNN_TILE[1]
-    bank = F.normalize(torch.randn(2 * columns + 30, 4), dim=1)
-    labels = torch.zeros(len(bank), dtype=torch.int64)
-    places = tile * columns + torch.tensor([0, 3, 29])
-    labels[places] = 1
-    assert knn(bank, labels, bank[places], k=1)[:, 0].tolist() == [1, 1, 1]
-    assert knn(bank, labels, -bank[places], k=1)[:, 0].tolist() == [0, 0, 0]
-
-
 @pytest.mark.parametrize(("size", "n"), [(6, 20), (4, 400), (4, 403), (3, 1000), (6, 1000)])
 def test_grouped_topk_equals_topk(size, n):
     torch.manual_seed(0)
@@ -109,14 +97,6 @@ def test_grouped_topk_equals_topk(size, n):
     assert torch.equal(values.sort().values, x.topk(min(25, n)).values.sort().values)
     assert torch.equal(x.gather(1, indices), values)
     assert all(len(set(row)) == len(row) for row in indices.tolist())
-
-
-def test_similarities_are_cosines():
-    generator = torch.Generator().manual_seed(0)
-    bank = unit_rows(300, 16, generator)
-    queries = F.normalize(torch.randn(16, 70, generator=generator), dim=0).T  # not contiguous
-    expected = F.cosine_similarity(queries[:, None], bank[None], dim=2)
-    torch.testing.assert_close(similarities(queries, bank), expected)
 
 
 # ---- measures -----------------------------------------------------------------------------------
@@ -157,16 +137,9 @@ def test_effective_rank():
     assert metrics.effective_rank(bank) == pytest.approx(rank, rel=1e-6)
 
 
-def test_alignment_by_hand():
+def test_alignment_by_hand_and_by_lightly():
     x, y = torch.tensor([[5.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, -3.0]])
     assert metrics.alignment(x, y) == pytest.approx((0 + 4) / 2)
-    assert metrics.alignment(x, y, alpha=1) == pytest.approx((0 + 2) / 2)
-    assert metrics.alignment(x, y.flip(0)) == pytest.approx(2)  # right angles
-    with pytest.raises(ValueError, match="pairs"):
-        metrics.alignment(x, y[:1])
-
-
-def test_alignment_equals_lightly_s():
     x, y = torch.randn(2, 50, 6, dtype=torch.float64).unbind()
     reference = HypersphereLoss(t=2.0, lam=0.0, alpha=2.0)(x, y).item()
     assert metrics.alignment(x, y) == pytest.approx(reference, rel=1e-9)

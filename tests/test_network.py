@@ -30,7 +30,7 @@ from simsiam.models.simsiam import (
     projection_mlp,
 )
 from simsiam.runtime.schedule import cosine_schedule
-from tests.helpers import refused
+from tests.helpers import cut_in_epoch, refused
 
 
 def seeded(**settings) -> SimSiam:
@@ -100,9 +100,8 @@ def test_a_criterion_is_one_entry(monkeypatch):
     torch.testing.assert_close(net([x1, x2]).loss, expected)
 
 
-@pytest.mark.parametrize("similarity", CRITERIA)
 @pytest.mark.parametrize(("loss", "targets"), [("symmetric", {0, 1}), ("asymmetric", {1})])
-def test_the_stop_gradient_is_exact(similarity, loss, targets):
+def test_the_stop_gradient_is_exact(loss, targets):
     """Without the way through p no gradient reaches a target's z."""
 
     class NoWayBack(nn.Module):
@@ -110,7 +109,7 @@ def test_the_stop_gradient_is_exact(similarity, loss, targets):
             return z.detach().flip(1).requires_grad_()
 
     for stop_grad in (True, False):
-        net, z = seeded(similarity=similarity, loss=loss, stop_grad=stop_grad), []
+        net, z = seeded(loss=loss, stop_grad=stop_grad), []
         net.predictor = NoWayBack()
         net.projector.register_forward_hook(lambda *io, z=z: z.append(io[2]))
         gradients = torch.autograd.grad(net(views(2)).loss, z, allow_unused=True)
@@ -193,9 +192,6 @@ def test_covariance_by_hand_and_in_the_loss():
     loss, expected = net(x).loss, plain(x).loss.detach()
     expected = expected + 0.5 * (covariance_loss(z[0]) + covariance_loss(z[1])) / 2
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    gradient = torch.autograd.grad(loss, net.backbone.conv1.weight)[0]
-    alone = torch.autograd.grad(plain(x).loss, plain.backbone.conv1.weight)[0]
-    assert not torch.allclose(gradient, alone)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +216,7 @@ def test_a_refused_setting_is_named(settings):
 
 def test_compiled_it_returns_the_same():
     net = seeded()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
     eager, outputs = net(views(2)), compiled(views(2))
     assert isinstance(outputs, Outputs)
     torch.testing.assert_close(tuple(outputs), tuple(eager))
@@ -288,13 +284,8 @@ def test_the_command_trains_and_resumes_a_method_from_outside(monkeypatch, tmp_p
     flags = "--method barlow_twins --data_name textures --train_size 64 --width 4 --feature_dim 16 "
     flags += f"--batch_size 32 --lr 0.1 --k 5 --epochs 2 --no-pictures --out {tmp_path} --name"
 
-    def interrupt(epoch, step):
-        if epoch == 1:
-            raise KeyboardInterrupt
-
     main.main([*flags.split(), "whole"])
-    with pytest.raises(KeyboardInterrupt):
-        main.main([*flags.split(), "cut"], on_step=interrupt)
+    cut_in_epoch(main, 1, [*flags.split(), "cut"])
     main.main([*flags.split(), "cut", "--resume"])
     sources = [LoadedCheckpoint.open(tmp_path / f"{name}_model.pth") for name in ("whole", "cut")]
     assert all(isinstance(source.net, BarlowTwins) for source in sources)
@@ -308,7 +299,7 @@ def test_the_command_trains_and_resumes_a_method_from_outside(monkeypatch, tmp_p
 # ---- parameters, multiply-adds, schedule, classifier --------------------------------------------
 
 
-def test_params_and_flops_by_thop():
+def test_params_and_flops_leave_the_network_as_it_is():
     net = SimSiam("resnet18")
     keys = set(net.state_dict())
     params, flops = params_and_flops(net, 32)
@@ -320,12 +311,11 @@ def test_params_and_flops_by_thop():
 
 def test_a_classifier_is_a_backbone_and_a_head_that_starts_as_the_authors():
     torch.manual_seed(0)
-    net = Classifier(*build_backbone("resnet18"), 1000)
+    net = Classifier(*build_backbone("resnet8"), 1000)
     assert net.fc.bias.abs().max() == 0
-    assert net.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert net.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
     x = torch.randn(2, 3, 32, 32)
-    net.eval()
-    torch.testing.assert_close(net(x), net.backbone(x) @ net.fc.weight.T)
+    torch.testing.assert_close(net.eval()(x), net.backbone(x) @ net.fc.weight.T)
 
 
 def test_cosine_schedule_is_torch_s():
@@ -343,24 +333,19 @@ def test_cosine_schedule_is_torch_s():
 # ---- model.py -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "params"),  # in millions: backbone, SimSiam, backbone with an fc of 1000 classes
-    [
-        ("--arch resnet8 --feature_dim 64", (0.07, 0.09, 0.14)),
-        # With the ImageNet stem and three layers. torchvision: 25.557 M with its fc, 4.09 G
-        # multiply-adds (its weights' `_ops`; thop adds some for BN).
-        ("--arch resnet50", (23.51, 38.20, 25.56)),
-    ],
-)
-def test_the_command_prints_params_and_flops(capsys, flags, params):
-    model.command(flags.split())
+def test_the_command_prints_params_and_flops(capsys):
+    """With the ImageNet stem and three layers: torchvision's ResNet-50 has 25.557 M with its fc.
+
+    It has 4.09 G multiply-adds (torchvision's weights' `_ops`); thop adds some for BN.
+    """
+    model.command(["--arch", "resnet50"])
     rows = [line[12:].split() for line in capsys.readouterr().out.splitlines()[2:5]]
     assert all(row[1::2] == ["M", "G"] for row in rows)
-    assert tuple(float(row[0]) for row in rows) == params
+    # In millions: the backbone, SimSiam, and the backbone with an fc of 1000 classes.
+    assert [float(row[0]) for row in rows] == [23.51, 38.20, 25.56]
     backbone, whole, linear = (float(row[2]) for row in rows)
-    assert 0.01 < backbone <= linear <= whole + 0.001
-    if "resnet50" in flags:
-        assert linear == pytest.approx(4.11, abs=0.04)
+    assert backbone <= linear <= whole + 0.001
+    assert linear == pytest.approx(4.11, abs=0.04)
 
 
 def test_the_command_names_what_is_wrong(capsys):

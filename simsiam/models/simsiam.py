@@ -218,15 +218,11 @@ class SimSiam(nn.Module):
         targets = [one.detach() for one in z] if self.stop_grad else z
         p = {i: self.predictor(z[i]) for i in self.targets}
         losses = [
-            self.criterion(p[i], mean([targets[j] for j in of_view]))
+            # The mean of a single target is that target, to the bit.
+            self.criterion(p[i], torch.stack([targets[j] for j in of_view]).mean(0))
             for i, of_view in self.targets.items()
         ]
         loss = sum(losses) / len(losses)
         if self.covariance:
             loss = loss + self.covariance * sum(map(covariance, z)) / len(z)
         return Outputs(loss, z[0].detach(), features.detach())
-
-
-def mean(tensors: list[Tensor]) -> Tensor:
-    """Return the elementwise mean of equally shaped tensors; a single one unchanged."""
-    return torch.stack(tensors).mean(0) if len(tensors) > 1 else tensors[0]

@@ -15,6 +15,7 @@ from simsiam.plots.style import (
     fit_names,
     fit_text,
     legend_label,
+    line_style,
     new_figure,
     text_width,
 )
@@ -190,12 +191,11 @@ def plot_worth(methods: dict[str, dict[int, list[float]]], title: str, file: IO[
     with new_figure(9, 5, file, title) as figure:
         axes, lines = figure.subplots(), []
         for i, points in enumerate(methods.values()):
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            style |= {"linestyle": LINES[i % len(LINES)], "markersize": 5}
             labels, means = list(points), [np.mean(top1) for top1 in points.values()]
-            lines += axes.plot(labels, means, **style)
+            (line,) = axes.plot(labels, means, **line_style(i), markersize=5)
+            lines.append(line)
             lowest, highest = (list(map(bound, points.values())) for bound in (min, max))
-            axes.fill_between(labels, lowest, highest, color=style["color"], alpha=0.15, lw=0)
+            axes.fill_between(labels, lowest, highest, color=line.get_color(), alpha=0.15, lw=0)
         axes.set(xlabel="labels", ylabel="top-1 on test images (%)", xscale="log")
         numbers = sorted({number for points in methods.values() for number in points})
         axes.set_xticks(numbers, [f"{number:,}" for number in numbers])

@@ -56,9 +56,9 @@ def new_figure(
     from matplotlib.figure import Figure
     from matplotlib.font_manager import fontManager
 
-    installed = set(fontManager.get_font_names())
-    fonts = [*matplotlib.rcParams["font.family"], *installed.intersection(FALLBACK_FONTS)]
-    fonts.sort(key=lambda name: FALLBACK_FONTS.index(name) if name in FALLBACK_FONTS else -1)
+    installed = fontManager.get_font_names()  # matplotlib warns of each font that is not
+    fonts = [name for name in FALLBACK_FONTS if name in installed]
+    fonts = [*matplotlib.rcParams["font.family"], *fonts]
     with matplotlib.rc_context({"font.family": fonts}), warnings.catch_warnings():
         # A character that no font has is drawn as a box.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
@@ -68,6 +68,12 @@ def new_figure(
             figure.suptitle("\n".join(lines), fontsize="medium", parse_math=False)
         yield figure
         figure.savefig(file, format=format, dpi=DPI)
+
+
+def line_style(i: int) -> dict:
+    """Return the colour, marker and line style of the i-th line."""
+    style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    return style | {"linestyle": LINES[i % len(LINES)]}
 
 
 def add_grid(axes: "Axes") -> None:

@@ -47,8 +47,8 @@ class Batch(NamedTuple):
 class ViewParams:
     """Sampled parameters of one view of a global batch.
 
-    `operations`: in the order in which they are applied. `values`: the parameters of each, by its
-    name: those of `Operation.sample`, and `on`, to which images it applies.
+    `operations`: in the order in which they are applied. `values`: by an operation's name, the
+    parameters of `Operation.sample`, and `on`, to which images it applies.
     """
 
     operations: tuple[Crop | Operation, ...]
@@ -59,24 +59,24 @@ class ViewParams:
         return self.values[name]
 
     def to(self, device: torch.device, rows: slice) -> dict[str, Params]:
-        """Copy the parameters of some rows to a device, as fp32 and in a single transfer."""
+        """Copy the parameters of some rows to a device, in a single transfer."""
+        params = {name: of_operation.copy() for name, of_operation in self.values.items()}
         columns = [
-            (operation.name, key, value[rows])
-            for operation in self.operations
-            for key, value in self[operation.name].items()
+            (name, key, value[rows])
+            for name, of_operation in params.items()
+            for key, value in of_operation.items()
             if isinstance(value, np.ndarray)
         ]
-        params = {operation.name: self[operation.name].copy() for operation in self.operations}
         if not columns:
             return params
-        n = len(columns[0][2])
-        parts = [value.reshape(n, -1) for *_, value in columns]
+        parts = [value.reshape(len(value), -1) for *_, value in columns]
         packed = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
         if device.type == "cuda":  # the host does not wait; MPS would copy from freed memory
             packed = packed.pin_memory().to(device, non_blocking=True)
         split = packed.to(device).split([part.shape[1] for part in parts], dim=1)
         for (name, key, value), part in zip(columns, split, strict=True):
-            params[name][key] = part.view(value.shape)
+            part = part.view(value.shape)
+            params[name][key] = part > 0 if value.dtype == bool else part
         return params
 
     def describe(self, i: int) -> list[str]:
@@ -102,8 +102,6 @@ def sample_stream(
     applies = rng.random((n, len(operations))) < [op.p for op in operations]
     params |= {op.name: op.sample(rng, n) for op in operations if not op.draws_first}
     for op, on in zip(operations, applies.T, strict=True):
-        for key, neutral in op.neutral.items():
-            params[op.name][key][~on] = neutral
         params[op.name]["on"] = on
     return params
 
@@ -142,7 +140,7 @@ class Views:
         self.augmentation, self.number, self.seed = augmentation, number, seed
         self.crop = Crop(augmentation.crop_scale, augmentation.crop_ratio)
         self.operations = [*augmentation.operations(compiled), *operations]
-        self.streams: dict[tuple[int, ...], list[Operation]] = {ops.FIRST_STREAM: []}
+        self.streams: dict[tuple[int, ...], list[Operation]] = {}
         for operation in self.operations:
             self.streams.setdefault(operation.stream, []).append(operation)
         if len({operation.name for operation in self.operations}) < len(self.operations):
@@ -161,56 +159,52 @@ class Views:
                 f"saturation, hue and grayscale need three channels, not {len(self.mean)}: set "
                 "jitter=(0.4, 0.4, 0.0, 0.0) and gray_p=0.0"
             )
-        params, size = self.sample(batch), self.sizes_in(batch.epoch)[0]
+        sampled, size = self.sample(batch), self.size_in(batch.epoch)
         is_cropped = batch.images.dim() == 5
-        sources = batch.images.unbind(1) if is_cropped else [batch.images] * len(params)
+        sources = batch.images.unbind(1) if is_cropped else [batch.images] * len(sampled)
         return [
-            self._view(images, batch.rows, one, size)
-            for images, one in zip(sources, params, strict=True)
+            self._view(images, batch.rows, params, size)
+            for images, params in zip(sources, sampled, strict=True)
         ]
 
-    def sizes_in(self, epoch: int) -> list[int]:
-        """Return the side of each view of an image in an epoch, in pixels."""
-        return [self.size_schedule[epoch] if self.size_schedule else self.size] * self.number
+    def size_in(self, epoch: int) -> int:
+        """Return the side of the views in an epoch, in pixels."""
+        return self.size_schedule[epoch] if self.size_schedule else self.size
 
     def remaining_work(self, epoch: int, epochs: int) -> float:
         """Return the pixels of the views of all epochs after `epoch`, relative to this epoch's."""
-        pixels = [sum(side**2 for side in self.sizes_in(i)) for i in range(epoch, epochs)]
-        return sum(pixels[1:]) / pixels[0]
+        return sum((self.size_in(i) / self.size_in(epoch)) ** 2 for i in range(epoch + 1, epochs))
 
     def sample(self, batch: Batch) -> list[ViewParams]:
         """Draw the parameters of each view of the global batch."""
-        crop = [self.crop] if batch.images.dim() == 4 else []
-        number = self.number if crop else batch.images.shape[1]
-        height_width = batch.images.shape[-2:]
+        *_, height, width = batch.images.shape
+        is_cropped = batch.images.dim() == 5
+        active = [] if is_cropped else [self.crop]
+        active += [operation for operation in self.operations if operation.p]
         key = [self.seed, batch.epoch, batch.step]
-        streams = [
-            (np.random.default_rng([*key, *stream]), operations)
-            for stream, operations in self.streams.items()
-            # The crop draws from the first stream, too.
-            if stream == ops.FIRST_STREAM or any(operation.p for operation in operations)
-        ]
+        rngs = {stream: np.random.default_rng([*key, *stream]) for stream in self.streams}
         views = []
-        for _ in range(number):
-            values = {op.name: op.sample(streams[0][0], batch.size, *height_width) for op in crop}
-            for rng, operations in streams:
-                values |= sample_stream(rng, operations, batch.size)
-            active = (*crop, *(operation for operation in self.operations if operation.p))
-            views.append(ViewParams(active, values))
+        for _ in range(batch.images.shape[1] if is_cropped else self.number):
+            values = {}
+            if not is_cropped:
+                rng = rngs[ops.FIRST_STREAM]
+                values[self.crop.name] = self.crop.sample(rng, batch.size, height, width)
+            # Operations that never apply draw, too: their stream's other draws depend on it.
+            for stream, operations in self.streams.items():
+                values |= sample_stream(rngs[stream], operations, batch.size)
+            views.append(ViewParams(tuple(active), {op.name: values[op.name] for op in active}))
         return views
 
     def _view(self, images: Tensor, rows: slice, sampled: ViewParams, size: int) -> Tensor:
         """Return one view of `images`, n x C x H x W, which are `rows` of the global batch."""
         params = sampled.to(images.device, rows)
-        x = ops.Geometry(images)
-        for op in sampled.operations:
-            if isinstance(op, Crop):
-                x = op.apply(x, params[op.name], size)
-            elif isinstance(op, GeometricOperation):
-                x = op.apply(x, params[op.name])
+        geometric = [op for op in sampled.operations if isinstance(op, Crop | GeometricOperation)]
+        x = ops.Geometry(images, size)
+        for op in geometric:
+            op.apply(x, params[op.name])
         x = x.compute()
         for op in sampled.operations:
-            if not isinstance(op, Crop | GeometricOperation):
+            if op not in geometric:
                 x = op.apply(x, params[op.name])
         return ops.normalise(x, self.mean, self.std)
 

@@ -10,7 +10,7 @@ A new operation is a subclass of `Operation`. For a flag of its own it needs a f
 import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Augmentation(Config):
             FlipUpDown(self.vflip_p),
             Turn(self.rotate90_p),
             Jitter(self.jitter_p, self.jitter, colour),
-            Grayscale(self.gray_p, colour[COLOUR.index(adjust_saturation)]),
+            Grayscale(self.gray_p, colour[2]),
             Blur(self.blur_p, self.blur_sigma),
             Solarize(self.solarize_p),
         ]
@@ -101,13 +101,10 @@ FIRST_STREAM, SECOND_STREAM = (), (1,)
 class Operation:
     """A random operation on a batch of images. `p`: probability that it applies to an image.
 
-    `neutral`: parameters with which `apply` leaves an image as it is. They replace those of
-    `sample` for images that the operation does not apply to. `draws_first`: call `sample` before
-    the draw of the images that the operation applies to.
+    `draws_first`: draw the parameters before the images that the operation applies to.
     """
 
     p: float = 1.0
-    neutral: ClassVar[Params] = {}
     draws_first: ClassVar[bool] = False
 
     @property
@@ -133,8 +130,8 @@ class Operation:
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """Return the changed images, N x C x H x W; may overwrite `images`.
 
-        `params`: those of `sample`, and `on`: 1 where the operation applies, else 0. Arrays have
-        become fp32 tensors on the images' device.
+        `params`: those of `sample`, and `on`, N bool: images where it is false must stay as they
+        are. Arrays have become tensors on the images' device, bool as before or else fp32.
         """
         raise NotImplementedError
 
@@ -151,43 +148,45 @@ def per_image(values: Tensor) -> Tensor:
 # ---- geometry -----------------------------------------------------------------------------------
 
 
-class Geometry(NamedTuple):
-    """Images, and geometric changes that `compute` makes in as few passes as possible.
+@dataclasses.dataclass
+class Geometry:
+    """Images with geometric changes, which `compute` makes in as few passes as possible.
 
-    `images`: uint8. `rows`, `columns`: matrices of a crop and resize (see `resample`); None: the
-    images keep their size. N bool each: `left_right`, `up_down`: flip an image; `exchanged`: then
-    exchange its rows and columns.
+    `images`: uint8. `size`: side of a crop. `rows`, `columns`: matrices of a crop and resize (see
+    `resample`); None: the images keep their size. N bool each, None for no image: `left_right`,
+    `up_down`: mirror an image; `exchanged`: then exchange its rows and columns.
     """
 
     images: Tensor
+    size: int
     rows: Tensor | None = None
     columns: Tensor | None = None
     left_right: Tensor | None = None
     up_down: Tensor | None = None
     exchanged: Tensor | None = None
 
-    def flip(self, name: str, on: Tensor) -> "Geometry":
-        """Add a flip (`left_right` or `up_down`) of the images where `on` is true."""
-        before = getattr(self, name)
-        return self._replace(**{name: on if before is None else before ^ on})
+    def mirror(self, field: str, on: Tensor) -> None:
+        """Mirror the images where `on` is true, once more. `field`: `left_right` or `up_down`."""
+        before = getattr(self, field)
+        setattr(self, field, on if before is None else before ^ on)
 
     def compute(self) -> Tensor:
         """Return the changed images, from 0 to 1."""
         if self.rows is None:
             x = by_channel(self.images).div_(255)
-            x = flip(x, self.left_right, -1)
-            x = flip(x, self.up_down, -2)
+            x = flip(flip(x, self.left_right, -1), self.up_down, -2)
         else:  # flips of the matrices have fewer numbers to move
             rows, columns = flip(self.rows, self.up_down, 1), flip(self.columns, self.left_right, 1)
             x = resample(self.images, rows / 255, columns)
-        return x if self.exchanged is None else exchange_axes(x, self.exchanged)
+        if self.exchanged is None:
+            return x
+        planes = x.transpose(0, 1)  # as they lie in memory
+        return torch.where(self.exchanged[:, None, None], planes.mT, planes).transpose(0, 1)
 
 
 def flip(x: Tensor, on: Tensor | None, axis: int) -> Tensor:
     """Reverse an axis where `on`, N bool, is true; None: nowhere."""
-    if on is None:
-        return x
-    return torch.where(on.view(-1, *[1] * (x.dim() - 1)), x.flip(axis), x)
+    return x if on is None else torch.where(on.view(-1, *[1] * (x.dim() - 1)), x.flip(axis), x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +205,12 @@ class Crop:
         boxes = crop_boxes(rng, n, height, width, self.scale, self.ratio)
         return {"box": boxes, "image_area": height * width}
 
-    def apply(self, geometry: Geometry, params: Params, size: int) -> Geometry:
-        """Return the geometry with the crops, resized to `size` x `size`."""
+    def apply(self, geometry: Geometry, params: Params) -> None:
+        """Add the crop and resize."""
         top, left, tall, wide = params["box"].unbind(1)
         height, width = geometry.images.shape[2:]
-        rows = resize_weights(top, tall, height, size)
-        return geometry._replace(rows=rows, columns=resize_weights(left, wide, width, size))
+        geometry.rows = resize_weights(top, tall, height, geometry.size)
+        geometry.columns = resize_weights(left, wide, width, geometry.size)
 
     def describe(self, params: Params) -> list[str]:
         """Describe the crop of one image."""
@@ -248,8 +247,8 @@ def crop_boxes(
 class GeometricOperation(Operation):
     """An operation on `Geometry` instead of pixels, which costs next to nothing."""
 
-    def apply(self, geometry: Geometry, params: Params) -> Geometry:
-        """Return the geometry with one more change."""
+    def apply(self, geometry: Geometry, params: Params) -> None:
+        """Add the operation to the geometry."""
         raise NotImplementedError
 
 
@@ -258,8 +257,8 @@ class FlipLeftRight(GeometricOperation):
 
     stream: ClassVar = FIRST_STREAM
 
-    def apply(self, geometry: Geometry, params: Params) -> Geometry:
-        return geometry.flip("left_right", params["on"] > 0)
+    def apply(self, geometry: Geometry, params: Params) -> None:
+        geometry.mirror("left_right", params["on"])
 
     def describe(self, params: Params) -> list[str]:
         return ["flip left-right"]
@@ -270,8 +269,8 @@ class FlipUpDown(GeometricOperation):
 
     stream: ClassVar = SECOND_STREAM
 
-    def apply(self, geometry: Geometry, params: Params) -> Geometry:
-        return geometry.flip("up_down", params["on"] > 0)
+    def apply(self, geometry: Geometry, params: Params) -> None:
+        geometry.mirror("up_down", params["on"])
 
     def describe(self, params: Params) -> list[str]:
         return ["flip up-down"]
@@ -280,26 +279,20 @@ class FlipUpDown(GeometricOperation):
 class Turn(GeometricOperation):
     """Turn a square image counter-clockwise by 90, 180 or 270 degrees. Comes after the flips."""
 
-    neutral: ClassVar[Params] = {"quarters": 0}
     stream: ClassVar = SECOND_STREAM
 
     def sample(self, rng: np.random.Generator, n: int) -> Params:
         return {"quarters": rng.integers(1, 4, n)}
 
-    def apply(self, geometry: Geometry, params: Params) -> Geometry:
+    def apply(self, geometry: Geometry, params: Params) -> None:
         # A turn by 90 degrees is a flip left-right, then an exchange of rows and columns.
-        one, two, three = (params["quarters"] == quarters for quarters in (1, 2, 3))
-        geometry = geometry.flip("left_right", one | two).flip("up_down", two | three)
-        return geometry._replace(exchanged=one | three)
+        one, two, three = (params["on"] & (params["quarters"] == i) for i in (1, 2, 3))
+        geometry.mirror("left_right", one | two)
+        geometry.mirror("up_down", two | three)
+        geometry.exchanged = one | three
 
     def describe(self, params: Params) -> list[str]:
         return [f"turn {90 * params['quarters']} degrees"]
-
-
-def exchange_axes(images: Tensor, on: Tensor) -> Tensor:
-    """Exchange rows and columns of those square images where `on`, N bool, is true."""
-    planes = images.transpose(0, 1)  # as they lie in memory
-    return torch.where(on[:, None, None], planes.mT, planes).transpose(0, 1)
 
 
 def resize_weights(start: Tensor, length: Tensor, before: int, after: int) -> Tensor:
@@ -393,6 +386,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 COLOUR = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,26 +399,25 @@ class Jitter(Operation):
 
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     functions: tuple[Callable, ...] = COLOUR
-    neutral: ClassVar[Params] = {"factors": (1.0, 1.0, 1.0, 0.0)}
     stream: ClassVar = FIRST_STREAM
     draws_first: ClassVar[bool] = True
 
     def sample(self, rng: np.random.Generator, n: int) -> Params:
         strength = np.asarray(self.strength)
-        factors = rng.uniform(-strength, strength, (n, 4)) + self.neutral["factors"]
+        factors = rng.uniform(-strength, strength, (n, 4)) + NEUTRAL
         return {"factors": factors, "order": tuple(rng.permutation(4).tolist())}
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
-        factors = params["factors"].unbind(1)
         for i in params["order"]:
             if self.strength[i]:
-                images = self.functions[i](images, per_image(factors[i]))
+                factors = torch.where(params["on"], params["factors"][:, i], NEUTRAL[i])
+                images = self.functions[i](images, per_image(factors))
         return images
 
     def describe(self, params: Params) -> list[str]:
         texts = ("brightness x {:.2f}", "contrast x {:.2f}", "saturation x {:.2f}", "hue {:+.2f}")
-        factors, neutral = params["factors"], self.neutral["factors"]
-        return [texts[i].format(factors[i]) for i in params["order"] if factors[i] != neutral[i]]
+        factors = params["factors"]
+        return [texts[i].format(factors[i]) for i in params["order"] if factors[i] != NEUTRAL[i]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,7 +428,7 @@ class Grayscale(Operation):
     stream: ClassVar = FIRST_STREAM
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
-        return self.saturate(images, per_image(1 - params["on"]))
+        return self.saturate(images, per_image((~params["on"]).float()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,7 +439,6 @@ class Blur(Operation):
     """
 
     sigma: tuple[float, float] = (0.1, 2.0)
-    neutral: ClassVar[Params] = {"sigma": 0.0}
     stream: ClassVar = FIRST_STREAM
 
     def sample(self, rng: np.random.Generator, n: int) -> Params:
@@ -454,7 +446,7 @@ class Blur(Operation):
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         size = images.shape[-1]
-        weights = blur_weights(params["sigma"], size, size // 20 * 2 + 1)
+        weights = blur_weights(params["sigma"] * params["on"], size, size // 20 * 2 + 1)
         return resample(images, weights, weights)
 
     def describe(self, params: Params) -> list[str]:
@@ -466,10 +458,9 @@ def blur_weights(sigma: Tensor, size: int, taps: int) -> Tensor:
 
     `taps` wide, reflected at the borders, as torchvision's `gaussian_blur`. Sigma 0: identity.
     """
-    sigma = sigma.clamp(min=1e-3)
+    sigma, last = sigma.clamp(min=1e-3), size - 1
     pixel = torch.arange(size, device=sigma.device)
     out = pixel[:, None]
-    last = size - 1
 
     def gauss(offset: Tensor) -> Tensor:
         bell = torch.exp(-0.5 * (offset / sigma[:, None, None]) ** 2)
@@ -488,7 +479,7 @@ class Solarize(Operation):
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         inverted = torch.minimum(images, 1 - images)  # above 1/2, 1 - x is the smaller one
-        return torch.where(per_image(params["on"] > 0), inverted, images)
+        return torch.where(per_image(params["on"]), inverted, images)
 
 
 def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
