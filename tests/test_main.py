@@ -57,8 +57,15 @@ def checkpoint_of(tmp_path, name):
 # ---- a run, and how it is resumed ---------------------------------------------------------------
 
 
-def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
-    run(tmp_path, "--epochs 3 --knn_every 2 --name a --pictures")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Flags of the textures as files: 200, and 40 test images instead of 1,000."""
+    root = helpers.texture_folder(tmp_path_factory.mktemp("folder"))
+    return f"--data_name folder --data_root {root} --recipe short"
+
+
+def test_a_run_writes_what_the_readme_says(folder, tmp_path, capsys):
+    run(tmp_path, f"{folder} --epochs 3 --knn_every 2 --name a --pictures")
     out = capsys.readouterr().out
     assert "raw pixels" in out
     assert "warning" not in out  # a healthy run
@@ -97,7 +104,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         "model optimizer probe scaler seconds step version"
     )
     assert PretrainConfig.from_dict(state["config"]).as_dict() == state["config"]
-    assert (state["command"], state["classes"]) == ("main.py", list(TEXTURE_CLASSES))
+    assert (state["command"], state["classes"]) == ("main.py", sorted(TEXTURE_CLASSES))
     mean, std = NORMALISATION["cifar"]
     encoder = {"arch": "resnet8", "stem": "cifar", "width": 4, "image_size": 32}
     assert state["encoder"] == encoder | {"mean": mean, "std": std}
@@ -114,16 +121,16 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
         "--amp fp16 --train_size 96 --knn_every 2",
     ],
 )
-def test_a_run_cut_within_an_epoch_ends_at_the_same_bits(tmp_path, capsys, flags):
+def test_a_run_cut_within_an_epoch_ends_at_the_same_bits(folder, tmp_path, capsys, flags):
     """Weights, momenta, probe, loss scale and statistics are those of an uncut run."""
-    run(tmp_path, f"{flags} --epochs 2 --name whole")
-    cut = f"{flags} --epochs 2 --name cut --checkpoint_minutes 0"
+    run(tmp_path, f"{folder} {flags} --epochs 2 --name whole")
+    cut = f"{folder} {flags} --epochs 2 --name cut --checkpoint_minutes 0"
     helpers.interrupt(main, tiny(tmp_path, cut), 1, 2)
     before = checkpoint_of(tmp_path, "cut")
     assert (before["epoch"], before["step"]) == (1, 2)
     torch.manual_seed(123)
     capsys.readouterr()
-    run(tmp_path, f"--resume {tmp_path}/cut_model.pth")
+    main.main(["--resume", f"{tmp_path}/cut_model.pth", "--no-pictures"])
     assert "epoch 1 of 2 and step 2" in capsys.readouterr().out
     assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []
     whole, cut = (checkpoint_of(tmp_path, name) for name in ("whole", "cut"))
@@ -140,7 +147,7 @@ def test_views_grow_over_a_run(tmp_path, capsys, monkeypatch):
         return forward(net, views)
 
     monkeypatch.setattr(SimSiam, "forward", watched)
-    run(tmp_path, "--epochs 4 --view_sizes 16 24 32 --warmup_epochs 3 --name a")
+    run(tmp_path, "--epochs 4 --view_sizes 16 24 32 --warmup_epochs 3 --knn_every 4 --name a")
     # Epochs 0 to 3 have the sizes 0 * 3 // 4 = 0, 1 * 3 // 4 = 0, 2 * 3 // 4 = 1, 3 * 3 // 4 = 2.
     assert sizes == [16] * 2 * 6 + [24] * 6 + [32] * 6
     for flag, value in (("--view_sizes", "16"), ("--epochs", "8")):  # even in the warm-up
@@ -166,7 +173,7 @@ def test_larger_views_to_come_count_in_the_announced_duration(tmp_path, capsys, 
     """The clock advances by 36 minutes whenever it is read."""
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2160).__next__)
     for sizes, is_long in (("8 8", False), ("8 32", True)):  # the second epoch: 16 times the pixels
-        run(tmp_path, f"--epochs 2 --view_sizes {sizes} --name {is_long}")
+        run(tmp_path, f"--epochs 2 --view_sizes {sizes} --knn_every 2 --name {is_long}")
         assert ("the run takes" in capsys.readouterr().out) == is_long
 
 
