@@ -1,4 +1,4 @@
-"""What the commands share: parsers, errors in one line, ranks, labels and summaries."""
+"""Shared parts of the commands: parsers, errors in one line, ranks, labels and summaries."""
 
 import argparse
 import contextlib

@@ -80,9 +80,9 @@ def save(path: str, previous: str | None, state: dict) -> None:
         with atomic_write(path, previous) as file:
             file.write(content.getbuffer())
     except OSError as error:
-        before, resume = "there is none before it", ""
+        before, resume = "there is no previous one", ""
         if os.path.exists(path):
-            before, resume = "the one before it is intact", " with --resume"
+            before, resume = "the previous one is intact", " with --resume"
         raise RunError(
             f"{path}: could not be written ({error.strerror}); {before}: free the path, and give "
             f"the same command{resume}"

@@ -26,10 +26,10 @@ STD_WINDOW = 25
 # on --bn, and collapsed ones end below 0.15.
 MIN_STD = 0.3
 # Thresholds on the effective rank: relative to the untrained encoder's, and absolute. The absolute
-# one is waived if the untrained encoder is below it already, as it is on simple images, unless the
-# images hardly differ.
+# threshold is waived for simple images, on which the untrained encoder is below it already, but not
+# for images that hardly differ.
 MIN_RANK_RATIO, MIN_RANK = 0.6, 2
-# Above this weight, VICReg's covariance term has kept networks from learning.
+# Above this weight of VICReg's covariance term, networks did not learn.
 MAX_COVARIANCE = 0.03
 # Images per rank up to which noisy BN statistics alone can make a run fail.
 SMALL_BATCH = 16
@@ -53,7 +53,8 @@ def likely_causes(config: PretrainConfig, pixel_std: float) -> list[str]:
 
     `pixel_std`: std of a pixel over the training images, averaged over all pixels, from 0 to 255.
     """
-    ranks, lr, usual_lr = distributed.world_size(), config.lr, RECIPES[config.recipe]["lr"]
+    ranks, lr = distributed.world_size(), config.lr
+    usual_lr = RECIPES[config.recipe or "cifar"]["lr"]
     batch_size = config.batch_size // ranks
     causes = {
         "--stop_grad off, the paper's own way to collapse (sec. 4.1): leave it on": (

@@ -288,7 +288,7 @@ FAST = SHORT | {  # this project's: the best accuracy per minute of docs/results
     "lr": 0.08,
     "momentum": 0.95,
     "weight_decay": 0.01,
-    # With decay BN's weights in the projector shrink until, at a tenth, the run blows up.
+    # With weight decay the projector's BN weights shrink; at a tenth, training diverges.
     "bn_decay": False,
     "fix_pred_lr": False,
 }
@@ -413,7 +413,7 @@ class LinearConfig(RunConfig):
 
     @property
     def mode(self) -> str:
-        """What is trained, as in the names of the run's files."""
+        """The kind of training, as in the names of the run's files."""
         if not self.finetune:
             return "linear"
         return "scratch" if self.from_scratch else "finetune"

@@ -133,7 +133,7 @@ class Run:
             if not is_own or not os.path.exists(previous):
                 raise
             state = self._load(previous)
-            distributed.log(f"{error}; resuming the one before it, {previous}")
+            distributed.log(f"{error}; resuming the previous one, {previous}")
             return previous, state
 
     def _load(self, path: str) -> dict:
