@@ -20,7 +20,7 @@ IMAGENET_ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # benchmark).
 STEMS = ("cifar", "imagenet", "cifar_pad2", "cifar_no_relu")
 LIBRARIES = ("timm", "torchvision")
-# Models of torchvision that return auxiliary logits in training.
+# Models of torchvision that return auxiliary logits in training, beside those of their last layer.
 WITH_AUXILIARY = ("googlenet", "inception_v3")
 BN_MOMENTUM = 0.1  # PyTorch's default
 
@@ -76,11 +76,10 @@ def build_backbone(
 
     Returns the network, N x `channels` x H x W -> N x features, and the number of features.
 
-    `arch`: one of `IMAGENET_ARCHS`, with a stem of `STEMS`; `resnet{6n+2}` of `CifarResNet`, with
-    the `cifar` stem and a `width` (16); or `timm:NAME` or `torchvision:NAME`, with the stem called
-    `imagenet`. Of the names that fit both ResNet families, `resnet50` and `resnet152`, the former
-    has them. Raises ValueError for an unknown `arch` or `stem`, or a `stem` or `width` that `arch`
-    does not have.
+    `arch`: one of `IMAGENET_ARCHS`, with any of `STEMS`; another `resnet{6n+2}`, which is a
+    `CifarResNet`, with the `cifar` stem and a `width` (default: 16); or `timm:NAME` or
+    `torchvision:NAME`, with the `imagenet` stem. Raises ValueError for an unknown `arch` or `stem`,
+    or a `stem` or `width` that `arch` does not have.
     """
     if stem not in STEMS:
         raise ValueError(f"--stem {stem}: choose one of {', '.join(STEMS)}")

@@ -128,7 +128,7 @@ def target_assignment(loss: str, target: str, num_views: int) -> tuple[int, dict
 class SimSiam(nn.Module):
     """SimSiam: a backbone, a projector (together the paper's encoder), a predictor, and the loss.
 
-    `arch`, `stem`, `width`, `channels`: of the backbone; see `backbones.backbone`.
+    `arch`, `stem`, `width`, `channels`: of the backbone; see `build_backbone`.
     `feature_dim`: d, the width of z and of the projector's hidden layers.
     `projector_layers`: 3 on ImageNet (sec. 3), 2 on CIFAR (App. D).
     `projector_affine`: an affine BN at the projector's output, as some other projects have it.

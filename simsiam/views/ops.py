@@ -245,7 +245,10 @@ def crop_boxes(
 
 
 class GeometricOperation(Operation):
-    """An operation on `Geometry` instead of pixels, which costs next to nothing."""
+    """An operation on `Geometry` instead of pixels, which costs next to nothing.
+
+    All of these come before the operations on pixels.
+    """
 
     def apply(self, geometry: Geometry, params: Params) -> None:
         """Add the operation to the geometry."""
