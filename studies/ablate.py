@@ -11,7 +11,6 @@ picture of the same name; curves of the ablations to results/ablations_curves.pn
 import csv
 import operator
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python studies/ablate
 
 import utils
 from simsiam.runtime.distributed import log
-from simsiam.runtime.files import RunError, atomic_write, read_csv, write_csv
+from simsiam.runtime.files import atomic_write, write_csv
 from studies import figures
+from tools.common import cpu_cores, read_rows, run_script
 
-MAIN = Path(utils.__file__).with_name("main.py")
 COLUMNS = tuple(
     ("data epochs setting seed flags loss std rank knn untrained_rank untrained_knn").split()
 )
@@ -80,28 +79,14 @@ class AblationRun(NamedTuple):
 
     def rows(self) -> list[dict]:
         """Return the statistics, empty before the run has any."""
-        table = Path(f"{self.path}_statistics.csv")
-        return read_csv(table) if table.is_file() else []
+        return read_rows(f"{self.path}_statistics.csv")
 
-
-def train(run: AblationRun, flags: list[str], threads: int, bar: tqdm) -> None:
-    """Train or resume a run in a process of its own. Raises RunError with its last words."""
-    command = [sys.executable, MAIN, *flags, *run.setting.flags.split(), "--seed", str(run.seed)]
-    command += ["--out", run.path.parent, "--name", run.path.name, "--no-pictures"]
-    command += ["--resume"] * Path(f"{run.path}_model.pth").is_file()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )
-    for line in process.stdout:
-        if line.startswith("epoch "):
-            bar.update()
-    errors = process.stderr.read()
-    if process.wait():
-        raise RunError(f"{run.path}: {errors.strip() or process.returncode}")
+    def train(self, flags: list) -> None:
+        """Train or resume the run in a process of its own. Raises RunError."""
+        own = [*self.setting.flags.split(), "--seed", self.seed, "--no-pictures"]
+        own += ["--out", self.path.parent, "--name", self.path.name]
+        own += ["--resume"] * Path(f"{self.path}_model.pth").is_file()
+        run_script("main.py", *flags, *own)
 
 
 def table_row(label: str, run: AblationRun) -> dict:
@@ -125,22 +110,12 @@ def table_row(label: str, run: AblationRun) -> dict:
     } | ({"warned_at_step": warned[0]} if warned else {})
 
 
-def train_all(
-    runs: list[AblationRun], epochs: int, flags: list[str], jobs: int, cores: int
-) -> None:
-    """Train the runs that are not finished, `jobs` at a time. Raises RunError."""
-    finished = {run: max(0, len(run.rows()) - 1) for run in runs}
-    with (
-        tqdm(total=len(runs) * epochs, initial=sum(finished.values()), unit="epoch") as bar,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-        futures = [
-            pool.submit(train, run, flags, max(1, cores // jobs), bar)
-            for run in runs
-            if finished[run] < epochs
-        ]
+def train_all(runs: list[AblationRun], flags: list, jobs: int) -> None:
+    """Train the runs, `jobs` at a time. Raises RunError."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run.train, flags) for run in runs]
         try:
-            for future in futures:
+            for future in tqdm(futures, "ablate", unit="run"):
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -161,15 +136,16 @@ def command(argv: list[str] | None = None) -> None:
     text = "folder of the table, the picture, and a folder of the runs (results)"
     add("--out", default="results", help=text)
     args = parser.parse_args(argv)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cpu_cores()
     jobs = args.jobs or (1 if torch.accelerator.is_available() else cores)
-    flags = ["--data_name", args.data_name, "--recipe", "short", "--epochs", str(args.epochs)]
-    flags += ["--num_workers", "1", "--knn_every", str(args.knn_every)]
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // jobs))  # of the runs
+    flags = ["--data_name", args.data_name, "--recipe", "short", "--epochs", args.epochs]
+    flags += ["--num_workers", 1, "--knn_every", args.knn_every]
     label = utils.data_label(args.data_name, args.data_root or "data")
     if args.data_root:
         flags += ["--data_root", args.data_root]
     if args.train_size:
-        flags += ["--train_size", str(args.train_size)]
+        flags += ["--train_size", args.train_size]
         label += f", {args.train_size} images"
     runs = []
     for seed in args.seeds:
@@ -177,20 +153,11 @@ def command(argv: list[str] | None = None) -> None:
             name = f"{label}_{args.epochs}_{setting.name}_{seed}"
             name = name.translate(dict.fromkeys(map(ord, " :',"), "_"))
             runs.append(AblationRun(setting, seed, Path(args.out, args.study, name)))
-    try:
-        train_all(runs, args.epochs, flags, jobs, cores)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    train_all([run for run in runs if len(run.rows()) <= args.epochs], flags, jobs)
     rows = [table_row(label, run) for run in runs]
     table = Path(args.out, f"{args.study}.csv")
-    try:
+    with parser.bad_input():
         write(table, args.study, rows, runs, f"{label}, {args.epochs} epochs")
-    except OSError as error:
-        raise RunError(
-            f"{error.filename}: could not be written ({error.strerror}); the same command tries "
-            "again"
-        ) from error
     log(report(args.study, pandas.DataFrame(rows, columns=COLLAPSE_COLUMNS)))
     log(f"wrote {table} and {table.with_suffix('.png')}")
 
@@ -199,11 +166,9 @@ def write(
     table: Path, study: str, new_rows: list[dict], runs: list[AblationRun], title: str
 ) -> None:
     """Write the table, with the rows of other data, epochs and settings in it, and pictures."""
-    rows = new_rows
-    if table.is_file():
-        key = operator.itemgetter("data", "epochs", "setting", "seed")
-        new = set(map(key, new_rows))
-        rows = [row for row in read_csv(table) if key(row) not in new] + new_rows
+    key = operator.itemgetter("data", "epochs", "setting", "seed")
+    new = set(map(key, new_rows))
+    rows = [row for row in read_rows(table) if key(row) not in new] + new_rows
     write_csv(table, rows, COLUMNS if study == "ablations" else COLLAPSE_COLUMNS)
     with atomic_write(table.with_suffix(".png")) as file:
         if study == "ablations":

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from simsiam.data.loader import Data
 from simsiam.models.backbones import build_backbone
 from simsiam.models.methods import build_model
-from simsiam.models.simsiam import SimSiam
 from simsiam.runtime.schedule import cosine_schedule
 from simsiam.training.recipes import PretrainConfig
 
@@ -59,43 +58,47 @@ def serve(pipe: Connection, function: Callable, args: tuple) -> None:
         pipe.send(run(*args))
 
 
-class PilBlur:
+def blur(image: Image.Image) -> Image.Image:
     """PIL's Gaussian blur, as the authors' code has it."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
-class PilViews(Dataset):
-    """`number` views of each PIL image or file, by torchvision's transforms, one at a time.
+def pil_views(recipe: dict, size: int, number: int) -> Callable[[Image.Image], list[Tensor]]:
+    """Return a function of a PIL image: `number` views, by torchvision's transforms.
 
     `recipe`: blur_p, mean and std. `size`: pixels.
     """
+    from torchvision import transforms as t
 
-    def __init__(self, images: list, number: int, recipe: dict, size: int):
-        from torchvision import transforms as t
+    transform = t.Compose(
+        [
+            t.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            t.RandomApply([t.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            t.RandomGrayscale(p=0.2),
+            *([t.RandomApply([blur], p=recipe["blur_p"])] if recipe["blur_p"] else []),
+            t.RandomHorizontalFlip(),
+            t.ToTensor(),
+            t.Normalize(recipe["mean"], recipe["std"]),
+        ]
+    )
+    return lambda image: [transform(image) for _ in range(number)]
 
-        self.images, self.number = images, number
-        self.transform = t.Compose(
-            [
-                t.RandomResizedCrop(size, scale=(0.2, 1.0)),
-                t.RandomApply([t.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                t.RandomGrayscale(p=0.2),
-                *([t.RandomApply([PilBlur()], p=recipe["blur_p"])] if recipe["blur_p"] else []),
-                t.RandomHorizontalFlip(),
-                t.ToTensor(),
-                t.Normalize(recipe["mean"], recipe["std"]),
-            ]
-        )
+
+class Transformed(Dataset):
+    """PIL images or paths of files, each as `transform` returns it, with labels (0 if None)."""
+
+    def __init__(self, images: list, labels: Tensor | None, transform: Callable):
+        self.images, self.transform = images, transform
+        self.labels = torch.zeros(len(images)) if labels is None else labels
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, i: int) -> tuple[object, Tensor]:
         image = self.images[i]
         if isinstance(image, str):
             image = Image.open(image).convert("RGB")
-        return tuple(self.transform(image) for _ in range(self.number))
+        return self.transform(image), self.labels[i]
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -105,16 +108,16 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 def torchvision_views(images: Tensor, recipe: dict, batch: int) -> Callable:
     """One view per image: torchvision's PIL transforms in a DataLoader with two workers."""
-    views = PilViews(to_pil(images), 1, recipe, images.shape[-1])
+    views = Transformed(to_pil(images), None, pil_views(recipe, images.shape[-1], 1))
     loader = DataLoader(views, batch, num_workers=2, persistent_workers=True)
-    return lambda: sum(len(x) for (x,) in loader)
+    return lambda: sum(len(labels) for _, labels in loader)
 
 
 def torchvision_files(paths: list[str], recipe: dict, batch: int) -> Callable:
     """Two views per file: the transforms of the authors' code, in one DataLoader worker."""
-    views = PilViews(paths, 2, recipe, recipe["image_size"])
+    views = Transformed(paths, None, pil_views(recipe, recipe["image_size"], 2))
     loader = DataLoader(views, batch, num_workers=1, persistent_workers=True)
-    return lambda: sum(len(x) for x, _ in loader)
+    return lambda: sum(len(labels) for _, labels in loader)
 
 
 def kornia_views(images: Tensor, recipe: dict, batch: int) -> Callable:
@@ -129,41 +132,6 @@ def kornia_views(images: Tensor, recipe: dict, batch: int) -> Callable:
         k.Normalize(recipe["mean"], recipe["std"]),
     )
     return lambda: sum(len(transform(chunk.float() / 255)) for chunk in images.split(batch))
-
-
-def plain_training(images: Tensor, recipe: dict, batch: int, device: str = "cpu") -> Callable:
-    """SimSiam in a plain training loop: NCHW, PIL views, `.item()` per step."""
-    net = SimSiam().to(device)
-    optimizer = torch.optim.SGD(
-        net.parameters(), recipe["lr"], recipe["momentum"], weight_decay=recipe["weight_decay"]
-    )
-    views = PilViews(to_pil(images), 2, recipe, images.shape[-1])
-    loader = DataLoader(views, batch, shuffle=True, num_workers=2, persistent_workers=True)
-
-    def run() -> float:
-        total = 0.0
-        for x1, x2 in loader:
-            loss, *_ = net([x1.to(device), x2.to(device)])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        return total
-
-    return run
-
-
-class Labelled(Dataset):
-    """Images and their labels, each image as `transform` returns it."""
-
-    def __init__(self, images: Tensor, labels: Tensor, transform: Callable):
-        self.images, self.labels, self.transform = to_pil(images), labels, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[object, Tensor]:
-        return self.transform(self.images[i]), self.labels[i]
 
 
 def lightly_training(
@@ -189,24 +157,22 @@ def lightly_training(
         views = getattr(transforms, f"{method}Transform")(input_size=size)
         net = LightlySimSiam(body, features, config.feature_dim)
     normalise = transforms.SimSiamTransform().transforms[0].transform.transforms[-1]
-    train = Labelled(images.train_images, images.train_labels, views)
+    train = Transformed(to_pil(images.train_images), images.train_labels, views)
     transform = t.Compose([t.ToTensor(), normalise])
     encoder = net.encoder.parameters()
     return epoch_function(net, body, encoder, train, images, transform, config, amp)
 
 
-def plain_training_epochs(
+def plain_training(
     images: Data, config: PretrainConfig, recipe: dict, amp: bool = False
 ) -> Callable:
-    """The paper's SimSiam with torchvision's transforms: an `epoch_function`."""
+    """SimSiam in a usual loop, NCHW, with torchvision's PIL transforms: an `epoch_function`."""
     import torchvision.transforms as t
 
     torch.manual_seed(config.seed)
     net = build_model(vars(config))
-    size = images.train_images.shape[-1]
-    train = Labelled(images.train_images, images.train_labels, None)
-    views = PilViews(train.images, 2, recipe, size)
-    train.transform = lambda image: [views.transform(image) for _ in range(2)]
+    views = pil_views(recipe, images.train_images.shape[-1], 2)
+    train = Transformed(to_pil(images.train_images), images.train_labels, views)
     transform = t.Compose([t.ToTensor(), t.Normalize(recipe["mean"], recipe["std"])])
     encoder = net.encoder_parameters()
     return epoch_function(net, net.backbone, encoder, train, images, transform, config, amp)
@@ -306,11 +272,9 @@ def lightly_knn_accuracy(
     images: Data, config: PretrainConfig, transform: Callable, workers: dict
 ) -> Callable[[nn.Module], float]:
     """Return a function of a backbone: its kNN top-1 as lightly's benchmark computes it."""
-    from lightly.utils.benchmarking import knn_predict
-
     bank, queries = (
-        DataLoader(Labelled(*part, transform), 512, **workers)
-        for part in (
+        DataLoader(Transformed(to_pil(x), labels, transform), 512, **workers)
+        for x, labels in (
             (images.train_images, images.train_labels),
             (images.test_images, images.test_labels),
         )
@@ -318,6 +282,8 @@ def lightly_knn_accuracy(
 
     @torch.no_grad()
     def evaluate(backbone: nn.Module) -> float:
+        from lightly.utils.benchmarking import knn_predict
+
         backbone.eval()
         embed = lambda x: F.normalize(backbone(x.to(config.device)), dim=1)  # noqa: E731
         features, labels = zip(*((embed(x), y) for x, y in bank), strict=True)

@@ -19,10 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 from argparse import Namespace
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,9 +36,8 @@ from simsiam.runtime.distributed import log
 from simsiam.runtime.files import atomic_write, read_csv, write_csv
 from simsiam.training.recipes import RECIPES, PretrainConfig
 from studies import figures
-from studies.peers import Peer, lightly_training, plain_training_epochs
-from tools.common import run_script
-from tools.timing import machine_name
+from studies.peers import Peer, lightly_training, plain_training
+from tools.common import cpu_cores, machine_name, read_rows, run_script
 
 COLUMNS = tuple(
     (
@@ -112,7 +108,7 @@ class Contender:
         is_bf16 = devices.training_precision(device, config.amp, amp, flops) == "bf16"
         if self.text == "plain":
             recipe = {"blur_p": 0.0, "mean": encoder["mean"], "std": encoder["std"]}
-            return Peer(plain_training_epochs, images, config, recipe, is_bf16)
+            return Peer(plain_training, images, config, recipe, is_bf16)
         return Peer(lightly_training, images, config, self.text.partition(":")[2], is_bf16)
 
     def run(self, budget: float, folder: Path, points: int) -> dict:
@@ -171,67 +167,49 @@ class Contender:
         return sum(params_and_flops(net, size)[1] * sizes.count(size) for size in set(sizes))
 
 
-class Race:
-    """The table of results, and its picture. `columns`: the values that all rows share."""
+def race(contender: Contender, args: Namespace, table: Path, columns: dict) -> None:
+    """Train a contender, add its row to the table if it is missing, and draw the picture.
 
-    def __init__(self, table: Path, points: int, columns: dict):
-        self.table, self.points, self.columns = table, points, columns
-        self.lock = threading.Lock()
-
-    def rows(self) -> list[dict]:
-        """Return the rows of the table. Commits are text: 83097e4 is no number."""
-        return read_csv(self.table, ["commit"]) if self.table.is_file() else []
-
-    def run(self, contender: Contender, budget: float) -> float:
-        """Return a contender's kNN top-1 after `budget` minutes; add its row, if it is missing."""
-        config, title = contender.config, f"{contender.text}, seed {contender.config.seed}"
-        row = self.columns | {
-            "recipe": contender.text,
-            "network": config.arch + (f" of width {config.width}" if config.width else ""),
-            "budget": budget,
-            "seed": config.seed,
-            "feature_dim": config.feature_dim,
-        }
-        for old in self.rows():
-            if all(old.get(name) == row[name] for name in KEY):
-                log(f"{title}, {budget:g} minutes: is in the table")
-                self.draw(row)
-                return old["knn"]
-        row |= contender.run(budget, self.table.with_suffix(""), self.points)
-        with self.lock:
-            write_csv(self.table, [*self.rows(), row], COLUMNS)
-        self.draw(row)
+    `columns`: the values that all rows of this command share.
+    """
+    config, title = contender.config, f"{contender.text}, seed {contender.config.seed}"
+    row = columns | {
+        "recipe": contender.text,
+        "network": config.arch + (f" of width {config.width}" if config.width else ""),
+        "budget": args.budget,
+        "seed": config.seed,
+        "feature_dim": config.feature_dim,
+    }
+    rows = read_rows(table, ["commit"])  # as text: 83097e4 is no number
+    if any(all(old.get(name) == row[name] for name in KEY) for old in rows):
+        log(f"{title}, {args.budget:g} minutes: is in the table")
+    else:
+        row |= contender.run(args.budget, table.with_suffix(""), args.points)
+        rows = [*read_rows(table, ["commit"]), row]  # another command may have added rows
+        write_csv(table, rows, COLUMNS)
         minutes = f"{row['seconds'] / 60:.1f} minutes, {row['epochs']} epochs"
         linear = f", linear {row['linear']:.1f} %" if "linear" in row else ""
         log(f"{title}: {minutes}, kNN {row['knn']:.1f} %{linear}")
-        return row["knn"]
-
-    def draw(self, row: dict) -> None:
-        """Draw all rows of the table with this row's data and network."""
-        curves: dict[str, list] = {}
-        title = f"{row['data']}, {row['train_size']} images, {row['network']}"
-        with self.lock, atomic_write(self.table.with_suffix(".png")) as file:
-            for other in self.rows():
-                if all(other.get(name) == row[name] for name in PICTURE_KEY):
-                    curves.setdefault(other["recipe"], []).append(json.loads(other["curve"]))
-            figures.plot_learning(curves, title, file)
+    curves: dict[str, list] = {}
+    for other in rows:
+        if all(other.get(name) == row[name] for name in PICTURE_KEY):
+            curves.setdefault(other["recipe"], []).append(json.loads(other["curve"]))
+    title = f"{row['data']}, {row['train_size']} images, {row['network']}"
+    with atomic_write(table.with_suffix(".png")) as file:
+        figures.plot_learning(curves, title, file)
 
 
 def parse(argv: list[str] | None) -> tuple[Namespace, list[Contender], Data]:
     """Parse the command line; load the images. Exits if a flag is wrong."""
     parser = utils.Parser("studies.speedrun", __doc__)
-    add, count = parser.add_argument, utils.number(int, 1)
+    add = parser.add_argument
     choices = (*RECIPES, *PEERS)
     text = f"{', '.join(RECIPES)}, with flags of main.py; or {', '.join(PEERS)}"
     add("contenders", nargs="+", metavar="CONTENDER", help=text)
     text = "minutes of training (10)"
     add("--budget", type=utils.number(float, 0.001), default=10.0, help=text)
-    text = "double the budget, up to 64 times, until the kNN's top-1 is at least this"
-    add("--to", type=utils.number(float, 0, 100), metavar="KNN", help=text)
     add("--seeds", type=utils.number(int, 0), nargs="+", default=[0], help="(0)")
-    add("--points", type=count, default=8, help="kNNs per run (8)")
-    text = "runs at a time, each on its share of the cores (1)"
-    add("--jobs", type=count, default=1, help=text)
+    add("--points", type=utils.number(int, 1), default=8, help="kNNs per run (8)")
     text = "folder of the table, the picture, and a folder of the runs (results)"
     add("--out", default="results", help=text)
     add("--data_name", default="textures", help="as of main.py (textures)")
@@ -261,28 +239,10 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[Contender], Data]:
     return args, contenders, images
 
 
-def share_cores(jobs: int) -> list[list[int]]:
-    """Divide the cores of this process among `jobs`; if there are more jobs, they share cores."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = sorted(os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1))
-    number = max(1, len(cores) // jobs)
-    return [[cores[(i * number + j) % len(cores)] for j in range(number)] for i in range(jobs)]
-
-
-def pin_thread(shares: Iterator[list[int]]) -> None:
-    """Pin this thread, and the processes that it starts, to the next share of the cores.
-
-    A contender with loader workers then takes no core from its neighbour.
-    """
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, next(shares))
-
-
 def command(argv: list[str] | None = None) -> None:
     """Run the command."""
     args, contenders, images = parse(argv)
-    shares = share_cores(args.jobs)
-    threads = len(shares[0])
+    threads = cpu_cores()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are started
     table, config = Path(args.out, "speedrun.csv"), contenders[0].config
     table.with_suffix("").mkdir(parents=True, exist_ok=True)
@@ -301,16 +261,8 @@ def command(argv: list[str] | None = None) -> None:
         "commit": commit.stdout.strip(),
         "date": str(datetime.date.today()),
     }
-    race = Race(table, args.points, columns)
-
-    def run(contender: Contender) -> None:
-        for doublings in range(7 if args.to else 1):
-            if race.run(contender, args.budget * 2**doublings) >= (args.to or 0):
-                return
-
-    with ThreadPoolExecutor(args.jobs, initializer=pin_thread, initargs=(iter(shares),)) as pool:
-        for future in [pool.submit(run, contender) for contender in contenders]:
-            future.result()
+    for contender in contenders:
+        race(contender, args, table, columns)
     log(f"wrote {table} and {table.with_suffix('.png')}")
 
 

@@ -61,6 +61,12 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def save_image(path: Path, image: Tensor) -> None:
+    """Write an image, uint8, C x H x W, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
+
 def texture_folder(
     root: Path, train: int = 200, test: int = 40, classes: Sequence[str] = TEXTURE_CLASSES
 ) -> Path:
@@ -69,9 +75,7 @@ def texture_folder(
         images, labels = make_textures(number, seed)
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             if TEXTURE_CLASSES[label] in classes:
-                path = Path(root, split, TEXTURE_CLASSES[label], f"{i}.png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+                save_image(Path(root, split, TEXTURE_CLASSES[label], f"{i}.png"), image)
     return root
 
 

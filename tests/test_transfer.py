@@ -7,7 +7,6 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
@@ -36,9 +35,7 @@ def save(root, sizes, seed):
     images, labels = make_textures(600, seed)
     for name, number in sizes.items():
         for i, image in enumerate(images[labels == CLASSES.get(name, 1)][:number]):
-            path = root / name / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+            helpers.save_image(root / name / f"{i}.png", image)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +128,7 @@ def test_the_strictest_of_equal_cs_is_chosen():
     labels = torch.arange(200) % 4
     inputs = F.one_hot(labels).float()
     problem = transfer.Problem(inputs, labels, transfer.hold_out(labels, 0), inputs, labels)
-    is_correct, c = transfer.logistic(problem, "x", list)
+    is_correct, c = transfer.logistic(problem, "x")
     assert is_correct.all()
     assert c == GRID[0]
 

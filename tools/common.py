@@ -1,11 +1,16 @@
-"""What the tools share: flags of main.py, runs of commands, encoders, images, picture formats."""
+"""Code shared by the tools: flags of main.py, runs of commands, encoders, images and tables."""
 
 import argparse
+import contextlib
+import os
+import platform
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 import utils
 from simsiam.data.datasets import load_dataset
@@ -14,7 +19,7 @@ from simsiam.interop.weights import LoadedCheckpoint
 from simsiam.plots.style import FORMATS
 from simsiam.runtime import distributed
 from simsiam.runtime.config import RunConfig, add_option
-from simsiam.runtime.files import RunError
+from simsiam.runtime.files import RunError, read_csv
 from simsiam.training.recipes import PretrainConfig
 
 RUN_OPTIONS = ("device", "amp", "num_workers", "bad_images")
@@ -55,6 +60,29 @@ def run_script(script: str, *options: object) -> None:
         raise RunError(process.stderr.strip() or f"{script} ended with {process.returncode}")
 
 
+def cpu_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+
+
+def machine_name(device: torch.device) -> str:
+    """Return the name of a GPU or of the processor; of another accelerator its type."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def read_rows(table: str | Path, text: Sequence[str] = ()) -> list[dict]:
+    """Return the rows of a table as `read_csv`; none before the table exists."""
+    return read_csv(table, text) if Path(table).is_file() else []
+
+
 def open_source(args: Namespace) -> LoadedCheckpoint:
     """Open the checkpoint at --model_path and log its notes. Raises as `LoadedCheckpoint.open`."""
     source = LoadedCheckpoint.open(args.model_path, **utils.source_settings(args))
@@ -63,21 +91,32 @@ def open_source(args: Namespace) -> LoadedCheckpoint:
     return source
 
 
-def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None = None) -> Data:
-    """Return the images that a run of main.py trained on. Raises as `load_dataset`.
+def load_images(
+    source: LoadedCheckpoint, name: str, root: str, split_names: list[str] | None, args: Mapping
+) -> Data:
+    """Load a data set, decoded as the encoder's training images were. Raises as `load_dataset`.
 
-    `args`: num_workers and bad_images. `data_root`: where the images are now, if they moved.
+    `args`: num_workers and bad_images.
     """
-    config = source.config
-    images = load_dataset(
-        config.data_name,
-        data_root or config.data_root,
+    return load_dataset(
+        name,
+        root,
         source.encoder["image_size"],
         args["num_workers"],
         args["bad_images"],
         decode=source.decode,
-        split_names=config.split_names,
+        split_names=split_names,
     )
+
+
+def images_of_run(source: LoadedCheckpoint, args: Mapping, data_root: str | None = None) -> Data:
+    """Return the images that a run of main.py trained on. Raises and `args` as `load_images`.
+
+    `data_root`: where the images are now, if they moved.
+    """
+    config = source.config
+    root = data_root or config.data_root
+    images = load_images(source, config.data_name, root, config.split_names, args)
     return images if config.train_size is None else images.subset(config.train_size, config.seed)
 
 

@@ -18,6 +18,7 @@ import utils
 from simsiam.interop.export import EXPORTS, export_notes, export_weights
 from simsiam.interop.weights import SINGLE_START, LoadedCheckpoint, select_part
 from simsiam.runtime import distributed, files
+from tools.common import open_source
 
 FORMATS = (*EXPORTS, "safetensors", "onnx")
 
@@ -114,7 +115,7 @@ def command(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = utils.Parser(prog="tools.convert", description=__doc__)
     add = parser.add_argument
-    add("source", metavar="IN", help="a checkpoint")
+    add("model_path", metavar="IN", help="a checkpoint")
     add("target", metavar="OUT", help="a new file")
     add("--to", required=True, choices=FORMATS, help="the format of OUT")
     add("--encoder_only", action="store_true", help="leave out heads and classifier")
@@ -123,16 +124,13 @@ def command(argv: list[str] | None = None) -> None:
     with parser.bad_input():
         if Path(args.target).exists():
             raise ValueError(f"{args.target} exists: choose another name")
-        source = LoadedCheckpoint.open(args.source, **utils.source_settings(args))
-        with files.error_prefix(args.source):
+        source = open_source(args)
+        with files.error_prefix(args.model_path):
             content = convert(source, args.to, args.encoder_only)
         with files.atomic_write(args.target) as file:
             file.write(content)
-    for note in [
-        *source.notes,
-        *export_notes(source.net, source.encoder, args.to, args.encoder_only),
-    ]:
-        distributed.log(f"{args.source}: {note}")
+    for note in export_notes(source.net, source.encoder, args.to, args.encoder_only):
+        distributed.log(f"{args.model_path}: {note}")
     distributed.log(f"wrote {args.target}, {len(content) / 1e6:.1f} MB")
 
 

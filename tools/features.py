@@ -4,7 +4,6 @@ python -m tools.features --model_path results/..._model.pth --data_root my_image
 """
 
 import sys
-import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -121,7 +120,7 @@ def command(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.suffix not in FORMATS:
         parser.error(f"--out {out}: choose an ending of {', '.join(FORMATS)}")
-    with warnings.catch_warnings(), parser.bad_input():
+    with parser.bad_input():
         ignore_pil_warnings()
         utils.check_new("--out", args.out, args.overwrite)
         source = open_source(args)

@@ -4,7 +4,6 @@ python -m tools.plot results/a                           # all of its pictures
 python -m tools.plot results/a results/b --out ab.pdf    # for comparison
 """
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -47,11 +46,11 @@ def draw_one(run: str, data_root: str | None, device_name: str, overwrite: bool)
         distributed.log(f"for its confusion matrix: {evaluate}")
         return
     config = source.config
-    config = dataclasses.replace(config, data_root=data_root or config.data_root)
     device = devices.pick_device(device_name)
     images = images_of_run(source, vars(config), data_root)
     if images_checksum(images.train_images) != source.state["images_checksum"]:
-        raise ValueError(f"--data_root {config.data_root}: not the images that {path} began with")
+        root = data_root or config.data_root
+        raise ValueError(f"--data_root {root}: not the images that {path} began with")
     if config.bank_size is not None:
         images = images.subset(config.bank_size, config.seed, "--bank_size")
     net, amp = source.to(device).net, devices.autocast(device, config.amp)

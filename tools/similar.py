@@ -11,7 +11,6 @@ least a threshold. Both write a CSV table and, beside it, a sheet that shows its
 import filecmp
 import os
 import sys
-import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -52,13 +51,6 @@ SHEET_COLUMNS = 7  # images per row
 # ---- similarities -------------------------------------------------------------------------------
 
 
-class Bank(NamedTuple):
-    """Image files and their L2-normalised features, N x d."""
-
-    files: list[Path]
-    features: Tensor
-
-
 def list_images(root: Path) -> list[Path]:
     """Return all images below a folder, or those of a CSV list.
 
@@ -78,37 +70,37 @@ def normalise(features: Tensor, args: Namespace) -> Tensor:
     return F.normalize(features, dim=1, out=features)
 
 
-def nearest(args: Namespace, bank: Bank, queries: Tensor) -> list[dict]:
+def nearest(args: Namespace, files: list[Path], features: Tensor, queries: Tensor) -> list[dict]:
     """Return rows of NEAREST_COLUMNS: the `args.top` nearest of each query, nearest first.
 
-    `queries`: N x d. Raises ValueError if the bank holds nothing but the query.
+    `features`: of the files, N x d. `queries`: M x d. Raises ValueError if there is no file but
+    the query.
     """
-    cosines, indices = nearest_neighbors(bank.features, queries, args.top + 1)
+    cosines, indices = nearest_neighbors(features, queries, args.top + 1)
     rows = []
     for query, values, neighbors in zip(
         args.query, round_cosines(cosines), indices.tolist(), strict=True
     ):
         path = os.path.realpath(query)
-        pairs = [(value, bank.files[i]) for value, i in zip(values, neighbors, strict=True)]
+        pairs = [(value, files[i]) for value, i in zip(values, neighbors, strict=True)]
         pairs = [pair for pair in pairs if os.path.realpath(pair[1]) != path][: args.top]
         if not pairs:
             raise ValueError(f"--data_root {args.data_root}: has no image besides {query}")
         for rank, (value, file) in enumerate(pairs, 1):
-            rows.append({"query": query, "rank": rank, "file": str(file), "similarity": value})
+            rows.append(dict(zip(NEAREST_COLUMNS, (query, rank, str(file), value), strict=True)))
     return rows
 
 
-def duplicates(args: Namespace, bank: Bank) -> list[dict]:
+def duplicates(args: Namespace, files: list[Path], features: Tensor) -> list[dict]:
     """Return rows of PAIR_COLUMNS, the most similar first, at most `args.max_pairs`."""
-    if len(bank.files) < 2:
+    if len(files) < 2:
         raise ValueError(f"--data_root {args.data_root}: has one image, and a pair needs two")
     threshold = args.duplicates - 0.5 * 10**-DIGITS
-    cosines, indices, number = similar_pairs(bank.features, threshold, args.max_pairs)
+    cosines, indices, number = similar_pairs(features, threshold, args.max_pairs)
     pairs = zip(round_cosines(cosines), indices.tolist(), strict=True)
     rows = []
     for value, (i, j) in sorted(pairs, key=lambda pair: (-pair[0], pair[1])):
-        a, b = bank.files[i], bank.files[j]
-        values = (str(a), str(b), value, filecmp.cmp(a, b, shallow=False))
+        values = (str(files[i]), str(files[j]), value, filecmp.cmp(files[i], files[j], False))
         rows.append(dict(zip(PAIR_COLUMNS, values, strict=True)))
     if number > len(rows):
         distributed.log(
@@ -134,32 +126,6 @@ class Tile(NamedTuple):
     is_framed: bool = False
 
 
-def draw_sheet(
-    args: Namespace,
-    source: LoadedCheckpoint,
-    tiles: list[Tile],
-    columns: int,
-    title: str,
-    file: IO[bytes],
-) -> None:
-    """Draw tiles row by row, each the centre of its image, in the format of `args.out`."""
-    tiles = tiles + [Tile()] * (-len(tiles) % columns)
-    has_image = [tile.file is not None for tile in tiles]
-    files = [tile.file for tile in tiles if tile.file is not None]
-    images, _ = decode_files(files, TILE, args.num_workers, options=source.decode)
-    pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
-    pixels[has_image] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
-    rows = range(0, len(tiles), columns)
-    plot_captions(
-        pixels.reshape(len(rows), columns, TILE, TILE, 3),
-        [[tile.lines for tile in tiles[i : i + columns]] for i in rows],
-        np.array([tile.is_framed for tile in tiles]).reshape(len(rows), columns),
-        f"{Path(args.data_root).resolve().name}: {title}\n{Path(args.model_path).name}",
-        file,
-        picture_format(args.out),
-    )
-
-
 def short_name(args: Namespace, file: str) -> str:
     """Return a file's path below --data_root, or its name if it lies elsewhere."""
     root, path = Path(args.data_root), Path(file)
@@ -167,10 +133,8 @@ def short_name(args: Namespace, file: str) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
-def draw_nearest(
-    args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]
-) -> int:
-    """Draw the first queries, each framed and before its nearest; return the number of rows."""
+def nearest_tiles(args: Namespace, rows: list[dict]) -> tuple[list[Tile], int, int]:
+    """Return the first queries, each framed and before its nearest, the columns and the rows."""
     rows_of_query, tiles, number = {}, [], 0
     for row in rows:
         rows_of_query.setdefault(row["query"], []).append(row)
@@ -184,20 +148,39 @@ def draw_nearest(
             break
         number += len(block) - 1
         tiles += block + [Tile()] * (-len(block) % columns)
-    draw_sheet(args, source, tiles, columns, "nearest images, and cosines of features", file)
-    return number
+    return tiles, columns, number
 
 
-def draw_pairs(args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]) -> int:
-    """Draw the first pairs, three per row with gaps between; return the number of pairs."""
-    tiles, per_row, rows = [], min(3, len(rows)), rows[:SHEET_PAIRS]
+def pair_tiles(args: Namespace, rows: list[dict]) -> tuple[list[Tile], int, int]:
+    """Return the first pairs, three per line with gaps between, the columns and the rows."""
+    tiles, per_line, rows = [], min(3, len(rows)), rows[:SHEET_PAIRS]
     for i, row in enumerate(rows):
-        tiles += [Tile()] * (i % per_row > 0)
+        tiles += [Tile()] * (i % per_line > 0)
         similarity = f"{row['similarity']:.4f}" + ", same bytes" * row["same_bytes"]
         for name, line in (("file_a", similarity), ("file_b", "")):
             tiles.append(Tile(row[name], (line, short_name(args, row[name]))))
-    draw_sheet(args, source, tiles, 3 * per_row - 1, "pairs, and cosines of features", file)
-    return len(rows)
+    return tiles, 3 * per_line - 1, len(rows)
+
+
+def draw_sheet(args: Namespace, source: LoadedCheckpoint, rows: list[dict], file: IO[bytes]) -> int:
+    """Draw the first rows of the table in the format of `args.out`; return their number."""
+    tiles, columns, number = (nearest_tiles if args.query else pair_tiles)(args, rows)
+    tiles += [Tile()] * (-len(tiles) % columns)
+    has_image = [tile.file is not None for tile in tiles]
+    files = [tile.file for tile in tiles if tile.file is not None]
+    images, _ = decode_files(files, TILE, args.num_workers, options=source.decode)
+    pixels = np.full((len(tiles), TILE, TILE, 3), 255, np.uint8)
+    pixels[has_image] = images[:, arrays.rgb_channels(images.shape[1])].permute(0, 2, 3, 1)
+    title = f"{'nearest images' if args.query else 'pairs'}, and cosines of features"
+    plot_captions(
+        pixels.reshape(-1, columns, TILE, TILE, 3),
+        [[tile.lines for tile in tiles[i : i + columns]] for i in range(0, len(tiles), columns)],
+        np.array([tile.is_framed for tile in tiles]).reshape(-1, columns),
+        f"{Path(args.data_root).resolve().name}: {title}\n{Path(args.model_path).name}",
+        file,
+        picture_format(args.out),
+    )
+    return number
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -239,11 +222,12 @@ def find_similar(args: Namespace) -> tuple[LoadedCheckpoint, list[dict]]:
     features, read = extract(source, source.net.backbone, files, args)
     device = next(source.net.parameters()).device
     features = normalise(torch.from_numpy(features).to(device), args)
-    bank = Bank([files[i] for i in read], features)
+    files = [files[i] for i in read]
     if not args.query:
-        return source, duplicates(args, bank)
+        return source, duplicates(args, files, features)
     amp = devices.autocast(device, devices.setup_device(args)[1])
-    return source, nearest(args, bank, normalise(source.features(pixels, amp), args))
+    queries = normalise(source.features(pixels, amp), args)
+    return source, nearest(args, files, features, queries)
 
 
 def write(args: Namespace, source: LoadedCheckpoint, rows: list[dict]) -> None:
@@ -258,9 +242,8 @@ def write(args: Namespace, source: LoadedCheckpoint, rows: list[dict]) -> None:
             f"--duplicates; wrote {table}, without a row"
         )
         return
-    draw = draw_nearest if args.query else draw_pairs
     with atomic_write(args.out) as file:
-        number = draw(args, source, rows, file)
+        number = draw_sheet(args, source, rows, file)
         write_csv(table, rows, columns)
     part = f", of which {args.out} shows the first {number}" if number < len(rows) else ""
     distributed.log(f"wrote {args.out} and {table}: {len(rows):,} rows{part}")
@@ -269,7 +252,7 @@ def write(args: Namespace, source: LoadedCheckpoint, rows: list[dict]) -> None:
 def command(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser, args = parse(argv)
-    with warnings.catch_warnings(), parser.bad_input():
+    with parser.bad_input():
         ignore_pil_warnings()
         for path in (args.out, str(Path(args.out).with_suffix(".csv"))):
             utils.check_new("--out", path, args.overwrite)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `python tools/transfer
 
 import utils
 from simsiam.data import folders
-from simsiam.data.datasets import DATASETS, check_has_test, load_dataset
+from simsiam.data.datasets import DATASETS, check_has_test
 from simsiam.data.decode import ignore_pil_warnings
 from simsiam.data.loader import Data, ImageFiles, balanced_subset
 from simsiam.evaluation import metrics
@@ -41,7 +41,7 @@ from simsiam.runtime import devices, distributed
 from simsiam.runtime.config import Text, check_path
 from simsiam.runtime.files import error_prefix, printable, write_csv
 from simsiam.training.recipes import TEXTURES_HAVE_NO_ROOT
-from tools.common import MODEL_HELP, add_encoder_options, add_main_options, open_source
+from tools.common import MODEL_HELP, add_encoder_options, add_main_options, load_images, open_source
 
 COLUMNS = tuple(
     "data train_size test_size classes knn linear linear_balanced c pixels encoder".split()
@@ -111,43 +111,30 @@ def fit(inputs: Tensor, labels: Tensor, c: float) -> tuple[Pipeline, bool]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(inputs.numpy(), labels.numpy())
-    unrelated = [one for one in caught if one.category is not ConvergenceWarning]
-    for one in unrelated:  # warn again: `catch_warnings` has swallowed them
-        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    return model, len(unrelated) == len(caught)
+    return model, not any(issubclass(one.category, ConvergenceWarning) for one in caught)
 
 
-def predict_correct(model: Pipeline, inputs: Tensor, labels: Tensor) -> np.ndarray:
-    """Return which predictions are correct: bool, N."""
-    return model.predict(inputs.numpy()) == labels.numpy()
-
-
-def logistic(
-    problem: Problem, title: str, on_fit: Callable[[], object]
-) -> tuple[np.ndarray, float]:
+def logistic(problem: Problem, title: str) -> tuple[np.ndarray, float]:
     """Return which test predictions are correct (bool, M), and the C that was chosen.
 
     C is the best on the held-out tenth, the strictest among equals; the model is then fitted to
-    all training samples. `on_fit` is called after each fit. A fit that does not converge is logged
-    under `title`.
+    all training samples. A fit that does not converge is logged under `title`.
     """
     inputs, labels, held_out = problem.inputs, problem.labels, problem.held_out
     scores, unconverged = [], set()
-    for c in CS:
+    for c in tqdm(CS, title, leave=False, disable=None, unit="fit"):
         model, has_converged = fit(inputs[~held_out], labels[~held_out], c)
-        scores.append(predict_correct(model, inputs[held_out], labels[held_out]).mean())
+        scores.append(model.score(inputs[held_out].numpy(), labels[held_out].numpy()))
         unconverged |= set() if has_converged else {c}
-        on_fit()
     best = CS[scores.index(max(scores))]
     model, has_converged = fit(inputs, labels, best)
     unconverged |= set() if has_converged else {best}
-    on_fit()
     if unconverged:
         distributed.log(
             f"{title}: logistic regression has not converged after {ITERATIONS} iterations at C "
             f"{', '.join(f'{c:g}' for c in sorted(unconverged))}; {best:g} is the one chosen"
         )
-    return predict_correct(model, problem.test_inputs, problem.test_labels), best
+    return model.predict(problem.test_inputs.numpy()) == problem.test_labels.numpy(), best
 
 
 # ---- a data set ---------------------------------------------------------------------------------
@@ -158,15 +145,7 @@ def load_labelled(args: Namespace, source: LoadedCheckpoint, root: str) -> Data:
 
     Raises ValueError or OSError.
     """
-    images = load_dataset(
-        args.data_name,
-        root,
-        source.encoder["image_size"],
-        args.num_workers,
-        args.bad_images,
-        decode=source.decode,
-        split_names=args.split_names,
-    )
+    images = load_images(source, args.data_name, root, args.split_names, vars(args))
     check_has_test(images.test_images, root)
     for line in filter(None, (images.summary, *images.unreadable)):
         distributed.log(line)
@@ -209,34 +188,26 @@ def load_problems(
         "test_size": len(images.test_labels),
         "classes": len(images.classes),
     }
-    pixels = None
-    if args.pixels:
-        images = images.limit(metrics.MAX_RAW_PIXEL_IMAGES, args.seed)
-        pixels = pixel_problem(source, images, amp, args.seed)
-    return sizes, features, pixels
+    if not args.pixels:
+        return sizes, features, None
+    images = images.limit(metrics.MAX_RAW_PIXEL_IMAGES, args.seed)
+    return sizes, features, pixel_problem(source, images, amp, args.seed)
 
 
-def evaluate(
-    features: Problem,
-    pixels: Problem | None,
-    title: str,
-    device: torch.device,
-    on_step: Callable[[], object],
-) -> dict:
-    """Return the columns knn to pixels, in percent. `on_step` is called after kNN and each fit."""
+def evaluate(features: Problem, pixels: Problem | None, title: str, device: torch.device) -> dict:
+    """Return the columns knn to pixels, in percent."""
     bank, queries = (
         F.normalize(x.to(device), dim=1) for x in (features.inputs, features.test_inputs)
     )
     ranking = knn(bank, features.labels.to(device), queries).cpu()
     row = {"knn": metrics.accuracy(ranking, features.test_labels)[0]}
-    on_step()
-    is_correct, row["c"] = logistic(features, f"{title}, features", on_step)
+    is_correct, row["c"] = logistic(features, f"{title}, features")
     row["linear"] = 100 * is_correct.mean()
     labels = features.test_labels.numpy()
     by_class = [is_correct[labels == label].mean() for label in np.unique(labels)]
     row["linear_balanced"] = 100 * np.mean(by_class)
     if pixels:
-        row["pixels"] = 100 * logistic(pixels, f"{title}, pixels", on_step)[0].mean()
+        row["pixels"] = 100 * logistic(pixels, f"{title}, pixels")[0].mean()
     return row
 
 
@@ -291,22 +262,14 @@ def parse(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
 def command(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser, args = parse(argv)
-    steps = 2 + (1 + args.pixels) * (len(CS) + 1)  # per data set: features, kNN and the fits
-    total = steps * len(args.data_root or [1])
-    with tqdm(None, "transfer", total, leave=False, disable=None) as bar:
-        data_sets = []
-        with warnings.catch_warnings(), parser.bad_input():
-            ignore_pil_warnings()
-            device, amp = devices.setup_device(args)
-            source = check_and_open(args).to(device)
-            for root in args.data_root:
-                autocast = devices.autocast(device, amp)
-                data_sets.append(load_problems(args, source, autocast, root))
-                bar.update()
-        rows, encoder = [], {"encoder": printable(args.model_path)}
-        for label, (sizes, *problems) in zip(data_labels(args), data_sets, strict=True):
-            accuracies = evaluate(*problems, label, device, bar.update)
-            rows.append({"data": label} | sizes | encoder | accuracies)
+    with parser.bad_input():
+        ignore_pil_warnings()
+        device, amp = devices.setup_device(args)
+        source, autocast = check_and_open(args).to(device), devices.autocast(device, amp)
+        data_sets = [load_problems(args, source, autocast, root) for root in args.data_root]
+    rows, encoder = [], {"encoder": printable(args.model_path)}
+    for label, (sizes, *problems) in zip(data_labels(args), data_sets, strict=True):
+        rows.append({"data": label} | sizes | encoder | evaluate(*problems, label, device))
     table = pandas.DataFrame(rows, columns=COLUMNS)
     text = table.to_string(
         index=False, na_rep="", float_format="{:.2f}".format, formatters={"c": "{:g}".format}

@@ -15,7 +15,6 @@ interrupted study: a run that is in the table is not repeated.
 import math
 import shlex
 import sys
-import warnings
 import zlib
 from argparse import Namespace
 from pathlib import Path
@@ -38,7 +37,7 @@ from simsiam.runtime import devices
 from simsiam.runtime.config import words_of
 from simsiam.runtime.distributed import log
 from simsiam.runtime.files import atomic_write, error_prefix, read_csv, write_csv
-from tools.common import MODEL_HELP, add_encoder_options, add_main_options, run_script
+from tools.common import MODEL_HELP, add_encoder_options, add_main_options, read_rows, run_script
 from tools.transfer import Problem, load_labelled, logistic, pixel_problem
 
 COLUMNS = tuple("data encoder method fraction labels seed epochs top1 command".split())
@@ -56,19 +55,23 @@ BATCH_SIZE = 64  # of the recipes of linear.py --finetune
 
 
 class Study:
-    """The runs of all methods, fractions of the labels and seeds, and the table that they fill."""
+    """The runs of all methods, fractions of the labels and seeds, and the table that they fill.
+
+    `encoders`: the checkpoint of each method, "" for none.
+    """
 
     def __init__(
         self, args: Namespace, source: LoadedCheckpoint, images: Data, amp: torch.autocast
     ):
-        self.args, self.images, self.amp = args, images, amp
-        self.encoders = {LINEAR: source}
+        self.args, self.source, self.images, self.amp = args, source, images, amp
         self.table = Path(args.out, "worth.csv")
         self.data = utils.data_label(args.data_name, args.data_root)
+        self.encoders = {KNN: args.model_path, LINEAR: args.model_path}
         if args.against:
-            other = LoadedCheckpoint.open(args.against).to(next(source.net.parameters()).device)
-            self.encoders[f"linear, {Path(args.against).name}"] = other
-        self.methods = [KNN, *self.encoders, TUNED, SCRATCH, PIXELS]
+            device = next(source.net.parameters()).device
+            self.other = LoadedCheckpoint.open(args.against).to(device)
+            self.encoders[f"linear, {Path(args.against).name}"] = args.against
+        self.encoders |= {TUNED: args.model_path, SCRATCH: "", PIXELS: ""}
 
     def label_counts(self) -> dict[float, int]:
         """Return the number of labels of each fraction.
@@ -89,15 +92,6 @@ class Study:
                     )
         return numbers
 
-    def epochs(self, labels: int) -> int:
-        """Return the epochs of the runs that train the whole network."""
-        steps = max(1, labels // BATCH_SIZE)
-        return max(self.args.epochs, math.ceil(self.args.steps / steps))
-
-    def rows(self) -> list[dict]:
-        """Return the rows of the table."""
-        return read_csv(self.table) if self.table.is_file() else []
-
     def run(self, method: str, fraction: float, labels: int, seed: int) -> dict | None:
         """Return a row of the table; run what is missing. None if it would take too long.
 
@@ -106,25 +100,23 @@ class Study:
         if method == PIXELS and labels > MAX_PIXEL_LABELS:
             return None
         is_whole = method in (TUNED, SCRATCH)
-        encoder = {SCRATCH: "", PIXELS: ""}.get(method, self.args.model_path)
-        if method in self.encoders and method != LINEAR:
-            encoder = self.args.against
+        epochs = max(self.args.epochs, math.ceil(self.args.steps / max(1, labels // BATCH_SIZE)))
         row = {
             "data": self.data,
-            "encoder": encoder,
+            "encoder": self.encoders[method],
             "method": method,
             "fraction": fraction,
             "labels": labels,
             "seed": seed,
-            "epochs": self.epochs(labels) if is_whole else 0,
+            "epochs": epochs if is_whole else 0,
         }
         start, *words = self.command_words(row)
         row["command"] = f"{start} {shlex.join(map(str, words))}"
-        for old in self.rows():
+        for old in read_rows(self.table):
             if (old["method"], old["command"]) == (method, row["command"]):
                 return old
         row["top1"] = self.finetune(row) if is_whole else self.evaluate(method, labels, seed)
-        write_csv(self.table, [*self.rows(), row], COLUMNS)
+        write_csv(self.table, [*read_rows(self.table), row], COLUMNS)
         return row
 
     def command_words(self, row: dict) -> list:
@@ -148,10 +140,10 @@ class Study:
     def evaluate(self, method: str, labels: int, seed: int) -> float:
         """Return the top-1 of a method that trains no network, in percent."""
         images = self.images.subset(labels, seed)
-        source = self.encoders.get(method, self.encoders[LINEAR])
         if method == PIXELS:
-            problem = pixel_problem(source, images, self.amp, seed)
+            problem = pixel_problem(self.source, images, self.amp, seed)
         else:
+            source = self.source if self.encoders[method] == self.args.model_path else self.other
             problem = Problem.from_images(
                 images, lambda part: source.features(part, self.amp), seed
             )
@@ -160,7 +152,7 @@ class Study:
             k = min(KNN_K, max(1, labels // 10))  # of few labels 200 would be nearly all
             ranking = knn(bank, problem.labels, queries, k)
             return metrics.accuracy(ranking, problem.test_labels)[0]
-        return 100 * logistic(problem, f"{method}, {labels} labels", lambda: None)[0].mean()
+        return 100 * logistic(problem, f"{method}, {labels} labels")[0].mean()
 
     def finetune(self, row: dict) -> float:
         """Return the top-1 of a row's run of linear.py --finetune, in a process of its own."""
@@ -239,14 +231,11 @@ def parse(argv: list[str] | None) -> tuple[utils.Parser, Namespace]:
     add("--against", metavar="PATH", help="another encoder, a checkpoint of any project")
     add_main_options(parser, "data_name", "data_root", "split_names", note="the encoder's")
     fraction, seed = utils.number(float, 1e-9, 1), utils.number(int, 0, 2**32 - 1)
-    text = "fractions of the labels (0.01 0.1 1)"
-    add("--fractions", type=fraction, nargs="+", default=[0.01, 0.1, 1.0], help=text)
-    text = "seeds of the choice of labels, and of training (0 1 2)"
+    add("--fractions", type=fraction, nargs="+", default=[0.01, 0.1, 1.0], help="(0.01 0.1 1)")
+    text = "of the choice of labels, and of training (0 1 2)"
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help=text)
-    text = "epochs at least, of the methods that train the whole network (30)"
-    add("--epochs", type=count, default=30, help=text)
-    text = "steps at least, of these methods (2000)"
-    add("--steps", type=count, default=2000, help=text)
+    add("--epochs", type=count, default=30, help="epochs at least, of the whole network (30)")
+    add("--steps", type=count, default=2000, help="steps at least, of the whole network (2000)")
     text = "as of linear.py --finetune; of several the best on held-out labels (0.4)"
     add("--lr", type=utils.number(float, 1e-12), nargs="+", default=[0.4], help=text)
     text = "folder of the table, the picture, and a folder of the runs (results)"
@@ -279,16 +268,16 @@ def prepare(args: Namespace) -> tuple[Study, dict[float, int]]:
 def command(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser, args = parse(argv)
-    with warnings.catch_warnings(), parser.bad_input():
+    with parser.bad_input():
         ignore_pil_warnings()
         study, numbers = prepare(args)
         study.table.with_suffix("").mkdir(parents=True, exist_ok=True)
-    runs = [(method, *pair) for pair in numbers.items() for method in study.methods]
+    runs = [(method, *pair) for pair in numbers.items() for method in study.encoders]
     with tqdm(runs, "worth", leave=False, disable=None, unit="method") as bar:
         rows = [study.run(*run, seed) for run in bar for seed in args.seeds]
     rows = [row for row in rows if row is not None]
     with atomic_write(study.table.with_suffix(".png")) as file:
-        curves = {method: accuracies_by_labels(rows, method) for method in study.methods}
+        curves = {method: accuracies_by_labels(rows, method) for method in study.encoders}
         title = f"{study.data}: {Path(args.model_path).name}"
         plot_worth({name: points for name, points in curves.items() if points}, title, file)
     log(f"wrote {study.table} and {study.table.with_suffix('.png')}")
