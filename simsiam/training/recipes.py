@@ -79,6 +79,10 @@ class ViewSize(Number):
     def expected(self) -> str:
         return "pixels, 8 or more, or a part of the side from 0.1 to 1"
 
+    def parse(self, words: str) -> float:
+        value = super().parse(words)
+        return int(value) if value > 1 and value.is_integer() else value
+
     def check(self, value: object) -> None:
         super().check(value)
         if value > 1 and (value < 8 or value != int(value)):
