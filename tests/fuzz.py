@@ -6,8 +6,8 @@ Each file is a good one, or one with a program in it, that is broken in some pla
 checksums of half of them are mended, so that the damage gets further. A command reads it in a child
 process of bounded memory and time, which must end well, or with one line on stderr and exit code 1
 or 2. An audit hook ends a child that calls a program, unpickles by name, compiles a text, opens a
-connection, or writes outside of its --out; no other file may appear. What goes wrong is kept in
-fuzzed/.
+connection, or writes outside of its --out; no other file may appear. A file that
+ends otherwise is copied to fuzzed/.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -40,7 +39,7 @@ import utils
 from simsiam.data.textures import make_textures
 from simsiam.models.classifier import Classifier
 from simsiam.models.simsiam import SimSiam
-from tests.test_serialization import Call, as_bytes
+from tests.hostile import Call, as_bytes, limit, torch_file
 from tools import features
 
 FORMATS = "zip legacy pdparams safetensors tar csv png jpg".split()
@@ -70,11 +69,10 @@ def good_files() -> dict[str, list[bytes]]:
     states += [states[0] | {"evil": call} for call in calls]
     arrays = [{k: v if isinstance(v, Call) else v.numpy() for k, v in s.items()} for s in states]
     rows = "".join(f"../pictures/{i}.png,{'ab'[i % 2]}\n" for i in range(8))
-    old = {"_use_new_zipfile_serialization": False}
     return {
         "zip": [Path(f"out/{name}_model.pth").read_bytes() for name in ("new", "lin")]
-        + [as_bytes(lambda f, s=s: torch.save({"state_dict": s}, f)) for s in states],
-        "legacy": [as_bytes(lambda f, s=s: torch.save(s, f, **old)) for s in states],
+        + [torch_file({"state_dict": state}) for state in states],
+        "legacy": [torch_file(state, is_zip=False) for state in states],
         "pdparams": [pickle.dumps(state, i) for state in arrays for i in (2, 4)],
         "safetensors": [safetensors.torch.save(state) for state in states[:2]],
         "tar": [Path(shutil.make_archive("shard", "tar", "pictures")).read_bytes()],
@@ -181,10 +179,7 @@ def child(run: Callable[[], None]) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     try:
-        pages = Path("/proc/self/statm").read_text().split()[0]
-        most = int(pages) * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        limit(MEMORY, SECONDS)
         signal.alarm(6 * SECONDS)
         sys.addaudithook(watch)
         utils.run_command(run)
@@ -201,17 +196,17 @@ def child(run: Callable[[], None]) -> None:
 
 
 def verdict(status: int) -> str:
-    """`read`, `refused`, or what was wrong."""
-    code, said = os.waitstatus_to_exitcode(status), Path("stderr").read_text(errors="replace")
+    """Return `read`, `refused`, or the error."""
+    code, text = os.waitstatus_to_exitcode(status), Path("stderr").read_text(errors="replace")
     new = set(os.listdir()) - {"out", "pictures", "shard.tar", "good_model.pth", "stdout", "stderr"}
-    if code == 0 and not said and not new:
+    if code == 0 and not text and not new:
         return "read"
-    well = code in (1, 2) and said.count("\n") == 1 and said.endswith("\n") and not new
-    return "refused" if well else f"exit code {code}, files {new or 'none'}: {said[-2000:]}"
+    is_refused = code in (1, 2) and text.count("\n") == 1 and text.endswith("\n") and not new
+    return "refused" if is_refused else f"exit code {code}, files {new or 'none'}: {text[-2000:]}"
 
 
 def fuzz(number: int, seed: int, keep: Path) -> int:
-    """How many files were not dealt with well; those are kept, and what was said is printed."""
+    """Return how many files ended badly; keep them in `keep`, and print their errors."""
     torch.set_num_threads(1)  # children are forked: OpenMP's threads would not be there
     Image.init()  # its plugins, before the audit hook
     counts = Counter()
@@ -226,14 +221,14 @@ def fuzz(number: int, seed: int, keep: Path) -> int:
         path.write_bytes(content)
         if not (pid := os.fork()):
             child(command(i // len(FORMATS), name, str(path)))
-        found = verdict(os.waitpid(pid, 0)[1])
-        if found not in ("read", "refused"):
+        result = verdict(os.waitpid(pid, 0)[1])
+        if result not in ("read", "refused"):
             keep.mkdir(exist_ok=True)
             (keep / f"{seed}_{i}.{name}").write_bytes(content)
-            print(f"{seed}_{i}.{name}: {found}", flush=True)
-            found = "wrong"
-        counts[name, found] += 1
-        counts["all", found] += 1
+            print(f"{seed}_{i}.{name}: {result}", flush=True)
+            result = "wrong"
+        counts[name, result] += 1
+        counts["all", result] += 1
     print("format           read  refused    wrong")
     for name in (*FORMATS, "all"):
         print(f"{name:12}", *(f"{counts[name, how]:8}" for how in ("read", "refused", "wrong")))
@@ -245,7 +240,7 @@ if __name__ == "__main__":
     parser.add_argument("--files", type=int, default=2000, help="how many (2000)")
     parser.add_argument("--seed", type=int, default=0, help="breaks them differently (0)")
     args = parser.parse_args()
-    kept = Path("fuzzed").absolute()
+    folder = Path("fuzzed").absolute()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        sys.exit(fuzz(args.files, args.seed, kept) > 0)
+        sys.exit(fuzz(args.files, args.seed, folder) > 0)

@@ -1,6 +1,7 @@
 """Networks of other projects, with their structure and names, and checkpoints of this one."""
 
 import argparse
+import functools
 import pickle
 from collections import OrderedDict
 
@@ -51,40 +52,46 @@ def small_stem(net, padding=1):
     return net
 
 
+def headless(net):
+    net.fc = nn.Identity()
+    return net
+
+
+def body(net):
+    """A ResNet without its last layer."""
+    return nn.Sequential(*list(net.children())[:-1], nn.Flatten())
+
+
+def prediction_head():
+    return shaken(mlp(64, 16, 64, last_bias=True, bn=False))
+
+
 def torch_names(module, prefix=""):
     return OrderedDict((prefix + name, value) for name, value in module.state_dict().items())
 
 
+@functools.cache
 def authors():
     """facebookresearch/simsiam's builder.py."""
-    encoder = resnet18()
-    width = encoder.fc.in_features
-    encoder.fc = mlp(width, width, width, 64, last_bias=True, affine=False)
-    encoder, predictor = shaken(encoder), shaken(mlp(64, 16, 64, last_bias=True, bn=False))
+    encoder, predictor = resnet18(), prediction_head()
+    encoder.fc = mlp(512, 512, 512, 64, last_bias=True, affine=False)
+    encoder = shaken(encoder)
     state = torch_names(encoder, "module.encoder.") | torch_names(predictor, "module.predictor.")
-    backbone = nn.Sequential(*list(encoder.children())[:-1], nn.Flatten())
-    return {"epoch": 99, "arch": "resnet18", "state_dict": state}, backbone, encoder.fc, predictor
+    whole = {"epoch": 99, "arch": "resnet18", "state_dict": state}
+    return whole, body(encoder), encoder.fc, predictor
 
 
 def authors_linear():
-    net = shaken(resnet18())
-    state = {
-        "epoch": 89,
-        "best_acc1": torch.tensor(68.1),
-        "state_dict": torch_names(net, "module."),
-    }
-    return state, nn.Sequential(*list(net.children())[:-1], nn.Flatten()), None, None
+    net, whole = shaken(resnet18()), {"epoch": 89, "best_acc1": torch.tensor(68.1)}
+    return whole | {"state_dict": torch_names(net, "module.")}, body(net), None, None
 
 
+@functools.cache
 def leftthomas(linear=False, wrapped=False):
     """Its main.py and linear.py profile the network with thop before they train it."""
-    parts = [
-        module
-        for module in small_stem(resnet18()).children()
-        if not isinstance(module, nn.Linear | nn.Identity)
-    ]
+    children = small_stem(resnet18()).children()
     whole = nn.Module()
-    whole.f = nn.Sequential(*parts)
+    whole.f = nn.Sequential(*(m for m in children if not isinstance(m, nn.Linear | nn.Identity)))
     if linear:
         whole.fc = nn.Linear(512, 10)
         whole.forward = lambda x: whole.fc(whole.f(x).flatten(1))
@@ -100,9 +107,7 @@ def leftthomas(linear=False, wrapped=False):
 
 def patrick_hua(layers=2, small=True, shortcut=False):
     """Its projector has three layers always, of which its network may skip the second."""
-    net = small_stem(resnet18()) if small else resnet18()
-    net.fc = nn.Identity()
-    net = shaken(net)
+    net = shaken(headless(small_stem(resnet18()) if small else resnet18()))
     one, two, three = (
         shaken(nn.Sequential(nn.Linear(a, 64), nn.BatchNorm1d(64), *last))
         for a, last in ((512, [nn.ReLU()]), (64, [nn.ReLU()]), (64, []))
@@ -130,12 +135,12 @@ def patrick_hua(layers=2, small=True, shortcut=False):
 
 
 def lightly_example(heads=("projection_head", "prediction_head")):
-    backbone = shaken(nn.Sequential(*list(resnet18().children())[:-1]))
+    backbone = shaken(body(resnet18()))
     head = shaken(SimSiamProjectionHead(512, 512, 128))
     predictor = shaken(SimSiamPredictionHead(128, 64, 128))
     state = torch_names(backbone, "backbone.") | torch_names(head, f"{heads[0]}.")
     state |= torch_names(predictor, f"{heads[1]}.")
-    return state, nn.Sequential(backbone, nn.Flatten()), head, predictor
+    return state, backbone, head, predictor
 
 
 def lightly_of_1_1():
@@ -167,11 +172,8 @@ def lightly_cifar(dummy=False):
 
 
 def solo_learn(prefix="backbone"):
-    net = small_stem(resnet18(), padding=2)
-    net.fc = nn.Identity()
-    net = shaken(net)
+    net, predictor = shaken(headless(small_stem(resnet18(), padding=2))), prediction_head()
     projector = shaken(mlp(512, 64, 64, 64, last_bias=True, affine=False))
-    predictor = shaken(mlp(64, 16, 64, last_bias=True, bn=False))
     state = torch_names(net, f"{prefix}.") | torch_names(projector, "projector.")
     state |= torch_names(predictor, "predictor.") | torch_names(nn.Linear(512, 10), "classifier.")
     whole = {"state_dict": state, "hyper_parameters": argparse.Namespace(lr=0.5, devices=[0])}
@@ -179,15 +181,12 @@ def solo_learn(prefix="backbone"):
 
 
 def mmpretrain(linear=False):
-    net = resnet18()
-    net.fc = nn.Identity()
-    net = shaken(net)
+    net = shaken(headless(resnet18()))
     state = torch_names(net, "backbone.")
     if linear:
         state |= torch_names(nn.Linear(512, 1000), "head.fc.")
         return {"meta": {"epoch": 90}, "state_dict": state}, net, None, None
-    neck = shaken(mlp(512, 64, 64, 64, affine=False))
-    predictor = shaken(mlp(64, 16, 64, last_bias=True, bn=False))
+    neck, predictor = shaken(mlp(512, 64, 64, 64, affine=False)), prediction_head()
     for module, prefix in ((neck, "neck."), (predictor, "head.predictor.")):
         for name, value in module.state_dict().items():
             place, rest = name.split(".")
@@ -198,38 +197,25 @@ def mmpretrain(linear=False):
 
 def passl(mlp_name=""):
     """Paddle's arrays: Linear weights lie the other way round, BN's statistics have other names."""
-    _, backbone, projector, predictor = authors()
-    net = resnet18()
-    for part, source in zip(list(net.children())[:-1], backbone.children(), strict=False):
-        part.load_state_dict(source.state_dict())
-    net.fc = nn.Identity()
-    state = torch_names(net, "encoder.") | torch_names(projector, "encoder.fc.")
-    state |= torch_names(predictor, f"predictor.{mlp_name}")
+    whole, *parts = authors()
     arrays = {"StructuredToParameterName@@": {"encoder.conv1.weight": "conv2d_0.w_0"}}
-    for name, value in state.items():
+    for name, value in whole["state_dict"].items():
         if "num_batches" not in name:
+            name = name.removeprefix("module.").replace("predictor.", f"predictor.{mlp_name}")
             name = name.replace("running_mean", "_mean").replace("running_var", "_variance")
             arrays[name] = (value.T if value.ndim == 2 else value).contiguous().numpy()
-    return arrays, backbone, projector, predictor
+    return arrays, *parts
 
 
 def torchvision_s():
     net = shaken(resnet18())
-    return net.state_dict(), nn.Sequential(*list(net.children())[:-1], nn.Flatten()), None, None
+    return net.state_dict(), body(net), None, None
 
 
 def timm_s():
     net = shaken(timm.create_model("resnet50"))
-    return net.state_dict(), TimmFeatures(net), None, None
-
-
-class TimmFeatures(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+    features = lambda x: net.forward_head(net.forward_features(x), pre_logits=True)  # noqa: E731
+    return net.state_dict(), features, None, None
 
 
 FORMATS = {
@@ -260,11 +246,10 @@ FORMATS = {
 
 
 def write(state, folder, name):
+    path = folder / ("a.pdparams" if name.startswith("PASSL") else "a.pth")
     if name.startswith("PASSL"):
-        path = folder / "a.pdparams"
         path.write_bytes(pickle.dumps(state, protocol=2))
     else:
-        path = folder / "a.pth"
         torch.save(state, path, _use_new_zipfile_serialization="older" not in name)
     return path
 

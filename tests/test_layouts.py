@@ -5,6 +5,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from torchvision.models import resnet
 from torchvision.transforms.functional import normalize
 
 import linear
@@ -16,7 +17,6 @@ from simsiam.views.augment import NORMALISATION
 from tests import projects
 from tests.helpers import refused
 from tests.projects import FORMATS, authors, same_weights, shaken, solo_learn, torch_names, write
-from tools import convert
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -77,18 +77,18 @@ def test_the_file_tells_whether_its_second_projector_layer_was_used(
     state = projects.patrick_hua(layers, small)[0]["state_dict"]
     if not counted:
         state = {name: value for name, value in state.items() if "num_batches" not in name}
-    found, encoder, notes = layouts.translate(state)
-    said = [line for line in notes if "second projector layer" in line]
-    assert bool(said) == bool(left_out)
-    assert not left_out or left_out in said[0]
-    assert ("projector.6.weight" in found) == (not left_out)
+    weights, encoder, notes = layouts.translate(state)
+    lines = [line for line in notes if "second projector layer" in line]
+    assert bool(lines) == bool(left_out)
+    assert not left_out or left_out in lines[0]
+    assert ("projector.6.weight" in weights) == (not left_out)
     name = "projector.layer3.0.weight"
-    assert torch.equal(found[f"projector.{3 if left_out else 6}.weight"], state[name])
+    assert torch.equal(weights[f"projector.{3 if left_out else 6}.weight"], state[name])
     assert encoder["image_size"] == (32 if small or left_out else 224)
 
 
 def test_a_file_s_ending_means_nothing(tmp_path):
-    """PASSL 1.1 writes .pd; timm's hub and our own export safetensors."""
+    """PASSL 1.1 writes .pd; timm's hub and this project export safetensors."""
     for name, end in (("PASSL 1.1", "pd"), ("PASSL", "pth"), ("timm", "pth")):
         state = FORMATS[name]()[0]
         path = write(state, tmp_path, name)
@@ -96,11 +96,21 @@ def test_a_file_s_ending_means_nothing(tmp_path):
             save_file(state, path, metadata={"format": "pt"})
         source = LoadedCheckpoint.open(path.rename(tmp_path / f"model.{end}"))
         assert source.notes[0] == f"layout: {name.split()[0].replace('timm', 'torchvision')}"
-    net, path = projects.ours(tmp_path, "resnet8", "cifar", 2)
-    convert.command([str(path), f"{tmp_path}/a.safetensors", "--to", "safetensors"])
-    source = LoadedCheckpoint.open(tmp_path / "a.safetensors")
-    assert (source.notes[0], source.encoder["arch"]) == ("layout: simsiam", "resnet8")
-    same_weights(source.net.state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "width"), [("resnet18", "cifar", None), ("resnet14", "cifar", 8)]
+)
+def test_bare_weights_of_this_project(tmp_path, arch, stem, width):
+    state = shaken(SimSiam(arch, stem, 16, width=width)).state_dict()
+    torch.save({"model": state}, tmp_path / "a.pth")
+    save_file(state, tmp_path / "b.pth")
+    for path in (tmp_path / "a.pth", tmp_path / "b.pth"):
+        source = LoadedCheckpoint.open(path)
+        assert source.notes[0] == "layout: simsiam"
+        expected = {"arch": arch, "stem": stem, "width": width}
+        assert source.encoder == source.encoder | expected
+        same_weights(source.net.state_dict(), state)
 
 
 IMAGENET, CIFAR = NORMALISATION["imagenet"], NORMALISATION["cifar"]
@@ -121,29 +131,23 @@ IMAGENET, CIFAR = NORMALISATION["imagenet"], NORMALISATION["cifar"]
 def test_images_are_normalised_as_in_their_project(tmp_path, name, mean, std, size):
     state, backbone, *_ = FORMATS[name]()
     path = write(state, tmp_path, name)
-    source = LoadedCheckpoint.open(path)
-    assert source.encoder["image_size"] == size
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
-    off = torch.autocast("cpu", enabled=False)
-    expected = backbone(normalize(pixels / 255, mean, std))
-    torch.testing.assert_close(source.features(pixels, off), expected, atol=1e-5, rtol=1e-5)
-    (line,) = (note for note in source.notes if note.startswith("assumed input: "))
-    assert f"{size} pixels, normalised by mean {mean[0]}, {mean[1]}" in line
-    other = LoadedCheckpoint.open(path, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)).features(
-        pixels, off
-    )
-    expected = backbone(normalize(pixels / 255, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
-    torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5)
+    other = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
+    for settings in ({"mean": mean, "std": std}, other):
+        source = LoadedCheckpoint.open(path, **(settings if settings is other else {}))
+        assert source.encoder == source.encoder | settings | {"image_size": size}
+        features = source.features(pixels, torch.autocast("cpu", enabled=False))
+        expected = backbone(normalize(pixels / 255, **settings))
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+        (line,) = (note for note in source.notes if note.startswith("assumed input: "))
+        assert f"{size} pixels, normalised by mean {settings['mean'][0]}" in line
 
 
 def test_mean_and_std_are_flags(tmp_path, capsys):
     path = write(projects.leftthomas()[0], tmp_path, "a")
     flags = ("--model_path", path, "--data_name", "textures", "--out", tmp_path / "none")
-    assert "--std 58.4" in refused(capsys, linear, *flags, "--std", "58.4", "57.1", "57.4")
-    assert "--mean" in refused(capsys, linear, *flags, "--mean", "0.5")
-    _, path = projects.ours(tmp_path)
-    line = refused(capsys, linear, "--model_path", path, "--mean", "0.5", "0.5", "0.5")
-    assert "--mean" in line
+    for flag, *values in (("--std", "58.4", "57.1", "57.4"), ("--mean", "0.5")):
+        assert flag in refused(capsys, linear, *flags, flag, *values)
 
 
 def test_what_tells_the_stem_of_a_cifar_network():
@@ -183,18 +187,6 @@ def test_timm_networks_with_the_names_of_a_torchvision_resnet_are_named():
     assert same == set("resnet18 resnet34 resnet50 resnetaa50 resnetblur18 resnetblur50".split())
 
 
-def test_bare_weights_of_this_project(tmp_path):
-    for net, encoder in [
-        (SimSiam("resnet18", "cifar", 64), ("resnet18", "cifar", None)),
-        (SimSiam("resnet14", "cifar", 16, width=8), ("resnet14", "cifar", 8)),
-    ]:
-        torch.save({"model": shaken(net).state_dict()}, tmp_path / "a.pth")
-        source = LoadedCheckpoint.open(tmp_path / "a.pth")
-        assert source.notes[0] == "layout: simsiam"
-        assert tuple(source.encoder[name] for name in ("arch", "stem", "width")) == encoder
-        same_weights(source.net.state_dict(), net.state_dict())
-
-
 def test_what_does_not_fit_is_named(tmp_path, capsys):
     path = tmp_path / "a.pth"
     state = authors()[0]
@@ -203,16 +195,16 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
     twice = solo_learn()[0]["state_dict"]
     twice |= {"encoder.conv1.weight": twice["backbone.conv1.weight"]}
     odd = {"module.encoder.fc.0.bias": torch.zeros(4)}  # not as long as BN's running mean
-    few_blocks = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    wide = torch_names(torchvision.models.wide_resnet50_2(), "module.")
+    few_blocks = torchvision.models.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    narrow = torchvision.models.ResNet(resnet.Bottleneck, [3, 4, 6, 3], width_per_group=4)
     cases = [
         (strange, "module.momentum"),
         ({"state_dict": missing}, "backbone.layer2.0.bn1.weight"),
         ({"state_dict": state["state_dict"] | odd}, "shape of projector.0.bias"),
         ({"state_dict": twice}, "solo-learn, except for encoder.conv1.weight"),
         (torch_names(few_blocks), "none of resnet18"),
-        ({"state_dict": wide}, "shape of"),
-        (torch_names(torchvision.models.alexnet(num_classes=2)), "not those of a ResNet"),
+        (torch_names(narrow, "module."), "shape of"),
+        (torch_names(torchvision.models.squeezenet1_1()), "not those of a ResNet"),
         ({}, "has no weights"),
         ([1], "has no weights"),
         (None, "no checkpoint"),

@@ -10,14 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-import main
 import simsiam
 from simsiam.data import datasets, decode
 from simsiam.evaluation.knn import knn
 from simsiam.interop import weights
 from simsiam.models.simsiam import SimSiam
 from simsiam.views import augment
-from tests.helpers import ROOT
+from tests.helpers import ROOT, hardly_trained
 
 NAMES = {
     "SimSiam": SimSiam,
@@ -43,13 +42,9 @@ assert not heavy, heavy
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint of main.py, hardly trained, in a folder `results`."""
-    out = tmp_path_factory.mktemp("library") / "results"
-    main.main(
-        "--data_name textures --train_size 64 --width 8 --feature_dim 16 --batch_size 32 "
-        f"--epochs 1 --no-pictures --name textures --out {out}".split()
-    )
-    return out / "textures_model.pth"
+    """A checkpoint under the name that docs/library.md gives it."""
+    path = hardly_trained(tmp_path_factory.mktemp("library") / "results")
+    return path.rename(path.with_name("textures_model.pth"))
 
 
 def test_the_import_is_light_and_changes_nothing_global():
@@ -58,7 +53,7 @@ def test_the_import_is_light_and_changes_nothing_global():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_names_are_the_rooms_own_and_documented():
+def test_public_names_are_documented():
     assert sorted(simsiam.__all__) == sorted(NAMES)
     threads, kind, state = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state()
     for name, own in NAMES.items():
@@ -80,21 +75,28 @@ def test_an_encoder_turns_images_of_any_kind_into_features(checkpoint, tmp_path)
     cut = decode.decode_files([file], 32, resize_size=encoder.resize)[0]
     with torch.no_grad():
         expected = encoder.net.backbone(encoder.views.eval_transform(cut))
-    for image in (file, str(file), Image.open(file), pixels, tensor, tensor / 255):
+    for image in (file, str(file), Image.open(file), pixels, pixels / 255, tensor, tensor / 255):
         torch.testing.assert_close(encoder(image), expected)
     some = encoder([file, tensor], normalise=True)
     assert some.shape == (2, expected.shape[1])
     assert some.dtype == torch.float32
     assert not some.requires_grad
     torch.testing.assert_close(some.norm(dim=1), torch.ones(2))
-    for many in (tensor[None].expand(3, -1, -1, -1), pixels[None].repeat(3, 0)):
+    for many in (tensor[None].expand(3, -1, -1, -1), pixels[None].repeat(3, 0), [file] * 3):
         torch.testing.assert_close(encoder(many), expected.expand(3, -1))
     assert encoder([]).shape == (0, expected.shape[1])
     assert len(repr(encoder)) < 500  # what a notebook shows
-    with pytest.raises(ValueError, match=r"none\.png: cannot be read"):
-        encoder([file, tmp_path / "none.png"])
-    with pytest.raises(ValueError, match=r"torch\.uint8 of shape"):
-        encoder(tensor[:1])
+    for wrong, named in [
+        ([file, tmp_path / "none.png"], r"none\.png"),
+        (tensor[:1], r"torch\.uint8 of shape"),
+        (pixels.transpose(2, 0, 1), "uint8 of shape"),
+        (pixels.astype(np.int64), "int64 of shape"),
+        (pixels.astype(np.float32), "float32 of shape"),  # from 0 to 255
+        (7, "int"),
+        (None, "NoneType"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            encoder(wrong)
 
 
 def test_many_images_are_taken_in_parts(checkpoint):
@@ -113,11 +115,11 @@ def test_the_code_of_the_document_runs(checkpoint, monkeypatch, capsys):
     space = {}
     for block in blocks:
         exec(compile(block, "docs/library.md", "exec"), space)
-    found = types.SimpleNamespace(**space)
-    assert found.loss.isfinite()
-    assert found.z.shape == (64, 64)
-    assert found.features.shape == (3, found.bank.shape[1])
-    torch.testing.assert_close(found.features[0], found.features[1])
-    assert found.classes.shape == (200, 5)
-    assert found.similarity.shape == found.place.shape == (200, 3)
+    names = types.SimpleNamespace(**space)
+    assert names.loss.isfinite()
+    assert names.z.shape == (64, 64)
+    assert names.features.shape == (3, names.bank.shape[1])
+    torch.testing.assert_close(names.features[0], names.features[1])
+    assert names.classes.shape == (200, 5)
+    assert names.similarity.shape == names.place.shape == (200, 3)
     assert "kNN top-1: " in capsys.readouterr().out

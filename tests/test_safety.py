@@ -7,10 +7,8 @@ import re
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pandas
@@ -32,7 +30,8 @@ from simsiam.training.recipes import LinearConfig, PretrainConfig
 from simsiam.training.run import Run
 from simsiam.training.state import TrainState
 from tests import crash
-from tests.helpers import ROOT, refused, texture_folder
+from tests.helpers import ROOT, interrupt, refused, same_bits, texture_folder
+from tests.hostile import Call, deflated, torch_file
 from tests.projects import ours
 
 TINY = (
@@ -47,32 +46,33 @@ def run(out, *flags, on_step=None):
     main.main([*TINY, "--out", str(out), *map(str, flags)], on_step)
 
 
-def end(process, seconds=100):
-    """The output of a process when it has ended, by itself and in time."""
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    run(out, "--epochs", 2, "--name", "whole")
+    return out
+
+
+@pytest.fixture
+def out(whole_run, tmp_path):
+    """A folder with a finished run of two epochs, `whole`."""
+    return Path(shutil.copytree(whole_run, tmp_path / "out"))
+
+
+def end(process, seconds=300):
+    """Return the output of a process when it has ended, by itself and in time."""
     try:
         return process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
+    finally:
         process.kill()
-        process.communicate()
-        raise
 
 
-def at_step(epoch, step, then):
-    """A command's `on_step` that calls `then` in one step, both from 0 on, before it is counted."""
-
-    def on_step(*now):
-        if now == (epoch, step):
-            then()
-
-    return on_step
+def wait_for_training(process):
+    assert any(line.startswith("epoch 1/") for line in process.stdout)
 
 
-def end_by_signal(number=signal.SIGTERM):
-    os.kill(os.getpid(), number)
-
-
-def start(*argv, **more):
-    """A command in a process of its own, its two outputs in one pipe."""
+def start(*argv):
+    """Start a command in a process of its own, with its two outputs in one pipe."""
     return subprocess.Popen(
         [sys.executable, *map(str, argv)],
         cwd=ROOT,
@@ -80,28 +80,40 @@ def start(*argv, **more):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **more,
     )
+
+
+def signal_in(command, argv, epoch, step):
+    """Run a command, and send it SIGTERM before a step (from 0) is counted; it exits with 143."""
+
+    def on_step(*current):
+        if current == (epoch, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        command.main([str(word) for word in argv], on_step)
+    assert stop.value.code == 143
 
 
 # ---- kills and signals --------------------------------------------------------------------------
 
 
 def test_killed_runs_end_at_the_same_bits():
-    process = start("-m", "tests.crash", "--kills", 5)
+    process = start("-m", "tests.crash", "--kills", 3)
     out = end(process)
     assert process.returncode == 0, out
-    assert "5 of 5 kills survived" in out
+    assert "3 of 3 kills survived" in out
 
 
-def test_the_harness_sees_a_difference(tmp_path):
-    run(tmp_path, "--epochs", 1, "--name", "a")
-    run(tmp_path, "--epochs", 1, "--name", "b")
-    assert crash.differences(tmp_path / "a", tmp_path / "b") == []
-    run(tmp_path, "--epochs", 1, "--name", "c", "--seed", 1)
-    found = crash.differences(tmp_path / "a", tmp_path / "c")
+def test_equal_flags_give_equal_bits_and_a_seed_other_ones(out):
+    run(out, "--epochs", 2, "--name", "b", "--deterministic")  # changes nothing on a CPU
+    assert torch.are_deterministic_algorithms_enabled()
+    assert crash.differences(out / "whole", out / "b") == []
+    run(out, "--epochs", 2, "--name", "c", "--seed", 1)
+    assert not torch.are_deterministic_algorithms_enabled()
     expected = {"backbone.conv1.weight", "momentum 0", "statistics", "results.csv"}
-    assert expected | {"probe's weight", "probe's bias_momentum"} <= set(found)
+    expected |= {"probe's weight", "probe's bias_momentum"}
+    assert expected <= set(crash.differences(out / "whole", out / "c"))
 
 
 def test_a_signal_ends_a_run_in_good_order(tmp_path):
@@ -110,9 +122,7 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path):
     numbers = {"a": signal.SIGINT, "b": signal.SIGTERM}
     processes = {name: start(*command, name) for name in numbers}  # side by side
     for name, process in processes.items():
-        for line in process.stdout:
-            if line.startswith("epoch 1/"):
-                break
+        wait_for_training(process)
         process.send_signal(numbers[name])
     for name, process in processes.items():
         out = end(process)
@@ -170,11 +180,9 @@ utils.run_command(lambda: main.main(flags))
 def test_a_second_process_is_refused_and_names_the_first(tmp_path, capsys):
     command = [*TINY, "--out", tmp_path, "--name", "a", "--epochs", 3000]
     process = start("main.py", *command)
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            break
-    assert f"process {process.pid} " in refused(capsys, main, *command, "--resume")
-    assert f"process {process.pid} " in refused(capsys, main, *command, "--overwrite")
+    wait_for_training(process)
+    for flag in ("--resume", "--overwrite"):
+        assert f"process {process.pid} " in refused(capsys, main, *command, flag)
     process.kill()
     process.communicate()
     assert (tmp_path / ".a.lock").read_bytes() == b""  # Windows opens no locked file again
@@ -187,41 +195,31 @@ def test_a_second_process_is_refused_and_names_the_first(tmp_path, capsys):
 # ---- resume -------------------------------------------------------------------------------------
 
 
-def test_what_a_resume_may_change(tmp_path, capsys):
-    run(tmp_path, "--epochs", 2, "--name", "a")
-    path = tmp_path / "a_model.pth"
-    for flags, values in [
-        (("--arch", "resnet14"), ("resnet8", "resnet14")),
-        (("--batch_size", 16), ("32", "16")),
-        (("--train_size", 100), ("200", "100")),
-        (("--seed", 1), ("0", "1")),
-        (("--data_name", "folder"), ("textures", "folder")),
-        (("--epochs", 5), ("2", "5")),
+def test_what_a_resume_may_change(out, capsys):
+    path = out / "whole_model.pth"
+    for flag, before, after in [
+        ("--arch", "resnet8", "resnet14"),
+        ("--batch_size", 32, 16),
+        ("--train_size", 200, 100),
+        ("--seed", 0, 1),
+        ("--data_name", "textures", "folder"),
+        ("--epochs", 2, 5),
     ]:
-        line = refused(capsys, main, "--resume", path, *flags)
-        assert all(f"{flags[0]} {value}" in line for value in values)
+        line = refused(capsys, main, "--resume", path, flag, after)
+        assert f"{flag} {before}" in line
+        assert f"{flag} {after}" in line
     main.main(["--resume", str(path), "--num_workers", "0", "--knn_every", "2"])
-    out = capsys.readouterr().out
-    assert f"--num_workers 0 (was {default_workers()})" in out
-    assert "finished" in out
-    assert "none_model.pth" in refused(capsys, main, "--resume", tmp_path / "none_model.pth")
-    run(tmp_path, "--epochs", 1, "--name", "b")
-    assert "b_model.pth exists" in refused(capsys, main, "--resume", path, "--name", "b")
+    assert f"--num_workers 0 (was {default_workers()})" in capsys.readouterr().out
 
 
 def test_more_epochs_while_the_warm_up_lasts(tmp_path, capsys):
     """The learning rates of the warm-up are those of any number of epochs."""
-    flags = ("--warmup_epochs", 1, "--checkpoint_minutes", 0, "--name")
-    run(tmp_path, "--epochs", 3, *flags, "whole")
-
-    def stop():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "--epochs", 2, *flags, "cut", on_step=at_step(1, 0, stop))
+    flags = [*TINY, "--out", tmp_path, "--warmup_epochs", 1, "--checkpoint_minutes", 0]
+    run(tmp_path, "--epochs", 3, *flags, "--name", "whole")
+    interrupt(main, [*flags, "--epochs", 2, "--name", "cut"], epoch=1)
     path = tmp_path / "cut_model.pth"
     assert "--warmup_epochs 1" in refused(capsys, main, "--resume", path, "--epochs", 1)
-    run(tmp_path, "--epochs", 3, *flags, "cut", "--resume")
+    run(tmp_path, "--epochs", 3, *flags, "--name", "cut", "--resume")
     assert "--epochs 3 (was 2)" in capsys.readouterr().out
     assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []
 
@@ -237,15 +235,14 @@ def test_other_images_are_refused(tmp_path, capsys):
     assert f"{tmp_path}/a_model.pth" in err
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, monkeypatch):
-    run(tmp_path, "--epochs", 2, "--name", "whole")
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(out, capsys, monkeypatch):
     unlink = Path.unlink  # a run that ends removes the one before the last
     monkeypatch.setattr(
         Path, "unlink", lambda self, **more: ".prev" in self.name or unlink(self, **more)
     )
-    run(tmp_path, "--epochs", 2, "--name", "cut", "--checkpoint_minutes", 0)
+    run(out, "--epochs", 2, "--name", "cut", "--checkpoint_minutes", 0)
     monkeypatch.undo()
-    path = tmp_path / "cut_model.pth"
+    path = out / "cut_model.pth"
     content = path.read_bytes()
     weights = checkpoint.load(path)["model"]["projector.0.weight"].numpy().tobytes()
     at = content.index(weights) + 5
@@ -253,79 +250,61 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, mon
     capsys.readouterr()
     replace = os.replace
 
-    def never_the_good_one(source, target):
+    def replace_but_the_previous(source, target):
         assert not str(target).endswith(".prev.pth")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", never_the_good_one)
-    run(tmp_path, "--epochs", 2, "--name", "cut", "--resume")
-    out = capsys.readouterr().out
-    assert "is damaged" in out
-    assert "cut_model.prev.pth" in out
-    assert "resumed after epoch 1 of 2 and step 6 of 6" in out
-    assert crash.differences(tmp_path / "whole", tmp_path / "cut") == []
+    monkeypatch.setattr(os, "replace", replace_but_the_previous)
+    run(out, "--epochs", 2, "--name", "cut", "--resume")
+    assert "cut_model.prev.pth" in capsys.readouterr().out
+    assert crash.differences(out / "whole", out / "cut") == []
 
 
-@pytest.mark.parametrize("step", [2, 4])  # the second: the epoch's last
-def test_linear_resumes_within_an_epoch(tmp_path, capsys, step):
-    run(tmp_path, "--epochs", 1, "--name", "pre")
-    flags = f"--model_path {tmp_path}/pre_model.pth --out {tmp_path} --epochs 3 --batch_size 64"
-    linear.main([*flags.split(), "--name", "whole"])
-    with pytest.raises(SystemExit) as stop:
-        linear.main([*flags.split(), "--name", "cut"], at_step(1, step - 1, end_by_signal))
-    assert stop.value.code == 143
-    state = torch.load(tmp_path / "cut_model.pth")
-    assert (state["epoch"], state["step"]) == (1, step)
-    linear.main(["--resume", f"{tmp_path}/cut_model.pth"])
-    assert f"resumed after epoch 1 of 3 and step {step} of 4" in capsys.readouterr().out
-    whole, cut = (torch.load(tmp_path / f"{name}_model.pth") for name in ("whole", "cut"))
-    assert all(torch.equal(value, cut["model"][key]) for key, value in whole["model"].items())
-    tables = [pandas.read_csv(tmp_path / f"{name}_statistics.csv") for name in ("whole", "cut")]
-    assert tables[0].drop(columns="seconds").equals(tables[1].drop(columns="seconds"))
-
-
-def test_deterministic_changes_nothing_on_a_cpu(tmp_path):
-    run(tmp_path, "--epochs", 1, "--name", "b", "--deterministic")
-    assert torch.are_deterministic_algorithms_enabled()
-    run(tmp_path, "--epochs", 1, "--name", "a")
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert crash.differences(tmp_path / "a", tmp_path / "b") == []
+def test_linear_resumes_within_an_epoch(out):
+    flags = ["--model_path", out / "whole_model.pth", "--out", out, "--epochs", 3]
+    flags = [*flags, "--batch_size", 64, "--name"]
+    linear.main([*map(str, flags), "lin"])
+    whole = torch.load(out / "lin_model.pth")["model"]
+    table = pandas.read_csv(out / "lin_statistics.csv").drop(columns="seconds")
+    for step in (2, 4):  # the second: the epoch's last
+        signal_in(linear, [*flags, step], 1, step - 1)
+        state = torch.load(out / f"{step}_model.pth")
+        assert (state["epoch"], state["step"]) == (1, step)
+        linear.main(["--resume", f"{out}/{step}_model.pth"])
+        assert same_bits(torch.load(out / f"{step}_model.pth")["model"], whole)
+        cut = pandas.read_csv(out / f"{step}_statistics.csv").drop(columns="seconds")
+        assert cut.equals(table)
 
 
 # ---- what goes wrong in a run -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("minutes", "kept"), [(0, (1, 1)), (10, (0, 0))])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, minutes, kept):
-    """Its step is not applied; the checkpoint before stays, `kept` epochs and steps old."""
-    real, calls = F.cosine_similarity, []
+@pytest.mark.parametrize(("minutes", "saved"), [(0, (1, 1)), (10, (0, 0))])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, minutes, saved):
+    """Its step is not applied; the checkpoint before stays, with `saved` epochs and steps."""
+    cosine, step, calls, moved = F.cosine_similarity, torch.optim.SGD.step, [], []
 
     def poisoned(p, z, dim):
         calls.append(0)
-        return real(p, z, dim=dim) * (float("nan") if len(calls) == 2 * 8 else 1)
-
-    weights = []
-    step = torch.optim.SGD.step
+        return cosine(p, z, dim=dim) * (float("nan") if len(calls) == 2 * 8 else 1)
 
     def remember(self):
         before = [p.detach().clone() for p in self.param_groups[0]["params"]]
         step(self)
-        weights.append((before, [p.detach().clone() for p in self.param_groups[0]["params"]]))
+        moved.append(not all(map(torch.equal, before, self.param_groups[0]["params"])))
 
     monkeypatch.setattr(F, "cosine_similarity", poisoned)
     monkeypatch.setattr(torch.optim.SGD, "step", remember)
     with pytest.raises(RunError, match="epoch 2, step 2, at lr 0.0839.*a_model.pth"):
         run(tmp_path, "--epochs", 3, "--name", "a", "--checkpoint_minutes", minutes)
     state = checkpoint.load(tmp_path / "a_model.pth")
-    assert (state["epoch"], state["step"]) == kept
-    assert len(weights) >= 8
-    for before, after in weights[7:]:  # the eighth step of all, and any after it: not applied
-        assert all(map(torch.equal, before, after))
-    before, after = weights[6]
-    assert not torch.equal(before[0], after[0])
+    assert (state["epoch"], state["step"]) == saved
+    assert moved[:7] == [True] * 7
+    assert moved[7:]
+    assert not any(moved[7:])  # the eighth step of all, and any after it
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_torch_file(tmp_path):
     _, path = ours(tmp_path, "resnet8", "cifar", 2)
     state, content = checkpoint.load(path), path.read_bytes()
     state["config"] = state["config"].as_dict()
@@ -337,7 +316,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """Seconds that pass on demand."""
 
     now = 0.0
 
@@ -357,15 +336,16 @@ def small_run(out, clock, *words):
     return run, TrainState(net, optimizer, range(2), meters, lambda progress: 1.0)
 
 
+def on_disk(out):
+    """Epochs and steps of the checkpoint, and rows of the table."""
+    state, table = checkpoint.load(out / "a_model.pth"), out / "a_statistics.csv"
+    return state["epoch"], state["step"], len(pandas.read_csv(table)) if table.exists() else 0
+
+
 def test_an_epoch_s_end_and_a_knn_write_no_checkpoint_too_soon(tmp_path):
     """No checkpoint within 60 s and no table within 10 s, unless the run is at its end."""
-    clock, table = Clock(), tmp_path / "a_statistics.csv"
-
-    def there():
-        state = checkpoint.load(tmp_path / "a_model.pth")
-        return state["epoch"], state["step"], len(pandas.read_csv(table)) if table.exists() else 0
-
-    # Seconds of two steps and of the kNN; epochs, steps and rows on the disk at the kNN and after.
+    clock = Clock()
+    # Seconds of two steps and of the kNN; what is on the disk at the kNN and after.
     story = [
         (4, 5, (0, 0, 0), (0, 0, 0)),  # 9 s after the run's first checkpoint
         (0, 1, (0, 0, 0), (0, 0, 3)),  # 10 s after it: the table
@@ -382,39 +362,29 @@ def test_an_epoch_s_end_and_a_knn_write_no_checkpoint_too_soon(tmp_path):
             clock.now += steps
             run.after_step(1)
             with run.evaluation_phase():
-                assert there() == before
+                assert on_disk(tmp_path) == before
                 clock.now += knn
             row = run.after_epoch({"train_loss": -0.5})
-            assert row == {
-                "epoch": epoch + 1,
-                "lr": 1.0,
-                "train_loss": -0.5,
-                "seconds": steps + knn,
-            }
-            assert there() == after
+            expected = {"epoch": epoch + 1, "lr": 1.0, "train_loss": -0.5, "seconds": steps + knn}
+            assert row == expected
+            assert on_disk(tmp_path) == after
 
 
 def test_steps_write_checkpoints_every_so_many_minutes(tmp_path):
-    clock = Clock()
-
-    def there():
-        state = checkpoint.load(tmp_path / "a_model.pth")
-        return state["epoch"], state["step"]
-
+    clock, written = Clock(), []
     run, state = small_run(tmp_path, clock, "--epochs", "3", "--checkpoint_minutes", "0.05")  # 3 s
     with run:
         run.start(state, [{"epoch": 0}])
-        found = []
         for _ in run.epochs():
             for step in range(2):
                 clock.now += 1.5
                 run.after_step(step)
-                found.append(there())
+                written.append(on_disk(tmp_path)[:2])
             run.after_epoch({})
-            found.append(there())
+            written.append(on_disk(tmp_path)[:2])
             clock.now += 1
     # 1.5, 3, 3 | 5.5, 7, 7 | 9.5, 11, 11 s
-    assert found == [(0, 0), (0, 2), (0, 2), (0, 2), (1, 2), (1, 2), (1, 2), (2, 2), (3, 0)]
+    assert written == [(0, 0), (0, 2), (0, 2), (0, 2), (1, 2), (1, 2), (1, 2), (2, 2), (3, 0)]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys):
@@ -470,46 +440,7 @@ main.main({flags}, look)
     assert sizes[11] <= 1.003 * sizes[3]  # 2.5 MB in 8 epochs
 
 
-# ---- bad images ---------------------------------------------------------------------------------
-
-
-def test_bad_images(tmp_path, capsys):
-    texture_folder(tmp_path / "images")
-    good = sorted((tmp_path / "images" / "train" / "rows").glob("*.png"))
-    (good[0]).write_bytes(good[1].read_bytes()[:200])  # truncated
-    (good[2]).write_text("no image")
-    Image.new("1", (12_000, 10_000)).save(good[3])  # a bomb: small as a file
-    flags = [*FOLDER, "--epochs", 1, "--out", tmp_path / "r", "--name", "a", "--data_root"]
-    flags = [str(word) for word in (*flags, tmp_path / "images")]
-    err = refused(capsys, main, *flags)
-    assert any(str(good[i]) in err for i in (0, 2, 3))
-    assert not (tmp_path / "r").exists()
-    main.main([*flags, "--bad_images", "skip"])
-    out = capsys.readouterr().out
-    assert "folder: 197 training images" in out
-    assert "3 files could not be read" in out
-    lines = (tmp_path / "r" / "a_bad_images.txt").read_text().splitlines()
-    assert [line.split(": ")[0] for line in lines] == [str(good[i]) for i in (0, 2, 3)]
-    assert "12000 x 10000" in lines[2]
-
-
 # ---- malformed checkpoints ----------------------------------------------------------------------
-
-
-class Payload:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def saved(state) -> bytes:
-    content = io.BytesIO()
-    torch.save(state, content)
-    return content.getvalue()
 
 
 GONE = object()  # in the place of a value: the entry is left out
@@ -520,35 +451,22 @@ def variants(state, table):
     for path, *values in table:
         key, _, part = path.partition("/")
         for value in values:
-            entries = {
-                k: v for k, v in (state[key] if part else state).items() if k != (part or key)
-            }
-            entries |= {} if value is GONE else {part or key: value}
+            entries = dict(state[key] if part else state) | {part or key: value}
+            entries = {name: entry for name, entry in entries.items() if entry is not GONE}
             words = f"{path} {'gone' if value is GONE else value}"[:60]
-            yield words, saved(state | {key: entries} if part else entries)
+            yield words, torch_file(state | {key: entries} if part else entries)
 
 
 def malformed(whole: bytes, out: Path):
     """Names and contents of files that are no good checkpoints, whatever they are read for."""
-    for share in (0, 0.01, 0.3, 0.5, 0.9, 0.99, 0.9999):
+    for share in (0, 0.01, 0.5, 0.9999):
         yield f"cut at {share}", whole[: int(share * len(whole))]
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        for info in archive.infolist()[:: max(1, len(archive.infolist()) // 12)]:
-            if info.file_size:  # a byte of each part's content
-                names = struct.unpack("<HH", whole[info.header_offset + 26 :][:4])
-                at = info.header_offset + 30 + sum(names) + info.file_size // 2
-                content = whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :]
-                yield f"{info.filename} flipped", content
-        deflated = io.BytesIO()
-        with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as other:
-            for info in archive.infolist():
-                other.writestr(info.filename, archive.read(info))
-        yield "compressed", deflated.getvalue()
+    yield "compressed", deflated(whole)
     yield "text", b"not a checkpoint\n" * 1000
     yield "a pickle", b"\x80\x04cos\nsystem\n(S'touch ran'\ntR."
     state = torch.load(io.BytesIO(whole), weights_only=True)
-    yield "a list", saved([state])
-    yield "a tensor", saved(torch.ones(3))
+    yield "a list", torch_file([state])
+    yield "a tensor", torch_file(torch.ones(3))
     first, kinds = next(iter(state["model"])), checkpoint.FORMAT.items()
     weight, rows = state["model"][first], state["history"]
     yield from variants(
@@ -575,7 +493,7 @@ def malformed(whole: bytes, out: Path):
                 torch.ones(3, 3).to_sparse(),
             ),
             ("classes", [1, 2], [["rows"]], [None] * 10),
-            ("config", {}, {3: 3}, Payload(out / "ran")),
+            ("config", {}, {3: 3}, Call(open, str(out / "ran"), "w")),
             ("config/lr", ["0.1", "--help"]),
             ("probe", {"weight": 3}, {"weight": [torch.ones(3)]}),
             ("meters/loss", math.nan, math.inf, "junk", None, [1.0], True),
@@ -595,50 +513,19 @@ def malformed(whole: bytes, out: Path):
     )
     if state["command"] == "linear.py":
         classes = state["classes"]
-        yield from variants(
-            state,
-            [("probe", {"weight": torch.ones(3)}), ("classes", classes[1:], [*classes, "more"])],
-        )
-        return
-    yield from variants(
-        state,
-        [
-            ("config/feature_dim", GONE, 10**12, 10**30, "16", -1, 0, 17, None),
-            ("config/projector_layers", 10**9, 0, "2", 2.5, 3, None),
-            ("config/predictor", "none", "junk", ["mlp"], {}, None),
-            ("config/bn", GONE, "none", "junk", ["all"], {}, None),
-            ("config/similarity", "junk", ["cosine"], {}, None),
-            ("config/loss", "junk", ["symmetric"], {}, None),
-            ("config/stop_grad", GONE),
-            ("config/data_name", GONE, "junk", None, 3, ["textures"]),
-            ("config/seed", "junk", 0.5),
-            ("config/train_size", "junk", 0.5),
+        more = [("probe", {"weight": torch.ones(3)}), ("classes", classes[1:], [*classes, "more"])]
+    else:
+        more = [  # of Config.from_dict: see tests/test_config.py
+            ("config/feature_dim", GONE, 10**12, 10**30, "16", -1, 17),
+            ("config/projector_layers", 10**9, 0, 3),
+            ("config/predictor", "none", ["mlp"], {}),
+            ("config/bn", GONE, "none", ["all"]),
+            ("config/data_name", GONE, "junk", ["textures"]),
+            ("config/crop_scale", (0.2,), ("a", "b"), 0.2),
+            ("config/blur_sigma", (0.1, math.inf)),
             ("config/probe", False, None, "junk", 1),
-        ],
-    )
-
-
-# Settings that cannot be, or do not go together.
-OF_MAIN = [
-    ("config/knn_every", 0),
-    ("config/warmup_epochs", 99),
-    ("config/stop_grad", "junk"),
-    ("config/crop_scale", (0.2,), ("a", "b"), 0.2),
-    ("config/crop_ratio", (math.nan, 1.0)),
-    ("config/jitter", (0.4, 0.4, 0.4)),
-    ("config/hflip_p", None),
-    ("config/rotate90_p", 90),
-    ("config/gray_p", "junk"),
-    ("config/blur_p", -0.5),
-    ("config/blur_sigma", (0.1, math.inf)),
-]
-OF_LINEAR = [
-    ("config/label_fraction", 0),
-    ("config/optimizer", 99),
-    ("config/evaluate_only", 3),
-    ("config/predict", "x"),
-    ("extra/lr", GONE, 0.0),
-]
+        ]
+    yield from variants(state, more)
 
 
 def no_way_on(whole: bytes):
@@ -647,42 +534,36 @@ def no_way_on(whole: bytes):
     momentum, is_main = state["optimizer"]["state"], state["command"] == "main.py"
     buffer, rows = momentum[0]["momentum_buffer"], state["history"]
     columns = ["test_acc@1", "test_acc@5", "seconds", *(["raw_acc@1"] * is_main)]
-    probes = [
-        (f"probe/{part}", GONE, tensor * math.nan, torch.ones(3), tensor.double())
-        for part, tensor in state["probe"].items()
+    entries = [
+        ("meters", {"loss": 1.0, "top99": 1.0}),
+        ("step", 99),
+        ("images_checksum", 1),
+        ("config/epochs", "junk", 0, 1),  # the last: all are done, and a step more
+        ("config/lr", math.nan, "junk"),
+        ("config/seed", -1),
+        ("config/num_workers", -1),
+        ("optimizer", {}),
+        (
+            "optimizer/state",
+            "junk",
+            momentum | {0: "junk"},
+            momentum | {len(momentum): {"momentum_buffer": buffer}},
+            momentum | {0: {"momentum_buffer": torch.ones(3)}},
+            momentum | {0: {"momentum_buffer": buffer * math.nan}},
+            momentum | {0: {"exp_avg": buffer}},
+        ),
+        ("history", [{"epoch": row["epoch"], "seconds": 1.0} for row in rows]),
+        *(("history", [{k: row[k] for k in row if k != name} for row in rows]) for name in columns),
     ]
-    yield from variants(
-        state,
-        [
-            ("meters", {"loss": 1.0, "top99": 1.0}),
-            ("step", 99),
-            ("images_checksum", 1),
-            ("config/epochs", "junk", 0, 1),  # the last: all are done, and a step more
-            ("config/lr", math.nan, "junk"),
-            ("config/seed", -1),
-            ("config/batch_size", "junk"),
-            ("config/amp", "fp8"),
-            ("config/num_workers", -1),
-            ("optimizer", {}),
-            (
-                "optimizer/state",
-                "junk",
-                momentum | {0: "junk"},
-                momentum | {len(momentum): {"momentum_buffer": buffer}},
-                momentum | {0: {"momentum_buffer": torch.ones(3)}},
-                momentum | {0: {"momentum_buffer": buffer * math.nan}},
-                momentum | {0: {"exp_avg": buffer}},
-            ),
-            ("history", [{"epoch": row["epoch"], "seconds": 1.0} for row in rows]),
-            *(
-                ("history", [{k: v for k, v in row.items() if k != column} for row in rows])
-                for column in columns
-            ),
-            *(OF_MAIN if is_main else OF_LINEAR),
-            *([*probes, ("classes", ["a", "b"]), ("probe", {})] if is_main else []),
-            *([("probe/x", torch.ones(1))] if is_main else []),
-        ],
-    )
+    if is_main:
+        entries += [("config/warmup_epochs", 99), ("classes", ["a", "b"])]
+        entries += [("probe", {}), ("probe/x", torch.ones(1))]
+        for part, tensor in state["probe"].items():
+            values = tensor * math.nan, torch.ones(3), tensor.double()
+            entries.append((f"probe/{part}", GONE, *values))
+    else:
+        entries += [("config/label_fraction", 0), ("config/predict", "x"), ("extra/lr", GONE, 0.0)]
+    yield from variants(state, entries)
 
 
 @pytest.fixture(scope="module")
@@ -693,10 +574,7 @@ def runs(tmp_path_factory):
     flags = [*FOLDER, "--data_root", out / "images", "--name", "pre"]
     model = ["--model_path", out / "pre_model.pth", "--cached", "--name", "lin"]
     for command, words in ((main, flags), (linear, [*model, "--batch_size", 25])):
-        argv = [str(word) for word in (*words, "--epochs", 2, "--out", out)]
-        with pytest.raises(SystemExit) as stop:
-            command.main(argv, at_step(1, 1, end_by_signal))
-        assert stop.value.code == 143
+        signal_in(command, [*words, "--epochs", 2, "--out", out], 1, 1)
     return out
 
 
@@ -706,17 +584,17 @@ def test_malformed_checkpoints(source, runs, tmp_path, capsys):
     Image.new("RGB", (32, 32)).save(image)
     path = tmp_path / "bad_model.pth"
     out = ("--out", tmp_path / "out")
-    resume, *uses = {
-        "pre": [(main, "--resume", path), (linear, "--model_path", path, *out)],
+    use = {
+        "pre": [(linear, "--model_path", path, *out)],
         "lin": [
-            (linear, "--resume", path),
             (linear, "--model_path", path, "--predict", image),
             (linear, "--model_path", path, "--evaluate_only", *out),
         ],
     }[source]
+    resume = ({"pre": main, "lin": linear}[source], "--resume", path)
     whole = (runs / f"{source}_model.pth").read_bytes()
     count = 0
-    cases = [(*case, [resume, *uses]) for case in malformed(whole, tmp_path)]
+    cases = [(*case, [resume, *use]) for case in malformed(whole, tmp_path)]
     cases += [(*case, [resume]) for case in no_way_on(whole)]
     for name, content, commands in cases:
         path.write_bytes(content)
@@ -729,7 +607,7 @@ def test_malformed_checkpoints(source, runs, tmp_path, capsys):
             count += 1
         assert path.read_bytes() == content
         assert sorted(p.name for p in tmp_path.iterdir()) == ["bad_model.pth", "image.png"]
-    assert count > 250
+    assert count > 200
 
 
 def test_files_of_no_permission(tmp_path, capsys):

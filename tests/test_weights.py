@@ -3,7 +3,6 @@
 import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -40,18 +39,16 @@ OFF = torch.autocast("cpu", enabled=False)
 
 
 def test_a_flipped_bit_is_seen(tmp_path):
-    state = authors()[0]
-    torch.save(state, tmp_path / "a.pth")
-    first = state["state_dict"]["module.encoder.layer4.1.conv2.weight"].numpy().tobytes()[:64]
-    net, path = ours(tmp_path)
-    second = net.backbone.layer4[1].conv2.weight.detach().numpy().tobytes()[:64]
-    for file, bits in ((tmp_path / "a.pth", first), (path, second)):
+    own, path = ours(tmp_path, "resnet8", "cifar", 2)
+    files = {path: own.backbone.conv1.weight.detach()}
+    foreign = leftthomas()[0]
+    files[write(foreign, tmp_path, "a")] = foreign["f.0.weight"]
+    for file, weight in files.items():
         content = bytearray(file.read_bytes())
-        content[content.index(bits) + 5] ^= 1
+        content[content.index(weight.numpy().tobytes()) + 5] ^= 1
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=f"^{file}: ") as refusal:
+        with pytest.raises(ValueError, match=f"^{file}: "):
             LoadedCheckpoint.open(file)
-        assert str(refusal.value).count(str(file)) == 1
 
 
 # ---- a checkpoint, opened -----------------------------------------------------------------------
@@ -101,21 +98,19 @@ def test_what_another_project_s_file_does_not_say(tmp_path):
 def in_old_version(path, version):
     """Rewrite a checkpoint as version 1 or 2 had it, with parts that networks no longer have."""
     state = torch.load(path)
-    kept = ("model", "history", "epoch", "step", "optimizer", "classes", "command")
-    old = {name: state[name] for name in kept} | {"version": version}
+    entries = ("model", "history", "epoch", "step", "optimizer", "classes", "command")
+    old = {name: state[name] for name in entries} | {"version": version}
     new = ("exif", "background", "exclude", "levels", "channels", "probe")
     args = {name: value for name, value in state["config"].items() if name not in new}
     args |= {"local_views": 0, "target_momentum": 0.99, "k": "junk", "batch_size": [1]}
-    ema = {
-        "momentum_encoder.0.conv1.weight": torch.ones(1),
-        "local_predictor.0.weight": torch.ones(1),
-    }
+    removed = ("momentum_encoder.0.conv1.weight", "local_predictor.0.weight")
+    old["model"] = old["model"] | dict.fromkeys(removed, torch.ones(1))
     if version == 2:
         old |= {"encoder": state["encoder"], "facts": {}, "tally": {"loss": 0.0}, "probe": {}}
     else:  # the encoder was among the arguments
         linear = old.pop("command") == "linear.py"
         args |= {"encoder": state["encoder"]} if linear else state["encoder"]
-    torch.save(old | {"args": args, "model": old["model"] | ema}, path)
+    torch.save(old | {"args": args}, path)
 
 
 @pytest.mark.parametrize("version", range(1, checkpoint.VERSION))
@@ -181,7 +176,9 @@ def test_init_takes_the_parts_that_are_there(tmp_path, capsys):
     after = net.state_dict()
     assert torch.equal(after["backbone.layer4.1.conv2.weight"], state["f.6.1.conv2.weight"])
     assert all(torch.equal(after[name], before[name]) for name in after if name[:2] == "pr")
-    for other in (SimSiam("resnet18", "imagenet", 16), SimSiam("resnet34", "cifar", 16)):
+    for arch, stem in (("resnet18", "imagenet"), ("resnet34", "cifar")):
+        with torch.device("meta"):
+            other = SimSiam(arch, stem, 16)
         with pytest.raises(ValueError, match="backbone .*--arch resnet18 --stem cifar"):
             weights.init_from_checkpoint(other, path)
     flags = ("--data_name", "textures", "--out", tmp_path / "none", "--arch", "resnet18")
@@ -201,15 +198,13 @@ INIT = {  # of which project, and the flags that it fits
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", INIT)
-def test_init_takes_a_network_of_others_in_full(tmp_path, name):
-    state, *theirs = FORMATS[name]()
-    path = write(state, tmp_path, name)
-    net = SimSiam(**{"arch": "resnet18", "feature_dim": 64} | INIT[name])
-    notes = weights.init_from_checkpoint(net, path, "all")
-    assert not [line for line in notes if "at random" in line]
-    x, net = torch.randn(4, 3, 32, 32), net.eval()
-    for mine, their in zip((net.backbone, net.projector, net.predictor), theirs, strict=True):
-        expected = their(x)
+def test_init_takes_all_parts_of_another_project(tmp_path, name):
+    state, *parts = FORMATS[name]()
+    net = SimSiam(**{"arch": "resnet18", "feature_dim": 64} | INIT[name]).eval()
+    weights.init_from_checkpoint(net, write(state, tmp_path, name), "all")
+    x = torch.randn(4, 3, 32, 32)
+    for mine, part in zip((net.backbone, net.projector, net.predictor), parts, strict=True):
+        expected = part(x)
         torch.testing.assert_close(mine(x), expected, atol=1e-5, rtol=1e-5)
         x = expected
 
@@ -259,25 +254,20 @@ def test_init_parts(tmp_path, parts):
     assert len(notes) == (0 if parts == "backbone" else 2)
 
 
-def test_a_run_with_an_affine_projector(tmp_path, capsys):
-    path = write(leftthomas()[0], tmp_path, "a")
-    flags = f"--data_name textures --train_size 64 --batch_size 32 --out {tmp_path} --name a --k 5"
-    flags += " --no-pictures --bank_size 32 --image_size 16 --arch resnet8 --feature_dim 16"
-    assert "--init" in refused(capsys, main, *flags.split(), "--init_parts", "all")
-    init = ("--init", path, "--init_parts", "all")
-    assert "--arch resnet18 --stem cifar" in refused(capsys, main, *flags.split(), *init)
-    main.main([*flags.split(), "--projector_affine", "--epochs", "1"])
-    assert LoadedCheckpoint.open(tmp_path / "a_model.pth").net.projector[4].affine
-
-
-def test_a_run_starts_from_the_weights_of_init(tmp_path):
+def test_runs_start_from_the_weights_of_init(tmp_path, capsys):
     net, path = ours(tmp_path, "resnet8", "cifar", 2)
-    flags = f"--data_name textures --train_size 64 --batch_size 32 --epochs 1 --out {tmp_path} "
-    flags += f"--init {path} --arch resnet8 --feature_dim 64 --lr 1e-9 --no-pictures --name a "
-    main.main((flags + "--projector_layers 2 --bank_size 32 --k 5 --image_size 16").split())
-    found = torch.load(tmp_path / "a_model.pth")["model"]
+    flags = "--data_name textures --train_size 64 --batch_size 32 --epochs 1 --k 5 --image_size 16 "
+    flags += f"--bank_size 32 --no-pictures --arch resnet8 --out {tmp_path} --name a "
+    assert "--init" in refused(capsys, main, *flags.split(), "--init_parts", "all")
+    foreign = ("--init", write(leftthomas()[0], tmp_path, "a"), "--init_parts", "all")
+    assert "--arch resnet18 --stem cifar" in refused(capsys, main, *flags.split(), *foreign)
+    more = f"--init {path} --feature_dim 64 --projector_layers 2 --lr 1e-9"
+    main.main([*flags.split(), *more.split()])
+    model = torch.load(tmp_path / "a_model.pth")["model"]
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(found[name], parameter.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model[name], parameter.detach(), atol=1e-5, rtol=1e-5)
+    main.main([*flags.split(), "--feature_dim", "16", "--projector_affine", "--overwrite"])
+    assert LoadedCheckpoint.open(tmp_path / "a_model.pth").net.projector[4].affine
 
 
 def test_a_linear_head_on_another_project_s_weights(tmp_path, capsys):
@@ -313,7 +303,7 @@ def pictures(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("layer", ["backbone", "projector"])
 def test_features_of_files(tmp_path, layer):
-    net, path = ours(tmp_path, stem="cifar", layers=2)
+    net, path = ours(tmp_path, "resnet8", "cifar", 2)
     root = pictures(tmp_path / "images")
     for end in features.FORMATS:
         flags = f"--model_path {path} --data_root {root} --out {tmp_path}/f{end} --layer {layer}"
@@ -327,12 +317,10 @@ def test_features_of_files(tmp_path, layer):
         assert list(table["label"].fillna("")) == list(arrays["labels"])
         np.testing.assert_allclose(table.iloc[:, 2:].to_numpy(), arrays["features"], rtol=1e-5)
     assert sorted(arrays["labels"]) == ["", "cats", "dogs"]
-    views = Views(48, *NORMALISATION["imagenet"])
-    for name, found in zip(arrays["files"], arrays["features"], strict=True):
-        cut = decode.resize_center_crop(decode.read_image(name), 48, 48)
-        x = net.backbone(views.eval_transform(torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]))
-        expected = net.projector(x) if layer == "projector" else x
-        np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-5)
+    images, _ = decode.decode_files(list(arrays["files"]), 48, resize_size=48)
+    expected = net.backbone(Views(48, *NORMALISATION["imagenet"]).eval_transform(images))
+    expected = net.projector(expected) if layer == "projector" else expected
+    np.testing.assert_allclose(arrays["features"], expected.numpy(), atol=1e-5)
 
 
 @torch.no_grad()
@@ -345,32 +333,27 @@ def test_features_of_a_foreign_encoder_are_of_the_authors_transform(tmp_path):
     flags = f"--model_path {path} --data_root {root} --out {tmp_path}/f.npz"
     for more, shorter, size in (("", 256, 224), (" --image_size 112 --mean 0 0 0", 128, 112)):
         features.command((flags + more).split())
-        found = np.load(tmp_path / "f.npz")
+        arrays = np.load(tmp_path / "f.npz")
         (tmp_path / "f.npz").unlink()
-        of_flags = (0.0, 0.0, 0.0) if more else mean
-        theirs = transforms.Compose(
-            [
-                transforms.Resize(shorter),
-                transforms.CenterCrop(size),
-                transforms.ToTensor(),
-                transforms.Normalize(of_flags, std),
-            ]
-        )
-        for name, row in zip(found["files"], found["features"], strict=True):
-            x = theirs(Image.open(name).convert("RGB"))[None]
+        steps = [transforms.Resize(shorter), transforms.CenterCrop(size), transforms.ToTensor()]
+        steps.append(transforms.Normalize((0.0, 0.0, 0.0) if more else mean, std))
+        for name, row in zip(arrays["files"], arrays["features"], strict=True):
+            x = transforms.Compose(steps)(Image.open(name).convert("RGB"))[None]
             np.testing.assert_allclose(row, backbone(x)[0].numpy(), atol=1e-3)
     source = LoadedCheckpoint.open(path)
     assert (source.resize, source.views.size) == (256, 224)
 
 
 def test_features_refuse_in_one_line(tmp_path, capsys):
-    _, path = ours(tmp_path, classes=3)
-    door, root = SimpleNamespace(main=features.command), pictures(tmp_path / "images")
+    _, path = ours(tmp_path, "resnet8", "cifar", 2, classes=3)
+    root = pictures(tmp_path / "images")
     flags = ("--model_path", path, "--data_root", root, "--out")
-    assert "--out" in refused(capsys, door, *flags, tmp_path / "f.txt")
-    assert "--layer" in refused(capsys, door, *flags, tmp_path / "f.csv", "--layer", "projector")
+    assert "--out" in refused(capsys, features.command, *flags, tmp_path / "f.txt")
+    assert "--layer" in refused(
+        capsys, features.command, *flags, tmp_path / "f.csv", "--layer", "projector"
+    )
     (root / "cats" / "junk.png").write_text("junk")
-    assert "junk.png" in refused(capsys, door, *flags, tmp_path / "f.csv")
+    assert "junk.png" in refused(capsys, features.command, *flags, tmp_path / "f.csv")
     assert not (tmp_path / "f.csv").exists()
     features.command([*map(str, flags), f"{tmp_path}/f.csv", "--bad_images", "skip"])
     assert len(pandas.read_csv(tmp_path / "f.csv")) == 3
@@ -381,7 +364,7 @@ def from_hub(name, **more):
 
 
 def test_hub(tmp_path):
-    net, path = ours(tmp_path)
+    net, path = ours(tmp_path, "resnet8", "cifar", 2)
     x = torch.randn(2, 3, 48, 48)
     assert torch.equal(from_hub("encoder", checkpoint=str(path))(x), net.backbone(x))
     loss, z, features = from_hub("simsiam", checkpoint=str(path))([x, x.flip(3)])
@@ -391,7 +374,7 @@ def test_hub(tmp_path):
     assert from_hub("simsiam", arch="resnet8", feature_dim=16).predictor[0].in_features == 16
     with pytest.raises(ValueError, match=str(path)):
         from_hub("classifier", checkpoint=str(path))
-    net, path = ours(tmp_path, stem="cifar", classes=4)
+    net, path = ours(tmp_path, "resnet8", "cifar", 2, classes=4)
     with pytest.raises(ValueError, match=str(path)):
         from_hub("simsiam", checkpoint=str(path))
     assert torch.equal(from_hub("encoder", checkpoint=str(path))(x), net.backbone(x))
@@ -404,8 +387,8 @@ def test_hub(tmp_path):
 
 
 def test_a_predictor(tmp_path):
-    """From what it takes: as decode_files and `linear.py --predict` do; what else is named."""
-    net, path = ours(tmp_path, stem="cifar", classes=4)
+    """Of images of any kind, as decode_files and `linear.py --predict` have them."""
+    net, path = ours(tmp_path, "resnet8", "cifar", 2, classes=4)
     predictor = from_hub("classifier", checkpoint=str(path))
     files = sorted(pictures(tmp_path / "images").rglob("*.png"))
     pixels, _ = decode.decode_files(files, predictor.size, resize_size=predictor.resize)
@@ -414,37 +397,18 @@ def test_a_predictor(tmp_path):
         expected = net(x).softmax(1)
     torch.testing.assert_close(predictor.scores(pixels, OFF), expected)
     predictions = predictor.predict(list(map(Image.open, files)))
-    for one, row in zip(predictions, expected, strict=True):
-        assert one["class"] == f"class {row.argmax().item()}"
-        assert one["score"] == pytest.approx(row.max().item(), abs=1e-6)
-        assert list(one["scores"]) == [f"class {i}" for i in range(4)]
-        assert list(one["scores"].values()) == pytest.approx(row.tolist(), abs=1e-6)
+    assert predictions == predictor.predict(files)
+    for prediction, row in zip(predictions, expected, strict=True):
+        assert prediction["class"] == f"class {row.argmax().item()}"
+        assert prediction["score"] == max(prediction["scores"].values())
+        assert list(prediction["scores"]) == [f"class {i}" for i in range(4)]
+        assert list(prediction["scores"].values()) == pytest.approx(row.tolist(), abs=1e-6)
     table = f"{tmp_path}/p.csv"
     linear.main(["--model_path", str(path), "--predict", *map(str, files), "--out_csv", table])
     table = pandas.read_csv(table)
     assert [one["class"] for one in predictions] == list(table["class"])
     assert [one["score"] for one in predictions] == pytest.approx(list(table["score"]), abs=1e-5)
-
-    array = np.array(Image.open(files[1]).convert("RGB"))
-    tensor = torch.from_numpy(array).permute(2, 0, 1)
-    for image in (
-        *(array, array[None], array / 255, tensor, tensor[None], tensor / 255, [tensor]),
-        *(files[1], str(files[1])),
-    ):
-        (one,) = predictor.predict(image)
-        assert one["scores"] == pytest.approx(predictions[1]["scores"], abs=1e-6)
-    assert len(predictor.predict([files[1], array, tensor])) == 3
     assert predictor.predict([]) == []
-    for wrong, what in [
-        (array.astype(np.int64), "int64 of shape"),
-        (array.astype(np.float32), "float32 of shape"),  # from 0 to 255
-        (tensor[:1], "torch.uint8 of shape"),
-        (array.transpose(2, 0, 1), "uint8 of shape"),
-        (7, "int"),
-        (None, "NoneType"),
-    ]:
-        with pytest.raises(ValueError, match=what):
-            predictor.predict(wrong)
     with pytest.raises(ValueError, match=r"none\.png"):
         predictor.predict(str(tmp_path / "none.png"))
 

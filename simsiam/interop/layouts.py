@@ -173,19 +173,6 @@ def expand_pairs(
     return sorted(expanded, key=lambda pair: -len(pair[0]))  # stable: equals keep their order
 
 
-def rename(name: str, layout: Layout, write: bool = False) -> str | None:
-    """Return the new name of a weight; None where the layout drops it. Raises KeyError."""
-    if THOP_COUNTERS.fullmatch(name):
-        return None
-    for old, new in expand_pairs(layout.names, write):
-        if f"{name}.".startswith(f"{old}."):
-            rest = name.removeprefix(old)
-            for old_word, new_word in expand_pairs(layout.within, write):
-                rest = rest.replace(f".{old_word}.", f".{new_word}.")
-            return None if new is None else new + rest
-    raise KeyError(name)
-
-
 def rename_all(
     weights: dict[str, Tensor], layout: Layout, write: bool = False
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
@@ -194,18 +181,22 @@ def rename_all(
     Also returns the names that are dropped, and those that are unknown or would occur twice.
     """
     renamed, dropped, unknown = {}, [], []
+    names, within = (expand_pairs(pairs, write) for pairs in (layout.names, layout.within))
     for name, value in weights.items():
-        try:
-            new = rename(name, layout, write)
-        except KeyError:
-            unknown.append(name)
-            continue
-        if new is None:
+        pairs = (pair for pair in names if f"{name}.".startswith(f"{pair[0]}."))
+        old, start = next(pairs, (None, None))
+        if THOP_COUNTERS.fullmatch(name) or (old is not None and start is None):
             dropped.append(name)
-        elif new in renamed:
+        elif old is None:
             unknown.append(name)
         else:
-            renamed[new] = value
+            rest = name.removeprefix(old)
+            for old_word, new_word in within:
+                rest = rest.replace(f".{old_word}.", f".{new_word}.")
+            if start + rest in renamed:
+                unknown.append(name)
+            else:
+                renamed[start + rest] = value
     return renamed, dropped, unknown
 
 
@@ -239,8 +230,8 @@ def translate(
     if layout == "torchvision" and arch in TWINS:
         notes.append(f"assumed to be {arch}: timm's {TWINS[arch]} have its names and shapes, too")
     if layout == "PatrickHua/SimSiam" and "projector.6.weight" in weights:
-        is_unused, reason = is_second_layer_unused(weights, has_small_conv)
-        if is_unused:
+        reason = unused_second_layer(weights, has_small_conv)
+        if reason:
             is_cifar, weights = True, drop_second_layer(weights)
             notes.append(f"its second projector layer is left out: {reason}")
     mean, std = (
@@ -312,26 +303,24 @@ def default_stem(layout: str, has_small_conv: bool, is_bare: bool) -> tuple[str,
     return "cifar" if has_small_conv else "imagenet", None
 
 
-def is_second_layer_unused(weights: dict[str, Tensor], has_small_conv: bool) -> tuple[bool, str]:
-    """Return whether PatrickHua's network skips the projector's second layer, and the evidence.
+def unused_second_layer(weights: dict[str, Tensor], has_small_conv: bool) -> str | None:
+    """Return the evidence that PatrickHua's network skips the projector's second layer, if any.
 
     The file always has three layers; with `proj_layers: 2` the second BN counts no batch.
     """
     counts = [weights.get(f"projector.{i}.num_batches_tracked") for i in (1, 4)]
     if None not in counts and counts[0].any():
-        return not counts[1].any(), "its BN has seen no batch"
-    return has_small_conv, "no BN counts batches, and runs on CIFAR skip it"
+        return None if counts[1].any() else "its BN has seen no batch"
+    return "no BN counts batches, and runs on CIFAR skip it" if has_small_conv else None
 
 
 def drop_second_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace a projector's second layer by its third one."""
-    names = {"projector.6": "projector.3", "projector.7": "projector.4"}
-    remaining = {}
-    for name, value in weights.items():
-        module, _, end = name.rpartition(".")
-        if module not in names.values():
-            remaining[f"{names.get(module, module)}.{end}"] = value
-    return remaining
+    """Replace a projector's second layer, `projector.3` and `.4`, by its third one."""
+    return {
+        name.replace("projector.6.", "projector.3.").replace("projector.7.", "projector.4."): value
+        for name, value in weights.items()
+        if not name.startswith(("projector.3.", "projector.4."))
+    }
 
 
 def detect_arch(weights: dict[str, Tensor]) -> tuple[str, int | None]:

@@ -56,18 +56,15 @@ def select_part(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 def first_mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> str | None:
     """Return the first name that only one has, or whose shapes differ; None if all fit."""
-    for name in sorted(expected.keys() ^ weights.keys()) or sorted(expected):
-        if not (name in expected and name in weights):
-            return name
-        if expected[name].shape != weights[name].shape:
-            return name
-    return None
+    names = expected.keys() ^ weights.keys() or (
+        name for name in expected if expected[name].shape != weights[name].shape
+    )
+    return min(names, default=None)
 
 
 # Settings that did not exist in all older versions, with the behaviour before them.
 BEFORE = {"exif": False, "background": "none", "optimizer": "sgd", "probe": False}
 SINGLE_START = ("resume", "overwrite", "ddp")  # settings of a single start of a run
-LOCAL_SETTINGS = (*SINGLE_START, "tensorboard", "cuda_graphs")  # not for another machine
 # Parts that networks no longer have; they were of no use after training.
 REMOVED_PARTS = ("local_predictor.", "momentum_encoder.")
 
@@ -86,17 +83,15 @@ def parse_own(value: object) -> tuple[dict, list[str]]:
         model, args = value["model"], value["args"]
         command = "linear.py" if "fc.weight" in model else "main.py"
         encoder = value.get("encoder", args.get("encoder", args))  # version 2; of 1 linear.py's
-        state = {name: kind() for name, (kind, _) in checkpoint.FORMAT.items()}
-        state |= {name: value[name] for name in ("epoch", "classes") if name in value}
-        state |= {
+        state = {name: kind() for name, (kind, _) in checkpoint.FORMAT.items()} | {
             "version": version,
             "command": command,
             "config": older_config(command, args),
-            "encoder": checkpoint.check_encoder(
-                {name: encoder[name] for name in checkpoint.ENCODER}
-            ),
-            "history": value["history"] or [{}],
+            "encoder": checkpoint.check_encoder({key: encoder[key] for key in checkpoint.ENCODER}),
+            "classes": value.get("classes", []),
             "model": {k: v for k, v in model.items() if not k.startswith(REMOVED_PARTS)},
+            "epoch": value.get("epoch", 0),
+            "history": value["history"] or [{}],
         }
         is_valid = (
             type(state["epoch"]) is int
@@ -117,15 +112,16 @@ def older_config(command: str, args: dict) -> Config:
     Raises ConfigError for settings that exclude each other.
     """
     config, values = checkpoint.CONFIGS[command], {}
+    skipped = {*SINGLE_START, "tensorboard", "cuda_graphs"}  # not for another machine
+    if args.get("data_name") == "textures":  # generated, so that a root is refused
+        skipped.add("data_root")
     for field in dataclasses.fields(config):
         value = (BEFORE | args).get(field.name)
         value = tuple(value) if isinstance(value, list) else value
-        if value is not None and field.name not in LOCAL_SETTINGS:
+        if value is not None and field.name not in skipped:
             with contextlib.suppress(ValueError):
                 field.metadata["kind"].check(value)
                 values[field.name] = value
-    if values.get("data_name") == "textures":  # generated, so that a root is refused
-        values.pop("data_root", None)
     return config(**values)
 
 
@@ -187,13 +183,13 @@ def init_from_checkpoint(net: SimSiam, path: str | Path, parts: str = "fitting")
         if not expected:
             notes.append(f"its {part} is not used: this network has none")
             continue
-        reason = f"its {part} does not fit the flags of the network: {mismatch}"
-        if not saved:
-            reason = f"it has no {part}"
+        reason = f"it has no {part}"
+        if saved:
+            reason = f"its {part} does not fit the flags of the network: {mismatch}"
         if part == "backbone":
-            flags = [f"--{name} {encoder[name]}" for name in ("arch", "stem", "width")]
-            flags = [flag for flag in flags if not flag.endswith("None")]
-            raise ValueError(f"{reason}; it has {' '.join(flags)}")
+            sizes = {name: encoder[name] for name in ("arch", "stem", "width") if encoder[name]}
+            flags = " ".join(f"--{name} {value}" for name, value in sizes.items())
+            raise ValueError(f"{reason}; it has {flags}")
         flags = head_flags(part, weights)
         fits = f"; it fits {flags}" if flags else ""
         if parts == "all":
@@ -237,11 +233,10 @@ def head_flags(part: str, weights: dict[str, Tensor]) -> str | None:
         if not isinstance(last, nn.BatchNorm1d) or last.num_features < 4:
             return None
         d, number = last.num_features, sum(isinstance(layer, nn.Linear) for layer in layers)
-        heads = {
-            "projector": projection_mlp(layers[0].in_features, d, number, affine=last.affine),
-            "predictor": prediction_mlp(d),
-        }
-    expected = {f"{part}.{name}": value for name, value in heads[part].state_dict().items()}
+        head = prediction_mlp(d)
+        if part == "projector":
+            head = projection_mlp(layers[0].in_features, d, number, affine=last.affine)
+    expected = {f"{part}.{name}": value for name, value in head.state_dict().items()}
     if first_mismatch(expected, select_part(weights, part)):
         return None
     return f"--feature_dim {d} --projector_layers {number}" + " --projector_affine" * last.affine
@@ -285,6 +280,7 @@ class LoadedCheckpoint:
         assumed of another project's file. Raises FileNotFoundError; ValueError, which names the
         file.
         """
+        mean, std = (values and tuple(map(float, values)) for values in (mean, std))
         overrides = {"stem": stem, "image_size": image_size, "mean": mean, "std": std}
         overrides = {name: value for name, value in overrides.items() if value is not None}
         with error_prefix(str(path)):
@@ -316,10 +312,8 @@ class LoadedCheckpoint:
                 f"is not a checkpoint of this program, nor of a known project: {error}"
             ) from error
         for name in ("mean", "std"):
-            if name in overrides:
-                overrides[name] = tuple(map(float, overrides[name]))
-                if len(overrides[name]) != len(encoder[name]):
-                    raise ValueError(f"--{name}: must be {len(encoder[name])} numbers")
+            if len(overrides.get(name, encoder[name])) != len(encoder[name]):
+                raise ValueError(f"--{name}: must be {len(encoder[name])} numbers")
         encoder |= overrides
         mean, std = (", ".join(f"{x:g}" for x in encoder[name]) for name in ("mean", "std"))
         notes.append(

@@ -29,14 +29,12 @@ DEPTH = 64  # of nested containers
 HEADER = 10_000_000  # bytes of a safetensors header
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the start of a torch.save stream
-DTYPES = (
-    "Float=float32 Double=float64 Half=float16 BFloat16=bfloat16 Long=int64 Int=int32 Short=int16 "
-    "Char=int8 Byte=uint8 Bool=bool"
-)
+DTYPES = "float double half bfloat16 long int short int8 uint8 bool".split()
+CLASSES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
 STORAGES = {
     f"torch.{place}{name}Storage": getattr(torch, dtype)
     for place in ("", "cuda.")
-    for name, _, dtype in (pair.partition("=") for pair in DTYPES.split())
+    for name, dtype in zip(CLASSES, DTYPES, strict=True)
 }
 NUMBERS = re.compile("[<>=|](f[248]|i[1248]|u1|b1)")  # NumPy dtypes that torch has, too
 # How NumPy pickles the state of such a dtype after its byte order: no sub-array, names or fields,
@@ -150,10 +148,8 @@ def to_plain(value: object, limits: Limits, depth: int = 0) -> object:
         return {key: to_plain(item, limits, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(to_plain(item, limits, depth + 1) for item in value)
-    is_plain = value is None or isinstance(value, bool | int | float | str | bytes)
-    return (
-        value if is_plain or getattr(value, "dtype", None) in STORAGES.values() else Placeholder()
-    )
+    is_tensor = isinstance(value, Tensor) and value.dtype in STORAGES.values()
+    return value if is_tensor or isinstance(value, KEYS) else Placeholder()
 
 
 # ---- the stack machine --------------------------------------------------------------------------
@@ -165,7 +161,7 @@ LITERALS = frozenset(
     "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
     "BYTEARRAY8".split()
 )
-KEYS = (str, int, float, bool, bytes, type(None))
+KEYS = (str, int, float, bool, bytes, type(None))  # also the plain values in a result
 
 
 class PickleMachine:
@@ -197,7 +193,7 @@ class PickleMachine:
             self.constructors |= {
                 f"{core}.multiarray._reconstruct": lambda *_: Array(),
                 f"{core}.multiarray.scalar": self.numpy_scalar,
-                f"{core}.numeric._frombuffer": self.numpy_buffer,
+                f"{core}.numeric._frombuffer": self.numpy_tensor,  # protocol 5
             }
 
     def load(self, file: io.BytesIO) -> object:
@@ -240,11 +236,8 @@ class PickleMachine:
                     stack.append(pop_mark())
                 case "DICT":
                     stack.append(set_items({}, pop_mark()))
-                case "SETITEM":
-                    items = [stack.pop(-2), stack.pop()]
-                    set_items(stack[-1], items)
-                case "SETITEMS":
-                    items = pop_mark()
+                case "SETITEM" | "SETITEMS" as name:
+                    items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else pop_mark()
                     set_items(stack[-1], items)
                 case "APPEND" | "APPENDS" | "ADDITEMS" as name:
                     items = [stack.pop()] if name == "APPEND" else pop_mark()
@@ -410,12 +403,6 @@ class PickleMachine:
         """Return a NumPy number as a Python number."""
         value = self.numpy_tensor(data, dtype, (), "C")
         return value.item() if isinstance(value, Tensor) else value
-
-    def numpy_buffer(self, data: object, dtype: Dtype, shape: object, order: str) -> Array:
-        """Return an array of pickle protocol 5."""
-        array = Array()
-        array.tensor = self.numpy_tensor(data, dtype, shape, order)
-        return array
 
 
 def set_items(target: object, items: list) -> object:
