@@ -212,6 +212,9 @@ class PretrainConfig(RunConfig, Augmentation, DecodeOptions):
             defaults["jitter"] = (*values["jitter"][:2], 0.0, 0.0)
             values |= {name: overrides.get(name, value) for name, value in defaults.items()}
         config = cls(**values)
+        # Not in `validate`: a checkpoint opens where TensorBoard is missing, too.
+        lacking = config.tensorboard and importlib.util.find_spec("tensorboard") is None
+        config.refuse("tensorboard", lacking, "needs a package: pip install tensorboard")
         if config.name is None:
             config.name = "{feature_dim}_{k}_{batch_size}_{epochs}".format(**values)
             if (config.data_name, config.arch) != ("cifar10", "resnet18"):
@@ -238,8 +241,6 @@ class PretrainConfig(RunConfig, Augmentation, DecodeOptions):
         for name in ("mean", "std"):
             wrong = len(getattr(self, name)) != channels and getattr(self, name) != "auto"
             refuse(name, wrong, f"must be auto, or {channels} numbers, one per channel")
-        lacking = self.tensorboard and importlib.util.find_spec("tensorboard") is None
-        refuse("tensorboard", lacking, "needs a package: pip install tensorboard")
 
     @property
     def augmentation(self) -> Augmentation:
