@@ -148,7 +148,7 @@ def load_images(
 
 
 class Evaluation(NamedTuple):
-    """What a run evaluates, and on what, besides its TrainState.
+    """The encoder, task and images of a run, which its TrainState does not hold.
 
     `test_features`: N x d, of a frozen encoder; None where each epoch changes them. `seconds`: time
     to extract the training features. `knn`: top-1 at the end of pre-training, percent, if known.

@@ -452,7 +452,7 @@ def gpu_steps(name: str, flags: str, images: Tensor, peak: float, compiles: bool
 
 
 def gpu_epoch(flags: str, images: Tensor, labels: Tensor) -> Iterator[Row]:
-    """What an epoch has besides its steps: kNN and rank, a checkpoint; and features alone."""
+    """Time an epoch's kNN and rank, a checkpoint, and feature extraction."""
     device, test = images.device, slice(len(images) // 5)
     data = Data(images, labels, images[test], labels[test], [str(i) for i in range(10)])
     _, config, state = training(flags, data)

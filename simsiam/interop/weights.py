@@ -334,7 +334,7 @@ class LoadedCheckpoint:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the network is a linear model."""
+        """True for a linear model (backbone and classifier)."""
         return isinstance(self.net, Classifier)
 
     @property

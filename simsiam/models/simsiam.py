@@ -16,7 +16,7 @@ from simsiam.models.backbones import build_backbone
 
 
 class Outputs(NamedTuple):
-    """What a method's forward pass returns for the views of a batch of N images."""
+    """Result of a method's forward pass over the views of a batch of N images."""
 
     loss: Tensor  # scalar
     z: Tensor  # embeddings of the first view, N x d, detached

@@ -114,7 +114,7 @@ class Operation:
 
     @property
     def stream(self) -> tuple[int, ...]:
-        """What follows (seed, epoch, step) in the seed of the operation's random generator.
+        """Numbers that follow (seed, epoch, step) in the seed of the operation's generator.
 
         A new operation has a generator of its own: the others draw the same without it.
         """
