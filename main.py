@@ -191,7 +191,7 @@ def prepare(run: Run, parser: utils.Parser) -> tuple[TrainState, Monitor, dict]:
             f"--data_root {root}: has test images, and {run.checkpoint_path} began without"
         )
     run.list_bad_images(images.unreadable)
-    title = f"{run.path}: SimSiam {config.arch}, d = {config.feature_dim}"
+    title = f"{run.path}: {type(net).__name__} {config.arch}, d = {config.feature_dim}"
     result = utils.print_summary(title, net, counts, images, encoder, config, device)
     result |= {"feature_dim": config.feature_dim, "k": config.k, "protocol": "KNN"}
     if not saved:

@@ -279,6 +279,12 @@ def test_a_method_from_outside_is_one_entry(monkeypatch):
     assert flops > 0
 
 
+def test_a_flag_that_the_method_does_not_use_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "barlow_twins", BarlowTwins)
+    err = refused(capsys, main, "--method", "barlow_twins", "--predictor", "fixed")
+    assert "--predictor" in err
+
+
 def test_the_command_trains_and_resumes_a_method_from_outside(monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "barlow_twins", BarlowTwins)
     flags = "--method barlow_twins --data_name textures --train_size 64 --width 4 --feature_dim 16 "

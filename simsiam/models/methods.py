@@ -22,6 +22,12 @@ from simsiam.models.simsiam import SimSiam
 METHODS: dict[str, type[nn.Module]] = {"simsiam": SimSiam}
 
 
+def unused_fields(method: str) -> set[str]:
+    """Return the fields of the configuration that SimSiam takes and another method does not."""
+    taken = inspect.signature(METHODS.get(method, SimSiam)).parameters
+    return inspect.signature(SimSiam).parameters.keys() - taken.keys()
+
+
 def build_model(config: Mapping) -> nn.Module:
     """Build the network of a configuration, with random weights.
 

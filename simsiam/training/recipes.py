@@ -18,7 +18,7 @@ from simsiam.data.decode import (
 )
 from simsiam.evaluation.knn import KNN_K, KNN_TEMPERATURE
 from simsiam.models.backbones import IMAGENET_ARCHS, STEMS, is_library_arch
-from simsiam.models.methods import METHODS
+from simsiam.models.methods import METHODS, unused_fields
 from simsiam.models.simsiam import BN, CRITERIA, LOSSES, PREDICTORS, TARGETS
 from simsiam.runtime.config import (
     PATH,
@@ -203,6 +203,8 @@ class PretrainConfig(RunConfig, Augmentation, DecodeOptions):
         values = RECIPES[recipe] | place | overrides | {"recipe": recipe}
         if data_name == "textures" and "data_root" in overrides:
             raise ConfigError(TEXTURES_HAVE_NO_ROOT)
+        for name in sorted(unused_fields(values["method"]) & overrides.keys()):
+            raise ConfigError(f"--{name}: not used by --method {values['method']}: leave it out")
         if is_library_arch(values["arch"]):
             values["stem"] = overrides.get("stem", "imagenet")
         if values["view_sizes"] and "view_sizes" not in overrides:
