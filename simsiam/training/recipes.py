@@ -228,9 +228,9 @@ class PretrainConfig(RunConfig, Augmentation, DecodeOptions):
         check_decode_options(vars(self), self.data_name)
         refuse, sizes, channels = self.refuse, self.view_sizes or (), self.channels
         refuse("init_parts", self.init_parts != "fitting" and not self.init, "goes with --init")
-        refuse("view_sizes", len(sizes) > self.epochs, f"are more than --epochs {self.epochs}")
+        refuse("view_sizes", len(sizes) > self.epochs, f"at most one per epoch ({self.epochs})")
         in_files = self.data_name in ("imagenet", "webdataset")
-        refuse("view_sizes", sizes and in_files, "is for images in memory, not crops from workers")
+        refuse("view_sizes", sizes and in_files, "is for images in memory, not for files")
         refuse("cuda_graphs", self.cuda_graphs and not self.compile, "goes with --compile")
         too_long = self.warmup_epochs >= self.epochs
         refuse("warmup_epochs", too_long, f"must be below --epochs {self.epochs}")
